@@ -1,0 +1,1 @@
+"""Pipeline-parallel training of unmodified PyTorch models."""

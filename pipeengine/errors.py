@@ -1,0 +1,30 @@
+"""The errors of the engine, under the same root as the planner's.
+
+PipeEngineError
+├── GraphError, PlanError, PartitionError, InfeasibleError     (see partitioners.errors)
+├── ScheduleError       a schedule or program that cannot run
+├── CaptureError        the model cannot be recorded faithfully
+├── InputError          a batch, an option or a checkpoint of the wrong kind (also ValueError)
+└── WorkerError         a step that failed on some worker; the same root cause on every worker
+"""
+from partitioners.errors import GraphError, InfeasibleError, PartitionError, PipeEngineError, PlanError
+
+
+class ScheduleError(PipeEngineError):
+    """The schedule or program cannot run; the message shows the lines that clash."""
+
+
+class CaptureError(PipeEngineError):
+    """The model cannot be recorded faithfully; the message names the module and the line."""
+
+
+class InputError(PipeEngineError, ValueError):
+    """A batch, an option or a checkpoint of the wrong kind. The pipeline stays usable."""
+
+
+class WorkerError(PipeEngineError, RuntimeError):
+    """A step failed. Every worker raises the same root cause; the pipeline is closed."""
+
+
+__all__ = ["CaptureError", "GraphError", "InfeasibleError", "InputError", "PartitionError", "PipeEngineError",
+           "PlanError", "ScheduleError", "WorkerError"]
