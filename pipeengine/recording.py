@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
@@ -150,6 +151,14 @@ class Recording:
     sealed: Mapping[str, str] = field(default_factory=dict)     # module path -> why it was not opened
     buffers: frozenset[str] = frozenset()
     modes: Modes = Modes(True, False, ())
+
+    @cached_property
+    def _index(self) -> dict[int, int]:
+        return {id(node): index for index, node in enumerate(self.nodes)}
+
+    def index_of(self, node: Node) -> int:
+        """Where ``node`` stands."""
+        return self._index[id(node)]
 
     def __str__(self) -> str:
         return "\n".join(f"{index:5} {node.name} -> {', '.join(str(v) for v in node.results)}"

@@ -1,0 +1,196 @@
+"""Run one stage: straight-line Python made from its part, forward and backward for one micro-batch."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from pipeengine.randomness import generators, mix, place_number
+from pipeengine.recording import Modes, Node, Rebuilt, Recording, Ref, node_refs
+from pipeengine.split import Part
+from pipeengine.structure import leaves
+
+
+class Draw:
+    """Sets the random numbers of each place in the model; ``None`` as key leaves the global stream alone."""
+
+    def __init__(self, device: torch.device):
+        self._generators = generators(device)
+        self._key: int | None = None
+
+    def enter(self, key: int | None) -> list[torch.Tensor] | None:
+        """Use the streams of ``key`` from now on; returns what ``leave`` needs."""
+        self._key = key
+        return None if key is None else [generator.get_state() for generator in self._generators]
+
+    def leave(self, states: list[torch.Tensor] | None) -> None:
+        for generator, state in zip(self._generators, states or ()):
+            generator.set_state(state)
+
+    def __call__(self, place: int) -> None:
+        if self._key is not None:
+            number = mix(self._key, place)
+            for generator in self._generators:
+                generator.manual_seed(number)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A part as a Python function: ``run(*inputs, *received)`` returns the part's ``returns``, as a tuple."""
+
+    part: Part
+    run: Callable
+    source: str
+    random: bool
+    inputs: tuple[int, ...]                     # positions among the recording's inputs
+    needs_gradient: tuple[bool, ...]            # of each received value
+
+
+def compile_part(part: Part, recording: Recording, model: torch.nn.Module, draw: Draw) -> Compiled:
+    """Write and compile the function of one stage; modules are the user's own."""
+    writer = _Writer(part, recording, model, draw)
+    source = writer.write()
+    scope = writer.scope
+    exec(compile(source, f"<stage {part.stage}>", "exec"), scope)
+    received = [(v, v in link.gradients) for link in part.receives for v in link.values]
+    position = {value: index for index, value in reversed(list(enumerate(recording.inputs)))}
+    return Compiled(part, scope["run"], source, writer.random, tuple(position[v] for v in part.inputs),
+                    tuple(wants for _, wants in received))
+
+
+class _Writer:
+    """Turns nodes into lines of Python."""
+
+    def __init__(self, part: Part, recording: Recording, model: torch.nn.Module, draw: Draw):
+        self._part, self._recording, self._model = part, recording, model
+        self.scope: dict[str, object] = {"draw": draw, "leaves": leaves, "recomputed": _recomputed}
+        self._globals: dict[int, str] = {}
+        self._keep: list[object] = []
+        self.random = any(node.random for node in part.nodes)
+
+    def write(self) -> str:
+        part = self._part
+        arguments = [f"v{v}" for v in part.inputs] + [f"v{v}" for link in part.receives for v in link.values]
+        lines = [f"def run({', '.join(dict.fromkeys(arguments))}):"]
+        last = self._last_use(set(arguments))
+        modes = None
+        for index, node in enumerate(part.nodes):
+            if node.modes != modes:
+                modes = node.modes
+                if modes != self._recording.modes:
+                    lines.append(f"    with {self._name(_Switch(modes), 'with')}:")
+            indent = "    " if modes == self._recording.modes else "        "
+            lines += [indent + line for line in self._node(node)]
+            if last[index]:
+                lines.append(f"{indent}del {', '.join(last[index])}")
+        lines.append(f"    return ({''.join(self._value(v) + ', ' for v in part.returns)})")
+        return "\n".join(lines) + "\n"
+
+    def _last_use(self, kept: set[str]) -> list[list[str]]:
+        """For every node, the local names that nobody needs after it."""
+        returned = set(self._part.returns)
+        last: dict[int, int] = {}
+        for index, node in enumerate(self._part.nodes):
+            for value in (*node.results, *node_refs(node)):
+                if self._recording.values[value].kind == "result" and value not in returned and f"v{value}" not in kept:
+                    last[value] = index
+        found: list[list[str]] = [[] for _ in self._part.nodes]
+        for value, index in last.items():
+            found[index].append(f"v{value}")
+        return found
+
+    def _node(self, node: Node) -> list[str]:
+        lines = [f"draw({place_number(node.name)})"] if node.random else []
+        call = self._call(node)
+        if not node.results:
+            return [*lines, call]
+        if node.picks == ("",):
+            return [*lines, f"v{node.results[0]} = {call}"]
+        lines.append(f"t = {call}")
+        if any(pick.startswith("@") for pick in node.picks):
+            lines.append("t = leaves(t)")
+        lines += [f"v{value} = t[{pick.strip('@[]')}]" for value, pick in zip(node.results, node.picks)]
+        return [*lines, "del t"]
+
+    def _call(self, node: Node) -> str:
+        if node.is_module:
+            target = self._name(self._model.get_submodule(node.target), "module")
+        else:
+            target = self._name(node.target, "f")
+        arguments = [self._expression(a) for a in node.args]
+        plain = {k: v for k, v in node.kwargs.items() if k.isidentifier()}
+        arguments += [f"{key}={self._expression(value)}" for key, value in plain.items()]
+        if len(plain) != len(node.kwargs):
+            rest = {k: v for k, v in node.kwargs.items() if k not in plain}
+            arguments.append(f"**{self._expression(rest)}")
+        if node.recompute:
+            return f"recomputed({', '.join([target, *arguments])})"
+        return f"{target}({', '.join(arguments)})"
+
+    def _value(self, value: int) -> str:
+        made = self._recording.values[value]
+        if made.kind == "attribute":
+            owner, _, name = made.name.rpartition(".")
+            module = self._model.get_submodule(owner)
+            table = "_parameters" if name in module._parameters else "_buffers"
+            return f"{self._name(module, 'module')}.{table}[{name!r}]"
+        if made.kind == "constant":
+            return self._name(self._recording.constants[value], "constant")
+        return f"v{value}"
+
+    def _expression(self, value: object) -> str:
+        if isinstance(value, Ref):
+            return self._value(value.value)
+        if isinstance(value, Rebuilt):
+            return f"{self._name(value.build, 'build')}([{', '.join(map(self._expression, value.parts))}])"
+        if type(value) is tuple:
+            return f"({''.join(self._expression(item) + ', ' for item in value)})"
+        if type(value) is list:
+            return f"[{', '.join(map(self._expression, value))}]"
+        if type(value) is dict:
+            return "{" + ", ".join(f"{self._expression(k)}: {self._expression(v)}" for k, v in value.items()) + "}"
+        if type(value) is slice:
+            return f"slice({', '.join(self._expression(x) for x in (value.start, value.stop, value.step))})"
+        if value is None or type(value) in (bool, int, str):
+            return repr(value)
+        return self._name(value, "c")
+
+    def _name(self, thing: object, kind: str) -> str:
+        name = self._globals.get(id(thing))
+        if name is None:
+            name = self._globals[id(thing)] = f"{kind}{len(self._globals)}"
+            self.scope[name] = thing
+        return name
+
+
+def _recomputed(module: Callable, *args, **kwargs):
+    return checkpoint(module, *args, use_reentrant=False, **kwargs)
+
+
+class _Switch:
+    """A context that sets the modes a node was recorded under; enters any number of times."""
+
+    def __init__(self, modes: Modes):
+        self._modes = modes
+        self._stacks: list[contextlib.ExitStack] = []
+
+    def __enter__(self) -> None:
+        stack = contextlib.ExitStack()
+        stack.enter_context(torch.inference_mode(self._modes.inference))
+        stack.enter_context(torch.set_grad_enabled(self._modes.grad))
+        wanted = dict(self._modes.autocast)
+        for kind in {"cpu", *wanted, *_accelerators()}:
+            stack.enter_context(torch.autocast(kind, dtype=wanted.get(kind), enabled=kind in wanted))
+        self._stacks.append(stack)
+
+    def __exit__(self, *exc) -> None:
+        self._stacks.pop().close()
+
+
+def _accelerators() -> tuple[str, ...]:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return () if found is None else (found.type,)
+
