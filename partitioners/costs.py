@@ -1,0 +1,121 @@
+"""What an assignment costs on the raw graph: stages, boundaries, ties. The same numbers that ``verify`` finds by itself."""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import networkx as nx
+
+from partitioners.graph import Node, digest, seconds, topological_order
+from partitioners.plan import Boundary, Plan, Setting, StageCost, Tie
+from partitioners.problem import transfer
+
+
+def build_plan(graph: nx.DiGraph, stage_of: Mapping[Node, int], setting: Setting, *, lower_bound: float,
+               proof: str) -> Plan:
+    """Price ``stage_of`` (nodes of the graph to stages) and wrap it up."""
+    order = topological_order(graph)
+    num_stages = len(setting.stage_devices)
+    traffic = link_seconds(graph, order, stage_of, setting)
+    ties = find_ties(graph, stage_of)
+    members: list[list[Node]] = [[] for _ in range(num_stages)]
+    for node in order:
+        members[stage_of[node]].append(node)
+    stages = tuple(_stage_cost(graph, members[stage], stage, setting, traffic[stage], ties)
+                   for stage in range(num_stages))
+    bottleneck = worker_bottleneck([stage.load for stage in stages], setting)
+    lower_bound = min(lower_bound, bottleneck)
+    gap = (bottleneck - lower_bound) / bottleneck if bottleneck else 0.0
+    if gap <= 1e-9:
+        gap, lower_bound = 0.0, bottleneck
+    return Plan(num_stages=num_stages, stage_of={str(node): stage_of[node] for node in order}, stages=stages,
+                boundaries=find_boundaries(graph, order, stage_of), ties=ties, bottleneck=bottleneck,
+                lower_bound=lower_bound, gap=gap, proof=proof, objective=setting.objective,
+                graph_digest=digest(graph), setting=setting)
+
+
+def worker_bottleneck(loads: list[float], setting: Setting) -> float:
+    """The largest load of a worker; with several stages per worker, stage ``s`` lives on worker ``s mod workers``."""
+    workers = setting.num_workers(len(loads))
+    return max(math.fsum(loads[worker::workers]) for worker in range(workers))
+
+
+def link_seconds(graph: nx.DiGraph, order: list[Node], stage_of: Mapping[Node, int],
+                 setting: Setting) -> list[tuple[float, float]]:
+    """Per stage: seconds to receive and to send, values and tied gradients, per micro-batch."""
+    received: list[list[float]] = [[] for _ in setting.stage_devices]
+    sent: list[list[float]] = [[] for _ in setting.stage_devices]
+
+    def price(stage: int, place: int, fixed: float, messages: float, size: float) -> float:
+        return fixed + setting.links(stage)[place].seconds(size, messages) if setting.device(stage).pays_link else 0.0
+
+    for node in order:
+        home, cost = stage_of[node], transfer(graph.nodes[node])
+        away = {stage_of[reader] for reader in graph.successors(node)} - {home}
+        for stage in away:
+            received[stage].append(price(stage, 0, *cost))
+        if away:
+            sent[home].append(price(home, 1, *cost))
+    share = 1.0 / setting.num_microbatches
+    for tie in find_ties(graph, stage_of):
+        for stage in tie.stages:
+            received[stage].append(price(stage, 0, 0.0, share, tie.bytes * share))
+            sent[stage].append(price(stage, 1, 0.0, share, tie.bytes * share))
+    return [(math.fsum(into), math.fsum(out)) for into, out in zip(received, sent)]
+
+
+def _stage_cost(graph: nx.DiGraph, nodes: list[Node], stage: int, setting: Setting, traffic: tuple[float, float],
+                ties: tuple[Tie, ...]) -> StageCost:
+    device, data = setting.device(stage), [graph.nodes[node] for node in nodes]
+    forward = math.fsum(seconds(each, "forward", device) for each in data)
+    backward = math.fsum(seconds(each, "backward", device) for each in data)
+    shared = {name: size for each in data for name, size in (each.get("shared") or {}).items()}
+    parameters = math.fsum(each.get("param_bytes", 0.0) for each in data) + math.fsum(shared.values())
+    activations = math.fsum(each.get("activation_bytes", 0.0) for each in data)
+    model, count = setting.memory_model, len(setting.stage_devices)
+    memory = (model.parameter_factor * parameters + math.fsum(each.get("memory_bytes", 0.0) for each in data)
+              + model.in_flight(stage, count, setting.num_microbatches) * activations
+              + max((each.get("workspace_bytes", 0.0) for each in data), default=0.0))
+    load = (math.fsum((forward, backward, *traffic)) if setting.objective != "overlap"
+            else max(forward + backward, *traffic))
+    return StageCost(forward=forward, backward=backward, communication=math.fsum(traffic), load=load,
+                     param_bytes=parameters, activation_bytes=activations, memory_bytes=memory,
+                     sent_bytes=_sent_bytes(graph, set(nodes)), num_nodes=len(nodes), device=device.name)
+
+
+def _sent_bytes(graph: nx.DiGraph, nodes: set[Node]) -> float:
+    """Values out, once, and gradients back to their producers, per micro-batch."""
+    out = math.fsum(graph.nodes[node].get("output_bytes", 0.0) for node in nodes
+                    if any(reader not in nodes for reader in graph.successors(node)))
+    sources = {source for node in nodes for source in graph.predecessors(node)} - nodes
+    return out + math.fsum(graph.nodes[node].get("output_bytes", 0.0) for node in sources
+                           if graph.nodes[node].get("gradient"))
+
+
+def find_boundaries(graph: nx.DiGraph, order: list[Node], stage_of: Mapping[Node, int]) -> tuple[Boundary, ...]:
+    """One per pair of stages with values between them; each value once per pair, in the order of production."""
+    pairs: dict[tuple[int, int], list[Node]] = {}
+    for node in order:
+        home = stage_of[node]
+        for stage in sorted({stage_of[reader] for reader in graph.successors(node)} - {home}):
+            pairs.setdefault((home, stage), []).append(node)
+
+    def size(nodes: list[Node]) -> int:
+        return round(math.fsum(graph.nodes[node].get("output_bytes", 0.0) for node in nodes))
+    boundaries = []
+    for (source, target), nodes in sorted(pairs.items()):
+        back = [node for node in nodes if graph.nodes[node].get("gradient")]
+        boundaries.append(Boundary(source, target, tuple(map(str, nodes)), size(nodes), tuple(map(str, back)), size(back)))
+    return tuple(boundaries)
+
+
+def find_ties(graph: nx.DiGraph, stage_of: Mapping[Node, int]) -> tuple[Tie, ...]:
+    """Shared parameters whose readers live on several stages."""
+    holders: dict[str, set[int]] = {}
+    sizes: dict[str, float] = {}
+    for node, data in graph.nodes(data=True):
+        for name, size in (data.get("shared") or {}).items():
+            holders.setdefault(name, set()).add(stage_of[node])
+            sizes[name] = max(sizes.get(name, 0.0), size)
+    return tuple(Tie(name, tuple(sorted(stages)), round(sizes[name])) for name, stages in sorted(holders.items())
+                 if len(stages) > 1)

@@ -1,0 +1,93 @@
+"""What stages run on: devices, the links between them, and how much memory a schedule needs."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from partitioners.errors import PartitionError
+
+
+@dataclass(frozen=True)
+class Device:
+    """``count`` equal devices of class ``name``.
+
+    ``speed`` divides a node's seconds; where a node gives its seconds per class, ``name`` picks them. ``memory`` is in
+    bytes (None: no limit). A device that does not pay for links (``pays_link=False``: a CPU beside its accelerators)
+    moves values for nothing.
+    """
+    name: str = "device"
+    count: int = 1
+    memory: float | None = None
+    speed: float = 1.0
+    pays_link: bool = True
+
+    def __post_init__(self) -> None:
+        if self.count < 0 or not self.speed > 0 or (self.memory is not None and not self.memory >= 0):
+            raise PartitionError(f"device class {self.name!r} has count {self.count}, speed {self.speed} and memory "
+                                 f"{self.memory}; count and memory cannot be negative, speed must be positive")
+
+
+@dataclass(frozen=True)
+class Link:
+    """Moving ``n`` bytes takes ``latency + n / bandwidth`` seconds; ``bandwidth=None`` is infinitely fast."""
+    bandwidth: float | None = None
+    latency: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (self.bandwidth is not None and not self.bandwidth > 0) or not 0 <= self.latency < math.inf:
+            raise PartitionError(f"a link has bandwidth {self.bandwidth} and latency {self.latency}; bandwidth must be "
+                                 "positive bytes per second (or None), latency finite seconds, not negative")
+
+    def seconds(self, num_bytes: float, messages: float = 1.0) -> float:
+        """Seconds to move ``num_bytes`` in ``messages`` messages."""
+        return messages * self.latency + (num_bytes / self.bandwidth if self.bandwidth else 0.0)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Devices for the stages.
+
+    Unordered (``ordered=False``): stages may use the devices in any order, and all links are alike. Ordered: device
+    ``j`` holds stage ``j``, and ``links[j]`` joins stages ``j`` and ``j + 1``; a value is priced at the link next to
+    the stage that sends or receives it.
+    """
+    devices: tuple[Device, ...]
+    ordered: bool = False
+    links: tuple[Link, ...] = (Link(),)
+
+    @property
+    def num_devices(self) -> int:
+        return sum(device.count for device in self.devices)
+
+    @classmethod
+    def nodes(cls, num_nodes: int, per_node: int, *, device: Device = Device(), inside: Link = Link(),
+              between: Link = Link()) -> Cluster:
+        """``num_nodes`` machines with ``per_node`` equal devices each: fast links inside, slow ones between."""
+        total = num_nodes * per_node
+        links = tuple(inside if (j + 1) % per_node else between for j in range(total - 1))
+        single = Device(device.name, 1, device.memory, device.speed, device.pays_link)
+        return cls((single,) * total, ordered=True, links=links or (inside,))
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Bytes a stage needs: ``parameter_factor`` x parameters + stashed activations x micro-batches in flight + workspace.
+
+    ``parameter_factor`` counts weights, gradients and optimizer state in units of the weights (4 is Adam in one
+    precision). ``schedule`` says how many micro-batches stage ``i`` of ``K`` holds: ``"gpipe"`` all of them, ``"1f1b"``
+    ``min(num_microbatches, K - i)``, ``"none"`` one.
+    """
+    parameter_factor: float = 4.0
+    schedule: str = "gpipe"
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("gpipe", "1f1b", "none"):
+            raise PartitionError(f"the memory model knows the schedules gpipe, 1f1b and none, not {self.schedule!r}")
+
+    def in_flight(self, stage: int, num_stages: int, num_microbatches: int) -> int:
+        """Micro-batches whose activations ``stage`` holds at its peak."""
+        if self.schedule == "none":
+            return 1
+        if self.schedule == "gpipe":
+            return num_microbatches
+        return max(1, min(num_microbatches, num_stages - stage))

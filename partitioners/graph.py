@@ -1,0 +1,234 @@
+"""The cost graph: a ``networkx.DiGraph`` whose nodes are operations or modules and whose edges are values.
+
+Node attributes, all optional::
+
+    forward, backward   seconds per micro-batch; a number, or a dict from device class to number
+    param_bytes         parameters that only this node reads
+    shared              dict parameter name -> bytes: parameters that other nodes read too
+    activation_bytes    stashed per micro-batch until backward
+    output_bytes        the one value it produces
+    gradient            whether a gradient of the same size comes back for that value
+    transfer            seconds to move the value over a link, both ways; instead of output_bytes over a bandwidth
+    memory_bytes        resident whatever the schedule (files that give one number per node)
+    workspace_bytes     scratch while it runs
+    colocate            a label; nodes with the same one share a stage
+    allowed             tuple of device classes it may run on
+    is_backward         a backward operation; the order of the pipeline is that of the forward ones
+    order               position in the recorded run
+    label               text for people, such as a module path
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+
+import networkx as nx
+
+from partitioners.devices import Device
+from partitioners.errors import GraphError
+
+Node = Hashable
+COSTS = ("forward", "backward")
+SIZES = ("param_bytes", "activation_bytes", "output_bytes", "memory_bytes", "workspace_bytes", "transfer")
+OTHERS = ("shared", "gradient", "colocate", "allowed", "is_backward", "order", "label")
+FORMAT = "pipeline-graph/1"
+WORKLOAD = "pipeline-workload/1"
+PIPEDREAM = 1e-3    # PipeDream and the workload files count milliseconds
+
+
+def check(graph: nx.DiGraph) -> None:
+    """Raise ``GraphError`` naming the node and the attribute of whatever no planner could use."""
+    if not isinstance(graph, nx.DiGraph) or graph.is_multigraph():
+        raise GraphError(f"a cost graph is a networkx.DiGraph, not a {type(graph).__name__}")
+    if not len(graph):
+        raise GraphError("the cost graph has no nodes; there is nothing to partition")
+    names: dict[str, Node] = {}
+    for node, data in graph.nodes(data=True):
+        if names.setdefault(str(node), node) is not node:
+            raise GraphError(f"nodes {names[str(node)]!r} and {node!r} have the same name {str(node)!r}")
+        _check_node(node, data)
+    if not nx.is_directed_acyclic_graph(graph):
+        cycle = " -> ".join(str(edge[0]) for edge in nx.find_cycle(graph))
+        raise GraphError(f"the cost graph has a cycle: {cycle}")
+
+
+def _check_node(node: Node, data: Mapping) -> None:
+    for name in COSTS:
+        value = data.get(name, 0.0)
+        for cost in value.values() if isinstance(value, Mapping) else (value,):
+            _check_number(node, name, cost)
+    for name in SIZES:
+        if name in data:
+            _check_number(node, name, data[name])
+    for parameter, size in (data.get("shared") or {}).items():
+        _check_number(node, f"shared[{parameter!r}]", size)
+    if data.get("allowed") is not None and (isinstance(data["allowed"], str) or not data["allowed"]):
+        raise GraphError(f"node {str(node)!r} has allowed={data['allowed']!r}; it must be a tuple of device classes")
+
+
+def _check_number(node: Node, name: str, value: object) -> None:
+    try:
+        good = not isinstance(value, (bool, str)) and 0 <= float(value) < math.inf    # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise GraphError(f"node {str(node)!r} has {name}={value!r}; it must be a finite number that is not negative")
+
+
+def seconds(data: Mapping, name: str, device: Device) -> float:
+    """Seconds of node attribute ``name`` on ``device``; inf where the node has no cost for its class."""
+    value = data.get(name, 0.0)
+    if isinstance(value, Mapping):
+        value = value.get(device.name, math.inf) if value else 0.0
+    return float(value) / device.speed
+
+
+def topological_order(graph: nx.DiGraph) -> list[Node]:
+    """Nodes in the order of production: the recorded ``order`` where it is one, else a stable topological order."""
+    position = {node: index for index, node in enumerate(graph)}
+    if all("order" in data for _, data in graph.nodes(data=True)):
+        position = {node: (data["order"], position[node]) for node, data in graph.nodes(data=True)}
+        nodes = sorted(graph, key=position.__getitem__)
+        if all(position[source] < position[target] for source, target in graph.edges):
+            return nodes
+    return list(nx.lexicographical_topological_sort(graph, key=position.__getitem__))
+
+
+def digest(graph: nx.DiGraph) -> str:
+    """A fingerprint of names and edges, not of costs: a plan fits every graph with its digest."""
+    lines = sorted(str(node) for node in graph) + sorted(f"{u}\t{v}" for u, v in graph.edges)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def to_json(graph: nx.DiGraph) -> dict:
+    """The graph as one JSON object; ``from_json`` reads it back."""
+    nodes = [{"id": node if isinstance(node, (str, int)) else str(node),
+              **{name: data[name] for name in (*COSTS, *SIZES, *OTHERS) if name in data}}
+             for node, data in graph.nodes(data=True)]
+    ids = {node: entry["id"] for node, entry in zip(graph, nodes)}
+    return {"format": FORMAT, "nodes": nodes, "edges": [[ids[u], ids[v]] for u, v in graph.edges]}
+
+
+def from_json(obj: Mapping) -> nx.DiGraph:
+    """Build a cost graph from ``to_json``'s object or from a ``pipeline-workload/1`` object."""
+    kind = obj.get("format") if isinstance(obj, Mapping) else None
+    if kind == WORKLOAD:
+        return read_workload(obj)
+    if kind != FORMAT:
+        raise GraphError(f"expected format {FORMAT!r} or {WORKLOAD!r}, found {kind!r}")
+    graph = _assemble(obj, lambda entry: {name: value for name, value in entry.items() if name != "id"})
+    for _, data in graph.nodes(data=True):
+        for name in ("allowed", "colocate"):
+            if isinstance(data.get(name), list):
+                data[name] = tuple(data[name])
+    return graph
+
+
+def _assemble(obj: Mapping, attributes) -> nx.DiGraph:
+    """Nodes and edges of ``obj``, checked."""
+    graph = nx.DiGraph()
+    for name in ("nodes", "edges"):
+        if not isinstance(obj.get(name), list):
+            raise GraphError(f"the graph object has no list of {name}")
+    for entry in obj["nodes"]:
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("id"), (str, int)):
+            raise GraphError(f"a node must be an object with an id, found {entry!r}")
+        if entry["id"] in graph:
+            raise GraphError(f"two nodes have the id {entry['id']!r}")
+        graph.add_node(entry["id"], **attributes(entry))
+    for edge in obj["edges"]:
+        if not isinstance(edge, (list, tuple)) or len(edge) != 2:
+            raise GraphError(f"an edge must be a pair of node ids, found {edge!r}")
+        for node in edge:
+            if not isinstance(node, (str, int)) or node not in graph:
+                raise GraphError(f"edge {list(edge)!r} names the unknown node {node!r}")
+        graph.add_edge(*edge)
+    check(graph)
+    return graph
+
+
+def read_workload(source: Mapping | str | Path) -> nx.DiGraph:
+    """Read a ``pipeline-workload/1`` object or file; its devices become ``graph.graph["devices"]``.
+
+    Milliseconds become seconds. Nodes with ``out_bytes`` get a value of that size whose gradient comes back.
+    """
+    obj = source if isinstance(source, Mapping) else json.loads(Path(source).read_text())
+    if obj.get("format") != WORKLOAD:
+        raise GraphError(f"expected format {WORKLOAD!r}, found {obj.get('format')!r}")
+    graph = _assemble(obj, _workload_node)
+    for label, group in enumerate(obj.get("colocate", ())):
+        for node in group:
+            if node not in graph:
+                raise GraphError(f"co-location group {label} names the unknown node {node!r}")
+    _label_groups(graph, obj.get("colocate", ()))
+    if obj.get("device_classes"):
+        graph.graph["devices"] = tuple(
+            Device(entry["name"], entry["count"], entry.get("memory"), pays_link=entry.get("pays_comm", True))
+            for entry in obj["device_classes"])
+    graph.graph["name"] = obj.get("name", "")
+    return graph
+
+
+def _label_groups(graph: nx.DiGraph, groups: Iterable[Iterable[Node]]) -> None:
+    """Label co-located nodes; groups that overlap become one."""
+    for number, members in enumerate(nx.connected_components(_links(groups))):
+        for node in members:
+            graph.nodes[node]["colocate"] = number
+
+
+def _links(groups: Iterable[Iterable[Node]]) -> nx.Graph:
+    joined = nx.Graph()
+    for group in groups:
+        nx.add_path(joined, list(group))
+    return joined
+
+
+def _workload_node(entry: Mapping) -> dict:
+    for name in ("memory", "out_cost", "out_bytes", "param_bytes", "act_bytes"):
+        if name in entry:
+            _check_number(entry["id"], name, entry[name])
+    for device, value in entry.get("time", {}).items():
+        _check_number(entry["id"], f"time[{device!r}]", value)
+    data: dict = {"forward": {device: value * PIPEDREAM for device, value in entry.get("time", {}).items()}}
+    data["is_backward"] = bool(entry.get("backward", False))
+    if "out_cost" in entry:
+        data["transfer"] = entry["out_cost"] * PIPEDREAM
+    else:
+        data |= {"output_bytes": entry.get("out_bytes", 0.0), "gradient": True}
+    data |= {name: entry[key] for name, key in (("memory_bytes", "memory"), ("param_bytes", "param_bytes"),
+                                                ("activation_bytes", "act_bytes"), ("label", "name")) if key in entry}
+    if entry.get("allowed") is not None:
+        data["allowed"] = tuple(entry["allowed"])
+    return data
+
+
+def read_pipedream(text: str) -> nx.DiGraph:
+    """Read PipeDream's text profile (Narayanan et al., SOSP 2019, ``graph.txt``); milliseconds become seconds."""
+    graph = nx.DiGraph()
+    for line in filter(str.strip, text.splitlines()):
+        parts = line.strip().split(" -- ")
+        if len(parts) == 2:
+            graph.add_edge(*parts)
+        elif len(parts) == 3:
+            graph.add_node(parts[0], label=parts[1], gradient=True, **_pipedream_costs(parts[0], parts[2]))
+        else:
+            raise GraphError(f"a PipeDream profile has lines 'node -- text -- costs' and 'node -- node', not {line!r}")
+    for node, data in graph.nodes(data=True):
+        if "label" not in data:
+            raise GraphError(f"an edge of the profile names the unknown node {node!r}")
+    check(graph)
+    return graph
+
+
+def _pipedream_costs(node: str, text: str) -> dict:
+    fields = dict(part.split("=") for part in text.split(", "))
+    try:
+        size = sum(float(part) for part in fields["activation_size"].strip("[]").split(";"))
+        return {"forward": float(fields["forward_compute_time"]) * PIPEDREAM,
+                "backward": float(fields["backward_compute_time"]) * PIPEDREAM,
+                "output_bytes": size, "activation_bytes": size, "param_bytes": float(fields["parameter_size"])}
+    except (KeyError, ValueError) as error:
+        raise GraphError(f"node {node!r} of the profile has costs {text!r}: {error}") from error

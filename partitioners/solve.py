@@ -1,0 +1,150 @@
+"""``partition``: from a cost graph to a plan with its proof."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import networkx as nx
+import numpy as np
+
+from partitioners.bounds import simple_bound
+from partitioners.coarse import crossing_tensors, merge_runs, promising_positions
+from partitioners.costs import build_plan
+from partitioners.devices import Cluster, Device, Link, MemoryModel
+from partitioners.errors import InfeasibleError, PartitionError
+from partitioners.graph import Node, check
+from partitioners.orders import candidate_orders
+from partitioners.plan import Plan, Setting
+from partitioners.problem import Problem, build_problem, reorder
+from partitioners.segments import Cuts, best_cuts, segment_loads
+
+OBJECTIVES = ("sum", "overlap")
+SAME = 1 + 1e-12
+LONG = 2000      # items of which all n^2 segments are still cheap
+WINDOWS = 1200   # cuttable positions kept of a longer order
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Nodes per stage, the level of each stage, its largest load, and what is proved."""
+    stages: tuple[tuple[Node, ...], ...]
+    levels: tuple[int, ...]
+    bottleneck: float
+    lower_bound: float = 0.0
+    proof: str = ""
+
+
+def partition(graph: nx.DiGraph, num_stages: int | None = None, *, devices: Cluster | Sequence[Device] | None = None,
+              objective: str = "sum", bandwidth: float | None = None, latency: float = 0.0, memory: float | None = None,
+              memory_model: MemoryModel = MemoryModel(), num_microbatches: int = 1, stages_per_worker: int = 1,
+              allow_empty: bool = False, prefer_single_tensor: float = 0.05, gap: float = 0.0,
+              time_limit: float | None = None, progress: Callable[[str], None] | None = None) -> Plan:
+    """Cut ``graph`` into stages whose largest load is as small as possible.
+
+    ``num_stages`` equal devices, or ``devices``: a ``Cluster``, or classes to use in any order. ``bandwidth`` in bytes
+    per second (None: free links), ``latency`` in seconds, ``memory`` in bytes per device. ``objective``: ``"sum"``
+    adds computing and communication, ``"overlap"`` takes the larger. Unless ``allow_empty``, there are exactly
+    ``num_stages`` stages and each holds parameters. Among cuts within ``prefer_single_tensor`` of the best, the one
+    whose boundaries carry the fewest tensors wins. Stops at ``gap`` or after ``time_limit`` seconds.
+    """
+    if objective not in OBJECTIVES:
+        raise PartitionError(f"objective {objective!r} is none of {', '.join(OBJECTIVES)}")
+    check(graph)
+    cluster = _cluster(graph, num_stages, devices, Link(bandwidth, latency), memory)
+    wanted = num_stages or cluster.num_devices
+    problem = build_problem(graph, cluster=cluster, num_stages=wanted, objective=objective, memory_model=memory_model,
+                            num_microbatches=num_microbatches, allow_empty=allow_empty)
+    _check_size(graph, problem)
+    solution = _solve(problem, prefer_single_tensor)
+    used = [stage for stage, items in enumerate(solution.stages) if items]
+    setting = Setting(objective=objective, cluster=cluster, memory_model=memory_model,
+                      num_microbatches=num_microbatches, stages_per_worker=stages_per_worker, allow_empty=allow_empty,
+                      stage_devices=tuple(_device_index(problem, cluster, solution.levels[stage]) for stage in used))
+    stage_of = {node: number for number, stage in enumerate(used) for node in solution.stages[stage]}
+    return build_plan(graph, stage_of, setting, lower_bound=solution.lower_bound, proof=solution.proof)
+
+
+def _cluster(graph: nx.DiGraph, num_stages: int | None, devices: Cluster | Sequence[Device] | None, link: Link,
+             memory: float | None) -> Cluster:
+    """One cluster from the ways to name it; ordered ones get one entry per device."""
+    known = graph.graph.get("devices", ())
+    if devices is None and num_stages is None and not known:
+        raise PartitionError("neither num_stages nor devices is given; say into how many stages to cut")
+    if devices is None and num_stages is not None:
+        if num_stages < 1:
+            raise PartitionError(f"num_stages is {num_stages}; it must be at least 1")
+        base = next((device for device in known if device.pays_link), Device(_only_class(graph)))
+        devices = (replace(base, count=num_stages),)
+    if not isinstance(devices, Cluster):
+        devices = Cluster(tuple(known if devices is None else devices), links=(link,))
+    if memory is not None:
+        devices = replace(devices, devices=tuple(replace(device, memory=memory) if device.pays_link else device
+                                                 for device in devices.devices))
+    if devices.ordered:
+        devices = replace(devices, devices=tuple(replace(device, count=1) for device in devices.devices
+                                                 for _ in range(device.count)))
+    if num_stages is not None and devices.num_devices != num_stages:
+        raise PartitionError(f"num_stages is {num_stages} but there are {devices.num_devices} devices; give one of them")
+    return devices
+
+
+def _only_class(graph: nx.DiGraph) -> str:
+    """The device class that the costs name, if they name exactly one."""
+    names = {name for _, data in graph.nodes(data=True) if isinstance(data.get("forward"), dict)
+             for name in data["forward"]}
+    return names.pop() if len(names) == 1 else "device"
+
+
+def _device_index(problem: Problem, cluster: Cluster, level: int) -> int:
+    if cluster.ordered:
+        return level
+    return cluster.devices.index(problem.levels[level].device)
+
+
+def _check_size(graph: nx.DiGraph, problem: Problem) -> None:
+    if problem.must_hold is None:
+        return
+    have = int(problem.must_hold.sum())
+    if have < problem.num_stages:
+        kind = "with parameters " if problem.has_parameters.any() else ""
+        raise PartitionError(f"the model has {have} cuttable nodes {kind}but {problem.num_stages} stages were asked for; "
+                             f"try num_stages={max(have, 1)}" + ("" if have > 1 else " (or allow_empty=True)"))
+
+
+def _solve(problem: Problem, prefer_single_tensor: float) -> Solution:
+    """Best cuts over several orders, with the simple bound."""
+    bound, proof = simple_bound(problem)
+    best, tables = None, []
+    for order in candidate_orders(problem):
+        ordered = reorder(problem, order)
+        if len(ordered) > LONG:
+            ordered = merge_runs(ordered, promising_positions(ordered, WINDOWS))
+        loads = {kind: segment_loads(ordered, kind) for kind in set(problem.levels)}
+        cuts = best_cuts(ordered, loads)
+        tables.append((ordered, loads))
+        if cuts is not None and (best is None or cuts.bottleneck * SAME < best[1].bottleneck):
+            best = ordered, cuts
+        if best is not None and best[1].bottleneck <= bound * SAME:
+            break
+    if best is None:
+        raise InfeasibleError(f"no cut into {problem.num_stages} stages fits; try more stages or more memory")
+    if prefer_single_tensor > 0:
+        best = _fewest_tensors(tables, best[1].bottleneck * (1 + prefer_single_tensor)) or best
+    ordered, cuts = best
+    stages = tuple(sum(ordered.items[a:b], ()) for a, b in zip(cuts.positions, cuts.positions[1:]))
+    return Solution(stages, cuts.levels, cuts.bottleneck, bound, proof)
+
+
+def _fewest_tensors(tables: list, limit: float) -> tuple[Problem, Cuts] | None:
+    """Cuts within ``limit`` whose boundaries carry as few tensors as possible, then the lowest bottleneck."""
+    counts = [crossing_tensors(ordered) for ordered, _ in tables]
+    for most in np.unique(np.concatenate(counts)):
+        found = None
+        for (ordered, loads), count in zip(tables, counts):
+            cuts = best_cuts(ordered, loads, np.flatnonzero(count <= most))
+            if cuts is not None and cuts.bottleneck <= limit and (found is None or
+                                                                  cuts.bottleneck * SAME < found[1].bottleneck):
+                found = ordered, cuts
+        if found is not None:
+            return found
+    return None
