@@ -84,6 +84,12 @@ def microbatch_weights(model, parts, loss_fn=None, targets=None) -> list[float]:
     return [count / sum(counts) for count in counts]
 
 
+def row_weights(batch: Batch, num_microbatches: int) -> list[float]:
+    """Each micro-batch's share of the rows."""
+    counts = [num_rows(part) for part in split_batch(batch, num_microbatches)]
+    return [count / sum(counts) for count in counts]
+
+
 def reference_step(model: torch.nn.Module, batch: Batch, num_microbatches: int,
                    weights: Sequence[float] | None = None, loss_fn: Callable | None = None,
                    target: object = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
