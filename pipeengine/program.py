@@ -1,0 +1,229 @@
+"""From a schedule to a program: the messages between workers, placed; and the proof that it completes.
+
+``lower`` puts every send and receive along one total order of events in time, so that order is safe on one
+in-order channel and fast on many. ``check`` trusts nobody, not even ``lower``.
+"""
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Sequence
+
+import numpy as np
+
+from pipeengine.check import check_messages, check_schedule
+from pipeengine.errors import ScheduleError
+from pipeengine.schedules.form import Edge, Lane, Schedule, Topology
+from pipeengine.timeline import OPS, RA, RG, SA, SG, Costs, simulate, tables
+
+WINDOW = 2
+"""Receives of one boundary that may be posted before the oldest of them is consumed."""
+
+
+class Action(NamedTuple):
+    """One line of a program. ``peer`` is the other stage of a message, -1 for computation."""
+    op: str
+    stage: int
+    microbatch: int
+    peer: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.op}{self.microbatch}" + (f"@{self.peer}" if self.peer >= 0 else "")
+
+
+class ProgramLane(NamedTuple):
+    """What one worker does, in order, as columns; ``op`` indexes ``timeline.OPS``."""
+    op: np.ndarray
+    stage: np.ndarray
+    microbatch: np.ndarray
+    peer: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A schedule with its messages: per worker, what to compute, send and post a receive for, in order.
+
+    ``planned`` may hold a time per line under which the order is one order of events in time; ``check`` verifies it
+    and is then faster.
+    """
+    name: str
+    topology: Topology
+    num_microbatches: int
+    edges: tuple[Edge, ...]
+    lanes: tuple[ProgramLane, ...]
+    planned: tuple[np.ndarray, ...] | None = None
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The computations alone."""
+        kept = (lane.op < SA for lane in self.lanes)
+        lanes = tuple(Lane(lane.op[keep], lane.stage[keep], lane.microbatch[keep])
+                      for lane, keep in zip(self.lanes, kept))
+        return Schedule(self.name, self.topology, self.num_microbatches, lanes)
+
+    @property
+    def num_actions(self) -> int:
+        return sum(len(lane.op) for lane in self.lanes)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Where each lane begins in ``columns``, and their length last."""
+        return np.concatenate([[0], np.cumsum([len(lane.op) for lane in self.lanes])]).astype(np.int64)
+
+    @cached_property
+    def columns(self) -> ProgramLane:
+        """All lanes one after another."""
+        return ProgramLane(*(np.concatenate(column) for column in zip(*self.lanes)))
+
+    def actions(self, worker: int) -> list[Action]:
+        """``worker``'s lines in order."""
+        return [Action(OPS[op], *rest) for op, *rest in zip(*(column.tolist() for column in self.lanes[worker]))]
+
+    def to_text(self) -> str:
+        """One line per worker, as a schedule's text, with messages as ``stage op micro-batch @ other stage``."""
+        return "".join(",".join(map(str, self.actions(worker))) + "\n" for worker in range(len(self.lanes)))
+
+
+    @classmethod
+    def from_text(cls, text: str, *, topology: Topology, edges: Sequence[Edge] | None = None, name: str = "custom",
+                  num_microbatches: int | None = None) -> Program:
+        """Read what ``to_text`` writes, or torch's lowered CSV (``0SEND_F1``, between neighbouring stages)."""
+        rows = [[_cell(cell) for cell in row.split(",") if cell.strip()] for row in text.strip().splitlines()]
+        lanes = tuple(ProgramLane(*(np.array(column, kind) for column, kind in
+                                    zip(zip(*row) if row else ((),) * 4, (np.uint8, *(np.int32,) * 3))))
+                      for row in rows)
+        if num_microbatches is None:
+            num_microbatches = 1 + max(int(lane.microbatch.max(initial=-1)) for lane in lanes)
+        return cls(name, topology, num_microbatches, tuple(topology.chain() if edges is None else edges), lanes)
+
+
+_TORCH = {"SEND_F": (SA, 1), "RECV_F": (RA, -1), "SEND_B": (SG, -1), "RECV_B": (RG, 1)}
+
+
+def _cell(cell: str) -> tuple[int, int, int, int]:
+    match = re.fullmatch(r"\s*(\d+)(SA|RA|SG|RG|[FBIW]|SEND_[FB]|RECV_[FB])(\d+)(?:@(\d+))?\s*", cell)
+    if match is None:
+        raise ScheduleError(f"{cell.strip()!r} is no line of a program; one is a stage, an operation and a micro-batch, "
+                            "such as 0F3, with the other stage for a message, such as 0SA3@1")
+    stage, op, microbatch, peer = int(match[1]), match[2], int(match[3]), match[4]
+    if op in _TORCH:
+        code, step = _TORCH[op]
+        return code, stage, microbatch, stage + step
+    return OPS.index(op), stage, microbatch, -1 if peer is None else int(peer)
+
+
+class _Messages(NamedTuple):
+    """All messages of a program, one entry each."""
+    grad: np.ndarray
+    source: np.ndarray
+    target: np.ndarray
+    microbatch: np.ndarray
+    time: np.ndarray
+    sender: np.ndarray
+    receiver: np.ndarray
+
+
+def lower(schedule: Schedule, edges: Sequence[Edge] | None = None, costs: Costs | None = None, *,
+          window: int = WINDOW) -> Program:
+    """``schedule`` with a send and a receive for every edge and micro-batch that crosses workers.
+
+    Each message is one event at its producer's end (later when ``window`` earlier ones of its edge still wait to be
+    consumed); each worker's messages are in the order of these events, which is why no channel policy can deadlock.
+    A receive stands one computation ahead of its event, so that it is posted while that computation runs.
+    """
+    edges = tuple(schedule.topology.chain() if edges is None else edges)
+    topology, crossing = schedule.topology, []
+    for edge in edges:
+        if not 0 <= edge.source < edge.target < topology.num_stages:
+            raise ScheduleError(f"edge from stage {edge.source} to {edge.target} of {topology.num_stages}; "
+                                "edges lead from a stage to a later one")
+        if topology.worker_of[edge.source] != topology.worker_of[edge.target]:
+            crossing.append(edge)
+    timeline = simulate(schedule, _never_free(costs or Costs.uniform(topology)), edges)
+    messages = _events(schedule, crossing, timeline.start, timeline.end, window)
+    lanes, planned = zip(*(_place(schedule, worker, messages, timeline.start)
+                           for worker in range(topology.num_workers)))
+    return Program(schedule.name, topology, schedule.num_microbatches, edges, lanes, planned)
+
+
+def _never_free(costs: Costs) -> Costs:
+    """``costs`` without ends of steps, and with no time at zero: two events in a row must not fall together."""
+    least = 1e-3 * max(costs.forward + costs.backward + (1e-9,))
+    times = {name: tuple(max(x, least) for x in getattr(costs, name))
+             for name in ("forward", "input_grad", "weight_grad", "backward")}
+    return Costs(**times, hop=costs.hop, bandwidth=costs.bandwidth, edge_bytes=costs.edge_bytes)
+
+
+def _events(schedule: Schedule, edges: Sequence[Edge], start: np.ndarray, end: np.ndarray, window: int) -> _Messages:
+    forward, backward, _ = tables(schedule)
+    worker_of, parts = schedule.topology.worker_of, []
+    for grad, table in ((0, forward), (1, backward)):
+        for edge in edges:
+            if not (edge.gradient if grad else edge.activation):
+                continue
+            giver, taker = (edge.target, edge.source) if grad else (edge.source, edge.target)
+            microbatch = np.flatnonzero((table[giver] >= 0) & (table[taker] >= 0))
+            time = _delayed(end[table[giver][microbatch]], start[table[taker][microbatch]], window)
+            parts.append((np.full(len(microbatch), grad), edge.source, edge.target, microbatch, time,
+                          worker_of[giver], worker_of[taker]))
+    if not parts:
+        return _Messages(*(np.zeros(0, np.int64) for _ in range(4)), np.zeros(0), *(np.zeros(0, np.int64),) * 2)
+    sizes = [len(part[0]) for part in parts]
+    return _Messages(*(np.concatenate(column) if isinstance(column[0], np.ndarray) else np.repeat(column, sizes)
+                       for column in zip(*parts)))
+
+
+def _delayed(produced: np.ndarray, consumed: np.ndarray, window: int) -> np.ndarray:
+    """Event times: when produced, but not before the ``window``-th earlier one of this edge begins to be consumed."""
+    if len(produced) <= window:
+        return produced
+    order = np.argsort(consumed, kind="stable")
+    time = produced.copy()
+    time[order[window:]] = np.maximum(produced[order[window:]], consumed[order[:-window]])
+    return time
+
+
+def _place(schedule: Schedule, worker: int, messages: _Messages, start: np.ndarray) -> tuple[ProgramLane, np.ndarray]:
+    """One worker's lane: its computations with its messages put between them, and the planned time of each line."""
+    begin = start[schedule.starts[worker]:schedule.starts[worker + 1]]
+    mine = np.flatnonzero((messages.sender == worker) | (messages.receiver == worker))
+    mine = mine[np.argsort(messages.time[mine], kind="stable")]
+    grad, source, target, microbatch, time, sender, _ = (column[mine] for column in messages)
+    sends = sender == worker
+    gap = np.searchsorted(begin, time, side="left")
+    gap = np.maximum.accumulate(np.where(sends, gap, np.maximum(gap - 1, 0))) if len(gap) else gap
+    at_source = sends != (grad == 1)
+    place = gap + np.arange(len(gap))
+    computes = np.ones(len(begin) + len(place), bool)
+    computes[place] = False
+    op = np.where(sends, np.where(grad == 1, SG, SA), np.where(grad == 1, RG, RA))
+    columns = [op, np.where(at_source, source, target), microbatch, np.where(at_source, target, source)]
+    lane = []
+    for column, own in zip(columns, (*schedule.lanes[worker], np.full(len(begin), -1))):
+        merged = np.empty(len(computes), np.uint8 if not lane else np.int32)
+        merged[place], merged[computes] = column, own
+        lane.append(merged)
+    planned = np.empty(len(computes))
+    planned[place], planned[computes] = time, begin
+    return ProgramLane(*lane), planned
+
+
+def check(order: Schedule | Program, *, edges: Sequence[Edge] | None = None, max_peak: float | Sequence[float] | None = None,
+          costs: Costs | None = None) -> None:
+    """Raise ``ScheduleError`` unless ``order`` completes, whatever the times.
+
+    Every action once and on the worker that owns its stage; every dependency reachable; peak activations (of
+    ``costs``, else in micro-batches of a whole worker) at most ``max_peak``. A program also: every message sent
+    and received once, in the same order by both workers of each pair, and no deadlock even when each send blocks
+    until it is received and all messages of a worker share one in-order channel.
+    """
+    schedule = order if isinstance(order, Schedule) else order.schedule
+    if edges is None:
+        edges = order.topology.chain() if isinstance(order, Schedule) else order.edges
+    check_schedule(schedule, tuple(edges), max_peak, costs)
+    if isinstance(order, Program):
+        check_messages(order, tuple(edges))
+
+
+__all__ = ["Action", "Edge", "Program", "ProgramLane", "check", "lower"]

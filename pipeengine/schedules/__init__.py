@@ -1,0 +1,68 @@
+"""Pipeline schedules as data: per worker, the order in which it runs its actions.
+
+``build`` makes one by name; ``SCHEDULES`` is the table; a new schedule is one function and one line here.
+"""
+from __future__ import annotations
+
+from difflib import get_close_matches
+from inspect import signature
+from typing import Callable
+
+from pipeengine.errors import ScheduleError
+from pipeengine.schedules.form import LETTERS, B, Edge, F, I, Lane, Schedule, Topology, W
+from pipeengine.schedules.linear import forward_schedule, gpipe, one_f_one_b
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+}
+
+
+def build(schedule: str | Callable[..., Schedule] | Schedule, *, num_workers: int, num_microbatches: int,
+          stages_per_worker: int | None = None, costs: object = None) -> Schedule:
+    """The schedule that a name, a function or a schedule stands for, for these numbers.
+
+    A function is called with ``num_workers`` and ``num_microbatches``, and with ``stages_per_worker`` and
+    ``costs`` where it takes them.
+    """
+    if isinstance(schedule, Schedule):
+        return _same_numbers(schedule, num_workers, num_microbatches)
+    if num_workers < 1 or num_microbatches < 1:
+        raise ScheduleError(f"{num_workers} workers and {num_microbatches} micro-batches; give at least one of each")
+    function = _named(schedule) if isinstance(schedule, str) else schedule
+    return function(num_workers, num_microbatches, **_options(function, stages_per_worker, costs))
+
+
+def _named(name: str) -> Callable[..., Schedule]:
+    if name not in SCHEDULES:
+        nearest = get_close_matches(name.lower(), SCHEDULES, 1, 0.3)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise ScheduleError(f"unknown schedule {name!r}; {hint}known: {', '.join(SCHEDULES)}")
+    return SCHEDULES[name]
+
+
+def _options(function: Callable[..., Schedule], stages_per_worker: int | None, costs: object) -> dict[str, object]:
+    takes = signature(function).parameters
+    options: dict[str, object] = {}
+    if "stages_per_worker" in takes:
+        if stages_per_worker is not None:
+            options["stages_per_worker"] = stages_per_worker
+    elif stages_per_worker not in (None, 1):
+        several = [name for name, known in SCHEDULES.items() if "stages_per_worker" in signature(known).parameters]
+        raise ScheduleError(f"schedule {function.__name__} fixes the number of stages per worker, "
+                            f"{stages_per_worker} were asked for; those that take it: {', '.join(several)}")
+    if "costs" in takes and costs is not None:
+        options["costs"] = costs
+    return options
+
+
+def _same_numbers(schedule: Schedule, num_workers: int, num_microbatches: int) -> Schedule:
+    has = schedule.topology.num_workers, schedule.num_microbatches
+    if has != (num_workers, num_microbatches):
+        raise ScheduleError(f"schedule {schedule.name} is for {has[0]} workers and {has[1]} micro-batches, the run has "
+                            f"{num_workers} and {num_microbatches}; build it again for these")
+    return schedule
+
+
+__all__ = ["B", "Edge", "F", "I", "LETTERS", "Lane", "SCHEDULES", "Schedule", "Topology", "W", "build",
+           "forward_schedule", "gpipe", "one_f_one_b"]

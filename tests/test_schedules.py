@@ -1,0 +1,77 @@
+"""Laws that every schedule keeps, for many sizes; then exact pictures."""
+import pytest
+
+from pipeengine.errors import ScheduleError
+from pipeengine.program import check
+from pipeengine.schedules import SCHEDULES, Schedule, Topology, build, forward_schedule
+
+SIZES = [(p, m) for p in (1, 2, 3, 4, 6) for m in (1, 2, 3, 5, 8, 12)]
+
+
+def made(name: str, num_workers: int, num_microbatches: int) -> Schedule:
+    """The schedule, or a skip where these numbers are not its own."""
+    try:
+        return build(name, num_workers=num_workers, num_microbatches=num_microbatches)
+    except ScheduleError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_completes(name, size):
+    check(made(name, *size))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_text_goes_both_ways(name):
+    schedule = made(name, 4, 8)
+    again = Schedule.from_text(schedule.to_text(), topology=schedule.topology)
+    assert again == schedule
+    if schedule.topology.num_routes == 1:
+        assert Schedule.from_text(schedule.to_text()) == schedule
+
+
+def test_gpipe_picture():
+    assert build("gpipe", num_workers=2, num_microbatches=2).to_text() == "0F0,0F1,0B0,0B1\n1F0,1F1,1B0,1B1\n"
+
+
+def test_one_f_one_b_picture():
+    assert build("1f1b", num_workers=3, num_microbatches=4).to_text() == (
+        "0F0,0F1,0F2,0B0,0F3,0B1,0B2,0B3\n"
+        "1F0,1F1,1B0,1F2,1B1,1F3,1B2,1B3\n"
+        "2F0,2B0,2F1,2B1,2F2,2B2,2F3,2B3\n")
+
+
+@pytest.mark.parametrize("topology", [Topology.linear(3), Topology.looped(2, 3), Topology.v(3), Topology.bidirectional(2)])
+def test_forward_only_completes(topology):
+    check(forward_schedule(topology.num_workers, 4, topology))
+
+
+def test_topologies():
+    assert Topology.looped(2, 2).worker_of == (0, 1, 0, 1)
+    assert Topology.v(3).worker_of == (0, 1, 2, 2, 1, 0)
+    assert Topology.v(3).stages_of(1) == (1, 4)
+    assert Topology.bidirectional(2).stages_of(0) == (0, 3)
+
+
+def test_own_function_and_own_schedule_are_accepted():
+    def mine(num_workers, num_microbatches):
+        return Schedule.from_text("0F0,0B0\n1F0,1B0\n", name="mine")
+    assert build(mine, num_workers=2, num_microbatches=1).name == "mine"
+    assert build(mine(2, 1), num_workers=2, num_microbatches=1).name == "mine"
+    with pytest.raises(ScheduleError, match="2 workers and 1 micro-batches, the run has 3 and 1"):
+        build(mine(2, 1), num_workers=3, num_microbatches=1)
+
+
+def test_unknown_name_is_told_the_nearest():
+    with pytest.raises(ScheduleError, match="did you mean '1f1b'.*known: gpipe, 1f1b"):
+        build("1f1", num_workers=2, num_microbatches=2)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("0F0,0X0", "cell 2 is '0X0'"),
+    ("0F0,0B0\n2F0,2B0", "no line runs stage 1"),
+])
+def test_text_that_is_no_schedule(text, message):
+    with pytest.raises(ScheduleError, match=message):
+        Schedule.from_text(text)
