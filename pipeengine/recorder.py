@@ -138,7 +138,6 @@ class Recorder(TorchFunctionMode):
                 if name in real_buffers:
                     self._real[value] = real_buffers[name]
             self._attribute_value[name] = value
-        self._module_values = {module: self._attributes_below(module) for module in self._paths}
 
     def _attributes_below(self, module: torch.nn.Module) -> tuple[int, ...]:
         found = [self._value_of.get(id(t)) for t in
@@ -444,7 +443,7 @@ class Recorder(TorchFunctionMode):
     def _whole(self, original, module, path: str, args: tuple, kwargs: dict) -> object:
         """Call a module as one node: a leaf of torch.nn, or one that must not be opened."""
         scope = self._scope(path)
-        attributes = self._module_values[module]
+        attributes = self._attributes_below(module)
         strange = [x for x in leaves((args, kwargs)) if not isinstance(x, torch.Tensor) and not _is_shareable(x)]
         if strange:
             raise CaptureError(

@@ -81,7 +81,7 @@ class _Writer:
             if node.modes != modes:
                 modes = node.modes
                 if modes != self._recording.modes:
-                    lines.append(f"    with {self._name(_Switch(modes), 'with')}:")
+                    lines.append(f"    with {self._name(switch(modes), 'with')}:")
             indent = "    " if modes == self._recording.modes else "        "
             lines += [indent + line for line in self._node(node)]
             if last[index]:
@@ -170,7 +170,7 @@ def _recomputed(module: Callable, *args, **kwargs):
     return checkpoint(module, *args, use_reentrant=False, **kwargs)
 
 
-class _Switch:
+class switch:
     """A context that sets the modes a node was recorded under; enters any number of times."""
 
     def __init__(self, modes: Modes):

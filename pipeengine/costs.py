@@ -1,0 +1,104 @@
+"""From a recording to a cost graph: what every node takes, in seconds and bytes."""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import networkx
+
+from pipeengine.dataflow import Dataflow
+from pipeengine.recording import Node, Recording, node_refs
+
+Seconds = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class DeviceDescription:
+    """A device as the analytic cost model sees it: peak rates that real kernels reach, and the cost of starting one."""
+
+    flops_per_second: float = 5e10
+    bytes_per_second: float = 1e10
+    seconds_per_operation: float = 5e-6
+
+
+def analytic(flow: Dataflow, device: DeviceDescription = DeviceDescription()) -> dict[int, Seconds]:
+    """Forward and backward seconds per placed node from FLOPs and bytes (the roofline of Williams et al., CACM 2009)."""
+    return {index: estimate(flow.recording, flow.recording.nodes[index], device) for index in flow.placed}
+
+
+def estimate(recording: Recording, node: Node, device: DeviceDescription) -> Seconds:
+    """Forward and backward seconds of one node. Backward does the work once per input that needs a gradient."""
+    forward = device.seconds_per_operation + max(node.cost.flops / device.flops_per_second,
+                                                 node.cost.bytes / device.bytes_per_second)
+    if not any(recording.values[v].spec.requires_grad for v in node.results):
+        return forward, 0.0
+    wanted = sum(1 for v in node_refs(node) if recording.values[v].spec.requires_grad)
+    return forward, forward * (min(wanted, 2) + node.recompute)
+
+
+def cost_graph(flow: Dataflow, seconds: Mapping[int, Seconds]) -> networkx.DiGraph:
+    """The cost graph of the placed nodes, for ``partitioners``. Names are stable from one recording to the next."""
+    recording = flow.recording
+    graph = networkx.DiGraph()
+    readers = Counter(v for index in flow.placed for v in set(node_refs(recording.nodes[index])))
+    labels = _group_labels(flow)
+    counted: set[int] = set()
+    carrier: dict[int, str] = {}                # value -> the graph node that stands for it
+    for index in flow.placed:
+        node = recording.nodes[index]
+        used = [v for v in node.results if readers[v] or v in flow.goals]
+        graph.add_node(node.name, **_attributes(recording, node, readers, seconds.get(index, (0.0, 0.0)), counted),
+                       order=index, label=_label(node))
+        if index in labels or len(used) > 1:
+            graph.nodes[node.name]["colocate"] = labels.setdefault(index, node.name)
+        carriers = [node.name] if len(used) == 1 else [recording.values[v].name for v in used]
+        for value, name in zip(used, carriers):
+            carrier[value] = name
+            if name != node.name:
+                graph.add_node(name, forward=0.0, backward=0.0, colocate=labels[index], order=index, label=_label(node))
+                graph.add_edge(node.name, name)
+            graph.nodes[name]["output_bytes"] = recording.values[value].spec.bytes
+            graph.nodes[name]["gradient"] = value in flow.wants_gradient
+    _add_edges(graph, flow, carrier)
+    return graph
+
+
+def _add_edges(graph: networkx.DiGraph, flow: Dataflow, carrier: dict[int, str]) -> None:
+    for index in flow.placed:
+        node = flow.recording.nodes[index]
+        for value in node_refs(node):
+            if value in carrier and carrier[value] != node.name:
+                graph.add_edge(carrier[value], node.name)
+
+
+def _group_labels(flow: Dataflow) -> dict[int, str]:
+    """Node -> the label of its group; groups that overlap are one."""
+    label: dict[int, str] = {}
+    for group in flow.groups:
+        known = {label[n] for n in group if n in label}
+        chosen = min(known) if known else flow.recording.nodes[min(group)].name
+        for n, old in list(label.items()):
+            if old in known:
+                label[n] = chosen
+        label.update(dict.fromkeys(group, chosen))
+    return label
+
+
+def _attributes(recording: Recording, node: Node, readers: Counter, seconds: Seconds, counted: set[int]) -> dict:
+    own, shared = 0, {}
+    for value in dict.fromkeys(node_refs(node)):
+        made = recording.values[value]
+        if made.kind == "attribute" and readers[value] > 1:
+            shared[made.name] = made.spec.bytes
+        elif made.kind == "attribute":
+            own += made.spec.bytes
+    kept = sum(size for storage, size in node.cost.saved if storage not in counted)
+    counted.update(storage for storage, _ in node.cost.saved)
+    return {"forward": float(seconds[0]), "backward": float(seconds[1]), "param_bytes": own, "shared": shared,
+            "activation_bytes": kept, "output_bytes": 0, "gradient": False}
+
+
+def _label(node: Node) -> str:
+    path, _, operation = node.name.partition(":")
+    return f"{path or 'model'} ({operation})" if operation else path

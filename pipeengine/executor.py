@@ -1,0 +1,216 @@
+"""Run a program on one worker: the only place that acts on the order of a schedule."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+from pipeengine import wire
+from pipeengine.recording import Recording
+from pipeengine.split import Link, Part, Split
+from pipeengine.stage import Compiled, Draw
+
+
+@dataclass(frozen=True)
+class Route:
+    """A link, ready for the executor: its layouts, and where its values stand."""
+
+    source: int
+    target: int
+    form: wire.Layout
+    gradient_form: wire.Layout
+    positions: tuple[int, ...]                  # of its values among the returns of the source
+    gradient_positions: tuple[int, ...]         # among the roots of the source's backward
+    received: tuple[int, ...]                   # of the values that want a gradient, among all the target receives
+
+
+@dataclass(frozen=True)
+class Runnable:
+    """One stage of one recording, ready for the executor."""
+
+    run: object
+    inputs: tuple[int, ...]
+    receives: tuple[Route, ...]
+    sends: tuple[Route, ...]
+    wants: tuple[bool, ...]
+    roots: tuple[int, ...]                      # positions among the returns from which backward starts
+    loss: int | None
+    loss_root: int | None
+    random: bool
+    keeps: tuple[int, ...]                      # positions of the returns that are kept as the model's output
+
+
+def make_runnable(compiled: Compiled, split: Split, *, outputs: tuple[int, ...] = ()) -> Runnable:
+    """Work out every position that running the part will need."""
+    part, recording = compiled.part, split.recording
+    at = {value: index for index, value in enumerate(part.returns)}
+    training = not outputs
+    roots = list(dict.fromkeys(v for link in part.sends for v in link.gradients)) if training else []
+    has_loss = split.loss_stage == part.stage
+    if has_loss and training:
+        roots.append(recording.loss)
+    return Runnable(
+        compiled.run, compiled.inputs, tuple(_route(recording, link, part, roots, at) for link in part.receives),
+        tuple(_route(recording, link, part, roots, at) for link in part.sends), compiled.needs_gradient,
+        tuple(at[v] for v in roots), at[recording.loss] if has_loss else None,
+        roots.index(recording.loss) if has_loss and training else None, compiled.random,
+        tuple(at[v] for v in outputs if v in at))
+
+
+def _route(recording: Recording, link: Link, part: Part, roots: list[int], at: dict[int, int]) -> Route:
+    specs = [recording.values[v].spec for v in link.values]
+    arrived = [v for other in part.receives for v in other.values]
+    outgoing = link.source == part.stage
+    return Route(link.source, link.target, wire.layout(specs), wire.layout([recording.values[v].spec for v in link.gradients]),
+                 tuple(at[v] for v in link.values) if outgoing else (),
+                 tuple(roots.index(v) for v in link.gradients) if outgoing and roots else (),
+                 () if outgoing else tuple(arrived.index(v) for v in link.gradients))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One micro-batch: its tensors, the runnable of each own stage, its weight and the key of its random numbers."""
+
+    inputs: Sequence[torch.Tensor]
+    stages: dict[int, Runnable]
+    weight: float
+    key: int | None
+    links: frozenset[tuple[int, int]]
+
+
+class Executor:
+    """Runs the actions of one worker. ``records`` holds (op, stage, microbatch, start, end) of the last step, in seconds."""
+
+    def __init__(self, transport, draw: Draw):
+        self._transport, self._draw = transport, draw
+        self._do = {"F": self._forward, "B": self._backward, "SA": self._send_activation, "RA": self._post_activation,
+                    "SG": self._send_gradient, "RG": self._post_gradient}
+        self.records: list[tuple[str, int, int, float, float]] = []
+        self.position: tuple = ()
+
+    def run(self, actions: Sequence[tuple], tasks: Sequence[Task]) -> None:
+        """Do ``actions`` in order for the micro-batches ``tasks``. Afterwards ``loss`` and ``outputs`` are set."""
+        self._tasks = tasks
+        self._ready: dict[tuple, list] = {}         # what a send will carry
+        self._saved: dict[tuple[int, int], tuple] = {}
+        self.loss: torch.Tensor | None = None
+        self.outputs: dict[int, list] = {}
+        self.records.clear()
+        do = self._do
+        try:
+            for action in actions:
+                self.position = action
+                op, stage, microbatch, peer = action
+                do[op](stage, microbatch, peer)
+            self._transport.finish()
+        finally:
+            self._saved.clear()
+            self._ready.clear()
+            self._tasks = ()
+
+    # -- computing --------------------------------------------------------------------------------------------------
+
+    def _forward(self, stage: int, microbatch: int, peer: int) -> None:
+        task = self._tasks[microbatch]
+        runnable = task.stages[stage]
+        received: list[torch.Tensor] = []
+        for route in runnable.receives:
+            received += self._transport.take(wire.ACTIVATION, route.source, route.target, microbatch, route.form)
+        start = perf_counter()
+        grad = torch.is_grad_enabled()
+        for tensor, wants in zip(received, runnable.wants):
+            if wants and grad:
+                tensor.requires_grad_()
+        inputs = task.inputs
+        if runnable.random:
+            states = self._draw.enter(task.key)
+            try:
+                made = runnable.run(*[inputs[i] for i in runnable.inputs], *received)
+            finally:
+                self._draw.leave(states)
+        else:
+            made = runnable.run(*[inputs[i] for i in runnable.inputs], *received)
+        for route in runnable.sends:
+            self._ready[wire.ACTIVATION, route.source, route.target, microbatch] = \
+                [made[i].detach() for i in route.positions], route
+        if runnable.loss is not None and task.weight:
+            share = made[runnable.loss].detach() * task.weight
+            self.loss = share if self.loss is None else self.loss + share
+        if grad:
+            # Only the edges are kept: an output that nobody saved for backward is freed once it is sent.
+            edges = [torch.autograd.graph.get_gradient_edge(made[i]) for i in runnable.roots]
+            leaves = [tensor if wants else None for tensor, wants in zip(received, runnable.wants)]
+            loss = made[runnable.loss].detach() if runnable.loss_root is not None else None
+            self._saved[stage, microbatch] = edges, leaves, loss
+        elif runnable.keeps:
+            self.outputs[microbatch] = [made[i] for i in runnable.keeps]
+        self.records.append(("F", stage, microbatch, start, perf_counter()))
+        self._hand_over(runnable, microbatch)
+
+    def _backward(self, stage: int, microbatch: int, peer: int) -> None:
+        task = self._tasks[microbatch]
+        runnable = task.stages[stage]
+        edges, leaves, loss = self._saved.pop((stage, microbatch))
+        gradients: list[torch.Tensor | None] = [None] * len(edges)
+        for route in runnable.sends:
+            if route.gradient_positions:
+                arrived = self._transport.take(wire.GRADIENT, route.source, route.target, microbatch, route.gradient_form)
+                for position, gradient in zip(route.gradient_positions, arrived):
+                    held = gradients[position]
+                    gradients[position] = gradient if held is None else held + gradient
+        start = perf_counter()
+        if loss is not None:
+            gradients[runnable.loss_root] = torch.full_like(loss, task.weight)
+        if edges:
+            torch.autograd.backward(edges, gradients)
+        for route in runnable.receives:
+            if route.received:
+                self._ready[wire.GRADIENT, route.source, route.target, microbatch] = \
+                    [_take_gradient(leaves[i]) for i in route.received], route
+        self.records.append(("B", stage, microbatch, start, perf_counter()))
+        self._hand_back(runnable, microbatch)
+
+    # -- messages ---------------------------------------------------------------------------------------------------
+
+    def _hand_over(self, runnable: Runnable, microbatch: int) -> None:
+        """Give values to stages of this same worker: those have no message in the program."""
+        for route in runnable.sends:
+            if self._is_here(route.source, route.target):
+                self._send_activation(route.source, microbatch, route.target)
+
+    def _hand_back(self, runnable: Runnable, microbatch: int) -> None:
+        for route in runnable.receives:
+            if route.received and self._is_here(route.source, route.target):
+                self._send_gradient(route.target, microbatch, route.source)
+
+    def _is_here(self, source: int, target: int) -> bool:
+        stages = self._tasks[0].stages
+        return source in stages and target in stages
+
+    def _send_activation(self, stage: int, microbatch: int, peer: int) -> None:
+        found = self._ready.pop((wire.ACTIVATION, stage, peer, microbatch), None)
+        if found is not None:
+            self._transport.send(wire.ACTIVATION, stage, peer, microbatch, found[0], found[1].form)
+
+    def _send_gradient(self, stage: int, microbatch: int, peer: int) -> None:
+        found = self._ready.pop((wire.GRADIENT, peer, stage, microbatch), None)
+        if found is not None:
+            self._transport.send(wire.GRADIENT, peer, stage, microbatch, found[0], found[1].gradient_form)
+
+    def _post_activation(self, stage: int, microbatch: int, peer: int) -> None:
+        for route in self._tasks[microbatch].stages[stage].receives:
+            if route.source == peer:
+                self._transport.post(wire.ACTIVATION, peer, stage, microbatch, route.form)
+
+    def _post_gradient(self, stage: int, microbatch: int, peer: int) -> None:
+        for route in self._tasks[microbatch].stages[stage].sends:
+            if route.target == peer and route.gradient_positions:
+                self._transport.post(wire.GRADIENT, stage, peer, microbatch, route.gradient_form)
+
+
+def _take_gradient(leaf: torch.Tensor) -> torch.Tensor:
+    gradient = leaf.grad
+    leaf.grad = None
+    return torch.zeros_like(leaf) if gradient is None else gradient

@@ -1,0 +1,200 @@
+"""Measure what every node takes on the device at hand.
+
+Each distinct piece of work (same module settings, same shapes) is run once, alone, on made-up numbers: a model larger than the
+machine can still be measured, piece by piece.
+"""
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from pipeengine.costs import DeviceDescription, Seconds, estimate
+from pipeengine.dataflow import Dataflow
+from pipeengine.randomness import keyed
+from pipeengine.recording import Node, Recording, fill, refs
+from pipeengine.stage import switch
+from pipeengine.structure import tensors
+
+_MIN_REPEATS, _MAX_REPEATS, _BUDGET_SECONDS = 3, 20, 0.05
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds per placed node, and how they were had: the number of pieces run, and the names of nodes that had to be estimated."""
+
+    seconds: Mapping[int, Seconds]
+    pieces: int
+    estimated: tuple[str, ...]
+
+
+def measure(flow: Dataflow, model: torch.nn.Module, device: torch.device, *, cache: str | Path | None = None,
+            progress: Callable[[str], None] | None = None) -> Measured:
+    """Forward and backward seconds of every placed node: the minimum over repeats, which other load on the machine cannot lower.
+
+    ``cache`` names a JSON file that keeps results under what was measured, so that it is measured once.
+    """
+    recording = flow.recording
+    known = _read(cache)
+    found: dict[str, Seconds | None] = {}
+    seconds: dict[int, Seconds] = {}
+    missing: list[int] = []
+    start = perf_counter()
+    for count, index in enumerate(flow.placed):
+        node = recording.nodes[index]
+        key = signature(recording, node, model, device)
+        if key not in found:
+            found[key] = known[key] if key in known else _time(recording, node, model, device)
+        if found[key] is None:
+            missing.append(index)
+        else:
+            seconds[index] = found[key]
+        if progress is not None and perf_counter() - start > 2:
+            progress(f"measured {count + 1} of {len(flow.placed)} nodes")
+            start = perf_counter()
+    _fill_in(recording, seconds, missing)
+    if cache is not None:
+        known.update({key: value for key, value in found.items() if value is not None})
+        Path(cache).parent.mkdir(parents=True, exist_ok=True)
+        Path(cache).write_text(json.dumps(known))
+    return Measured(seconds, len(found), tuple(recording.nodes[n].name for n in missing))
+
+
+def _read(cache: str | Path | None) -> dict[str, Seconds]:
+    if cache is None or not Path(cache).exists():
+        return {}
+    return {key: tuple(value) for key, value in json.loads(Path(cache).read_text()).items()}
+
+
+def signature(recording: Recording, node: Node, model: torch.nn.Module, device: torch.device) -> str:
+    """Everything that the time of a node depends on, as text."""
+    def show(value: int) -> str:
+        spec = recording.values[value].spec
+        return f"{tuple(spec.shape)}{spec.stride}{spec.dtype}{'g' if spec.requires_grad else ''}"
+    if node.is_module:
+        module = model.get_submodule(node.target)
+        what = f"{type(module).__module__}.{type(module).__qualname__}({module.extra_repr()}){module.training}"
+        if node.target in recording.sealed:
+            what += repr(module)
+    else:
+        what = f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__qualname__', repr(type(node.target)))}"
+    arguments = repr(fill((node.args, node.kwargs), show))
+    attributes = ",".join(show(v) for v in node.attributes)
+    where = torch.get_device_module(device).get_device_name(device) if device.type != "cpu" else torch.get_num_threads()
+    return f"{what}|{arguments}|{attributes}|{node.modes}|{node.recompute}|{device.type}|{where}|{torch.__version__}"
+
+
+def _time(recording: Recording, node: Node, model: torch.nn.Module, device: torch.device) -> Seconds | None:
+    """Seconds of one node alone, or None when it cannot run alone."""
+    try:
+        with keyed(0, 0, 0, node.name, device), torch.enable_grad():
+            piece = _Piece(recording, node, model, device)
+            return piece.time()
+    except Exception:       # whatever it needs, it has it only inside the model: the caller estimates it
+        return None
+
+
+def _fill_in(recording: Recording, seconds: dict[int, Seconds], missing: list[int]) -> None:
+    """Estimate what could not run alone, at the rate that the rest has shown."""
+    reference = DeviceDescription()
+    ratios = [sum(time) / sum(guess) for index, time in seconds.items()
+              if sum(guess := estimate(recording, recording.nodes[index], reference)) > 0]
+    scale = statistics.median(ratios) if ratios else 1.0
+    for index in missing:
+        forward, backward = estimate(recording, recording.nodes[index], reference)
+        seconds[index] = forward * scale, backward * scale
+
+
+class _Piece:
+    """One node, set up to run alone."""
+
+    def __init__(self, recording: Recording, node: Node, model: torch.nn.Module, device: torch.device):
+        self._recording, self._node, self._device = recording, node, device
+        self._given: dict[int, torch.Tensor] = {}
+        for value in dict.fromkeys((*refs(node.args), *refs(node.kwargs))):
+            self._given[value] = self._make_up(value)
+        self._target = self._module(model) if node.is_module else node.target
+        self._differentiable = any(recording.values[v].spec.requires_grad for v in node.results)
+
+    def _make_up(self, value: int) -> torch.Tensor:
+        spec = self._recording.values[value].spec
+        real = self._recording.constants.get(value)
+        if real is not None:
+            return real.clone()
+        made = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=self._device)
+        return made.normal_(0, 0.02) if made.is_floating_point() or made.is_complex() else made.fill_(0)
+
+    def _module(self, model: torch.nn.Module) -> torch.nn.Module:
+        """A copy, so that the user's gradients and buffers stay as they are."""
+        module = model.get_submodule(self._node.target)
+        memo: dict = {}
+        for tensor in (*module.parameters(), *module.buffers()):
+            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device)
+            made = made.normal_(0, 0.02) if made.is_floating_point() else made.fill_(0)
+            if isinstance(tensor, torch.nn.Parameter):
+                made = torch.nn.Parameter(made, requires_grad=tensor.requires_grad)
+                made.grad = torch.zeros_like(made) if tensor.requires_grad else None
+            memo[id(tensor)] = made
+        return copy.deepcopy(module, memo)
+
+    def _arguments(self) -> tuple[tuple, dict, list[torch.Tensor]]:
+        leaves: list[torch.Tensor] = []
+        fresh: dict[int, torch.Tensor] = {}
+
+        def value_of(value: int) -> torch.Tensor:
+            if value not in fresh:
+                spec = self._recording.values[value].spec
+                tensor = self._given[value].detach()
+                if spec.requires_grad and self._differentiable:
+                    tensor.requires_grad_()
+                    leaves.append(tensor)
+                    if self._recording.values[value].kind == "attribute":
+                        tensor.grad = torch.zeros_like(tensor)      # accumulating is part of the work
+                    if self._node.writes:
+                        tensor = tensor.clone()
+                fresh[value] = tensor
+            return fresh[value]
+        return fill(self._node.args, value_of), fill(self._node.kwargs, value_of), leaves
+
+    def _synchronize(self) -> None:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+
+    def time(self) -> Seconds:
+        """Minimum of repeated runs, forward and backward apart."""
+        best_forward = best_backward = float("inf")
+        spent, repeats = 0.0, 0
+        while repeats < _MIN_REPEATS or (spent < _BUDGET_SECONDS and repeats < _MAX_REPEATS):
+            forward, backward = self._once()
+            if repeats or forward > 1:              # the first run warms up, unless it is long enough not to matter
+                best_forward, best_backward = min(best_forward, forward), min(best_backward, backward)
+            spent, repeats = spent + forward + backward, repeats + 1
+            if forward > 1:
+                break
+        return best_forward, best_backward
+
+    def _once(self) -> Seconds:
+        args, kwargs, _ = self._arguments()
+        with switch(self._node.modes):
+            self._synchronize()
+            start = perf_counter()
+            out = self._target(*args, **kwargs)
+            self._synchronize()
+            forward = perf_counter() - start
+        made = [t for t in tensors(out) if t.requires_grad]
+        if self._node.writes and not made:
+            made = [t for t in tensors((args, kwargs)) if t.grad_fn is not None]
+        if not self._differentiable or not made:
+            return forward, 0.0
+        gradients = [torch.ones_like(t) for t in made]
+        self._synchronize()
+        start = perf_counter()
+        torch.autograd.backward(made, gradients)
+        self._synchronize()
+        return forward, perf_counter() - start

@@ -1,0 +1,217 @@
+"""Carry values between workers: over torch.distributed, inside one process, or nowhere (to measure the engine alone)."""
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from time import perf_counter
+
+import torch
+import torch.distributed as dist
+
+from pipeengine import wire
+from pipeengine.errors import WorkerError
+
+
+class Waiter:
+    """The one place that blocks. It waits on a helper thread, so that Ctrl-C reaches the caller.
+
+    ``interrupted`` is asked now and then while waiting; when it returns an error, the wait ends with it.
+    """
+
+    def __init__(self, interrupted: Callable[[], Exception | None] = lambda: None, interval_seconds: float = 1.0):
+        self._todo: queue.SimpleQueue = queue.SimpleQueue()
+        self._interrupted, self._interval = interrupted, interval_seconds
+        self._thread: threading.Thread | None = None
+        self.seconds = 0.0
+
+    def wait(self, work: dist.Work) -> None:
+        """Return when ``work`` is done; raise what it raised."""
+        if work.is_completed():
+            work.wait()
+            return
+        start = perf_counter()
+        if self._thread is None:
+            self._thread = threading.Thread(target=_serve, args=(self._todo,), daemon=True, name="pipeengine-wait")
+            self._thread.start()
+        done: queue.SimpleQueue = queue.SimpleQueue()
+        self._todo.put((work, done))
+        del work
+        while True:
+            try:
+                error = done.get(timeout=self._interval)
+                break
+            except queue.Empty:
+                if (stop := self._interrupted()) is not None:
+                    raise stop from None
+        self.seconds += perf_counter() - start
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._todo.put(None)
+            self._thread = None
+
+
+def _serve(todo: queue.SimpleQueue) -> None:
+    while (task := todo.get()) is not None:
+        work, done = task
+        del task
+        try:
+            work.wait()
+            error = None
+        except BaseException as caught:         # handed to the thread that waits
+            error = caught.with_traceback(None)
+        del work
+        done.put(error)
+        del done
+
+
+class LocalTransport:
+    """All stages in one process: values are handed over as they are."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple, list[torch.Tensor]] = {}
+        self.messages = 0
+        self.bytes = 0
+
+    def begin(self, step: int, digest: int) -> None:
+        self._held.clear()
+
+    def post(self, kind: int, source: int, target: int, microbatch: int, form: wire.Layout) -> None:
+        pass
+
+    def send(self, kind: int, source: int, target: int, microbatch: int, tensors: list, form: wire.Layout) -> None:
+        self._held[kind, source, target, microbatch] = tensors
+
+    def take(self, kind: int, source: int, target: int, microbatch: int, form: wire.Layout) -> list[torch.Tensor]:
+        return self._held.pop((kind, source, target, microbatch))
+
+    def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._held.clear()
+
+
+class DistributedTransport:
+    """Point-to-point messages between the workers that hold two stages.
+
+    On gloo each message has a tag and a header that is checked. On backends without tags (NCCL) every ordered pair of workers
+    has a group of its own, and the order of messages, which the program proves equal on both sides, says what each one is.
+    """
+
+    def __init__(self, worker_of: Sequence[int], rank: int, ranks: Sequence[int], device: torch.device, backend: str,
+                 timeout: timedelta, waiter: Waiter):
+        self._worker_of, self._rank, self._ranks = tuple(worker_of), rank, tuple(ranks)
+        self._device, self._tagged, self._waiter = device, backend == "gloo", waiter
+        self._groups: dict[tuple[int, int], dist.ProcessGroup] = {}
+        if self._tagged:
+            group = dist.new_group(list(ranks), backend=backend, timeout=timeout)
+            self._groups = {(a, b): group for a in range(len(ranks)) for b in range(len(ranks))}
+        else:
+            for a in range(len(ranks)):
+                for b in range(len(ranks)):
+                    if a != b:
+                        self._groups[a, b] = dist.new_group([ranks[a], ranks[b]], backend=backend, timeout=timeout)
+        self._local = LocalTransport()
+        self._posted: dict[tuple, tuple[torch.Tensor, dist.Work]] = {}
+        self._sent: list[tuple[dist.Work, torch.Tensor]] = []
+        self._step, self._digest = 0, 0
+        self.messages, self.bytes = 0, 0
+
+    def begin(self, step: int, digest: int) -> None:
+        """A new step: everything sent from now on belongs to it."""
+        self._step, self._digest = step, digest
+
+    def _ends(self, kind: int, source: int, target: int) -> tuple[int, int]:
+        ends = self._worker_of[source], self._worker_of[target]
+        return ends if kind == wire.ACTIVATION else ends[::-1]
+
+    def _tag(self, kind: int, source: int, target: int, microbatch: int) -> int:
+        stages = len(self._worker_of)
+        return ((self._step % 2 * 2 + kind) * stages * stages + source * stages + target) * 65536 + microbatch % 65536
+
+    def post(self, kind: int, source: int, target: int, microbatch: int, form: wire.Layout) -> None:
+        """Make room for a message, so that it can arrive while this worker computes."""
+        sender, receiver = self._ends(kind, source, target)
+        if sender == receiver:
+            return
+        buffer = torch.empty(form.bytes, dtype=torch.uint8, device=self._device)
+        work = dist.irecv(buffer, src=self._ranks[sender], group=self._groups[sender, receiver],
+                          tag=self._tag(kind, source, target, microbatch) if self._tagged else 0)
+        self._posted[kind, source, target, microbatch] = buffer, work
+
+    def send(self, kind: int, source: int, target: int, microbatch: int, tensors: list, form: wire.Layout) -> None:
+        """Start sending; the buffer lives until the receiver has it."""
+        sender, receiver = self._ends(kind, source, target)
+        if sender == receiver:
+            self._local.send(kind, source, target, microbatch, tensors, form)
+            return
+        head = wire.header(self._step, microbatch, kind, source, target, form.bytes, self._digest) if self._tagged else None
+        buffer = wire.pack(tensors, form, head, self._device)
+        work = dist.isend(buffer, dst=self._ranks[receiver], group=self._groups[sender, receiver],
+                          tag=self._tag(kind, source, target, microbatch) if self._tagged else 0)
+        self._sent = [pair for pair in self._sent if not pair[0].is_completed()]
+        self._sent.append((work, buffer))
+        self.messages += 1
+        self.bytes += form.payload_bytes
+
+    def take(self, kind: int, source: int, target: int, microbatch: int, form: wire.Layout) -> list[torch.Tensor]:
+        """The values of a message; waits until it is here."""
+        sender, receiver = self._ends(kind, source, target)
+        if sender == receiver:
+            return self._local.take(kind, source, target, microbatch, form)
+        key = (kind, source, target, microbatch)
+        if key not in self._posted:
+            self.post(*key, form)
+        buffer, work = self._posted.pop(key)
+        self._waiter.wait(work)
+        if self._tagged:
+            wire.check_header(buffer, wire.header(self._step, microbatch, kind, source, target, form.bytes, self._digest))
+        return wire.unpack(buffer, form)
+
+    def finish(self) -> None:
+        """Wait until everything sent has been received."""
+        while self._sent:
+            work, buffer = self._sent.pop()
+            self._waiter.wait(work)
+            del work, buffer
+        if self._posted:
+            raise WorkerError(f"{len(self._posted)} posted messages were never asked for: {list(self._posted)[:3]}")
+
+    def close(self) -> None:
+        """Give the groups up. Dropping the last reference closes the connections, which frees every peer."""
+        self._posted.clear()
+        self._sent.clear()
+        self._local.close()
+        groups = set(self._groups.values())
+        self._groups.clear()
+        while groups:
+            _give_up(groups.pop())
+
+
+def _give_up(group: dist.ProcessGroup) -> None:
+    try:
+        dist.destroy_process_group(group)
+    except Exception as error:              # already broken: that is why we are here
+        del error
+
+
+class NullTransport(LocalTransport):
+    """Sends nothing and receives zeros: what remains is the time of the engine itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._zeros: dict[int, list[torch.Tensor]] = {}
+
+    def send(self, kind, source, target, microbatch, tensors, form) -> None:
+        pass
+
+    def take(self, kind, source, target, microbatch, form) -> list[torch.Tensor]:
+        found = self._zeros.get(id(form))
+        if found is None:
+            found = self._zeros[id(form)] = wire.unpack(torch.zeros(form.bytes, dtype=torch.uint8), form)
+        return [tensor.detach() for tensor in found]
