@@ -1,0 +1,254 @@
+"""Timelines as pictures: text for a terminal, SVG for a paper, Chrome's trace format for Perfetto."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from typing import Iterable, Sequence
+
+import numpy as np
+
+from pipeengine.errors import ScheduleError
+from pipeengine.timeline import OPS, RG, SA, Timeline
+
+COLOURS = {"F": "#3f72b0", "B": "#dd8a35", "I": "#dd8a35", "W": "#5d9e60", "X": "#8767a8", "U": "#767d87"}
+MEANING = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient",
+           "X": "shared gradients", "U": "update"}
+_MANY = 20_000
+_HOVER = 3_000
+
+
+# ---------------------------------------------------------------- text
+
+def timeline_text(timeline: Timeline, width: int = 120) -> str:
+    """The grid of a timeline, one row per worker and at most ``width`` columns.
+
+    Actions carry their micro-batch where a column per smallest action leaves room (``F0 F1 . B0``); else every column
+    shows the letter that fills most of it, and a dot is idle time.
+    """
+    mask = timeline.computes & (timeline.end > timeline.start)
+    if not mask.any():
+        return "(nothing ran)"
+    label = len(str(timeline.num_workers - 1))
+    room = max(width - label - 2, 20)
+    begin, span = timeline.start[mask].min(), timeline.makespan
+    cell = 1 + len(str(timeline.num_microbatches - 1)) + 1
+    slots = span / (timeline.end - timeline.start)[mask].min()
+    if slots * cell <= room and abs(slots - round(slots)) < 1e-6:
+        rows = _cells(timeline, mask, begin, span / round(slots), round(slots), cell)
+    else:
+        rows = _letters(timeline, mask, begin, span, room)
+    return "\n".join(f"{worker:>{label}}  {row.rstrip()}" for worker, row in enumerate(rows))
+
+
+def _cells(timeline: Timeline, mask: np.ndarray, begin: float, slot: float, slots: int, cell: int) -> list[str]:
+    rows = [["."] * slots for _ in range(timeline.num_workers)]
+    for i in np.flatnonzero(mask).tolist():
+        first = round((timeline.start[i] - begin) / slot)
+        last = max(round((timeline.end[i] - begin) / slot), first + 1)
+        name = OPS[timeline.op[i]] + (str(timeline.microbatch[i]) if timeline.microbatch[i] >= 0 else "")
+        rows[timeline.worker[i]][first:last] = [name] + ["-" * (cell - 1)] * (last - first - 1)
+    return ["".join(text.ljust(cell, "-" if text[0] != "." and nxt[:1] == "-" else " ")
+                    for text, nxt in zip(row, row[1:] + [""])) for row in rows]
+
+
+def _letters(timeline: Timeline, mask: np.ndarray, begin: float, span: float, room: int) -> list[str]:
+    """One letter per column: the operation that is busy for most of that column, if for half of it."""
+    filled = np.zeros((timeline.num_workers, room, len(OPS)))
+    low, high = ((times[mask] - begin) / span * room for times in (timeline.start, timeline.end))
+    first, last = np.floor(low).astype(int), np.minimum(np.ceil(high).astype(int), room)
+    for offset in range(int((last - first).max())):
+        column = first + offset
+        part = np.minimum(high, column + 1) - np.maximum(low, column)
+        inside = (column < last) & (part > 0)
+        np.add.at(filled, (timeline.worker[mask][inside], column[inside], timeline.op[mask][inside]), part[inside])
+    best = filled.argmax(2)
+    busy = filled.sum(2) >= 0.5
+    return ["".join(OPS[op] if on else "." for op, on in zip(ops, ons)) for ops, ons in zip(best, busy)]
+
+
+# ---------------------------------------------------------------- svg
+
+@dataclass(frozen=True)
+class _Frame:
+    """Where a panel's time and workers lie, in points of the drawing."""
+    left: float
+    top: float
+    width: float
+    lane: float
+    begin: float
+    seconds: float
+
+    def x(self, time: np.ndarray | float) -> np.ndarray | float:
+        return self.left + (time - self.begin) / self.seconds * self.width
+
+
+def timeline_svg(panels: Sequence[tuple[str, Timeline]], *, width: float = 960, unit: str = "s",
+                 standalone: bool = True) -> str:
+    """Timelines under each other on one scale, such as predicted over measured; a legend above, an axis below.
+
+    ``unit`` names the unit on the axis. Not ``standalone``: without the XML name space, for use inside HTML.
+    """
+    panels = [(title, timeline) for title, timeline in panels if len(timeline.end)]
+    if not panels:
+        raise ScheduleError("no timeline with any action; 0 panels to draw, give at least 1")
+    seconds = max(timeline.makespan for _, timeline in panels) or 1.0
+    workers = max(timeline.num_workers for _, timeline in panels)
+    lane = 26.0 if workers <= 8 else 18.0 if workers <= 24 else 10.0
+    left, right, top = 74.0, 62.0, 38.0
+    parts, letters = [], []
+    for title, timeline in panels:
+        frame = _Frame(left, top + 20, width - left - right, lane, float(timeline.start.min()), seconds)
+        parts.append(_panel(title, timeline, frame, width, unit))
+        letters += [OPS[op] for op in np.unique(timeline.op[timeline.computes])]
+        top = frame.top + timeline.num_workers * lane + 44
+    head = f'viewBox="0 0 {width:g} {top - 4:g}" width="{width:g}" height="{top - 4:g}" class="timeline"'
+    space = ' xmlns="http://www.w3.org/2000/svg"' if standalone else ""
+    back = f'<rect width="{width:g}" height="{top - 4:g}" fill="#fff"/>' if standalone else ""
+    return (f'<svg{space} {head} font-family="Helvetica, Arial, sans-serif" font-size="11" fill="#222">'
+            f"{back}{_legend(letters, left)}{''.join(parts)}</svg>")
+
+
+def _legend(letters: Iterable[str], left: float) -> str:
+    parts, x = [], left
+    for letter in [letter for letter in MEANING if letter in set(letters)]:
+        parts.append(f'<rect x="{x:g}" y="12" width="12" height="12" rx="2" fill="{COLOURS[letter]}"/>'
+                     f'<text x="{x + 17:g}" y="22">{letter} {MEANING[letter]}</text>')
+        x += 36 + 6.1 * len(MEANING[letter]) + 12
+    return "".join(parts)
+
+
+def _panel(title: str, timeline: Timeline, frame: _Frame, width: float, unit: str) -> str:
+    bottom = frame.top + timeline.num_workers * frame.lane
+    lines = [f'<text x="{frame.left:g}" y="{frame.top - 6:g}" font-weight="bold">{escape(title)}</text>',
+             f'<text x="{width - 4:g}" y="{frame.top - 6:g}" text-anchor="end" fill="#666">idle</text>']
+    every = 1 if frame.lane >= 12 else 4
+    for worker, idle in enumerate(timeline.idle_share):
+        y = frame.top + worker * frame.lane
+        lines.append(f'<rect x="{frame.left:g}" y="{y + 1:g}" width="{frame.width:g}" height="{frame.lane - 2:g}" '
+                     'fill="#f3f4f6"/>')
+        if worker % every == 0:
+            middle = y + frame.lane / 2 + 4
+            lines.append(f'<text x="{frame.left - 8:g}" y="{middle:g}" text-anchor="end">worker {worker}</text>'
+                         f'<text x="{width - 4:g}" y="{middle:g}" text-anchor="end" fill="#666">{100 * idle:.1f} %</text>')
+    return "".join(lines) + _blocks(timeline, frame) + _axis(timeline, frame, bottom, unit)
+
+
+def _axis(timeline: Timeline, frame: _Frame, bottom: float, unit: str) -> str:
+    step = _nice(frame.seconds / 10)
+    digits = max(0, -int(np.floor(np.log10(step) + 1e-9)))
+    parts = []
+    for tick in np.arange(0, frame.seconds * (1 + 1e-9), step):
+        x = frame.left + tick / frame.seconds * frame.width
+        parts.append(f'<path d="M{x:.2f} {bottom:g}v4" stroke="#999"/>'
+                     f'<text x="{x:.2f}" y="{bottom + 15:g}" text-anchor="middle" fill="#555">{tick:.{digits}f}</text>')
+    end = frame.left + timeline.makespan / frame.seconds * frame.width
+    parts.append(f'<path d="M{frame.left:g} {bottom:g}h{frame.width:g}" stroke="#999"/>'
+                 f'<path d="M{end:.2f} {frame.top - 3:g}V{bottom:g}" stroke="#c0392b" stroke-dasharray="3 2"/>'
+                 f'<text x="{end - 4:.2f}" y="{frame.top - 6:g}" text-anchor="end" fill="#c0392b">'
+                 f'{timeline.makespan:.4g} {escape(unit)}</text>'
+                 f'<text x="{frame.left + frame.width + 8:g}" y="{bottom + 15:g}" fill="#555">{escape(unit)}</text>')
+    return "".join(parts)
+
+
+def _nice(least: float) -> float:
+    """The smallest of 1, 2, 5 times a power of ten that is at least ``least``."""
+    power = 10.0 ** np.floor(np.log10(least))
+    return float(next(power * factor for factor in (1, 2, 5, 10) if power * factor >= least * (1 - 1e-9)))
+
+
+def _shades(timeline: Timeline) -> np.ndarray:
+    """0, 1, 2 ... for the first, second, third stage of its worker, per entry."""
+    rank = np.zeros(len(timeline.stage), int)
+    for worker in range(timeline.num_workers):
+        mine = (timeline.worker == worker) & timeline.computes & (timeline.stage >= 0)
+        rank[mine] = np.searchsorted(np.unique(timeline.stage[mine]), timeline.stage[mine])
+    return rank
+
+
+def _shade(colour: str, rank: int, ranks: int) -> str:
+    """``colour``, towards white for later stages of a worker."""
+    part = 0.0 if ranks < 2 else 0.5 * rank / (ranks - 1)
+    return "#" + "".join(f"{round(int(colour[i:i + 2], 16) * (1 - part) + 255 * part):02x}" for i in (1, 3, 5))
+
+
+def _blocks(timeline: Timeline, frame: _Frame) -> str:
+    keep = np.flatnonzero(timeline.computes & (timeline.end > timeline.start))
+    low, high = frame.x(timeline.start[keep]), frame.x(timeline.end[keep])
+    if len(keep) > _MANY:
+        low, high = np.floor(low * 2) / 2, np.floor(low * 2) / 2 + np.maximum(np.round((high - low) * 2), 1) / 2
+        _, chosen = np.unique(timeline.worker[keep] * 1e9 + low * 20 + timeline.op[keep], return_index=True)
+        keep, low, high = keep[chosen], low[chosen], high[chosen]
+    rank = _shades(timeline)[keep]
+    ranks = int(rank.max(initial=0)) + 1
+    top = frame.top + timeline.worker[keep] * frame.lane + 2
+    draw = _rectangles if len(keep) <= _HOVER else _paths
+    fills = [_shade(COLOURS[OPS[op]], int(r), ranks) for op, r in zip(timeline.op[keep], rank)]
+    return draw(timeline, keep, low, high, top, frame.lane - 4, fills) + _numbers(timeline, keep, low, high, top, frame, rank, ranks)
+
+
+def _rectangles(timeline: Timeline, keep: np.ndarray, low: np.ndarray, high: np.ndarray, top: np.ndarray,
+                height: float, fills: Sequence[str]) -> str:
+    """One rectangle per action, with a hint on hovering."""
+    gap = 0.6
+    parts = []
+    for i, x, end, y, fill in zip(keep.tolist(), low, high, top, fills):
+        hint = (f"{OPS[timeline.op[i]]}{timeline.microbatch[i]} of stage {timeline.stage[i]}: "
+                f"{timeline.start[i]:.6g} to {timeline.end[i]:.6g}")
+        parts.append(f'<rect x="{x:.2f}" y="{y:g}" width="{max(end - x - gap, 0.4):.2f}" height="{height:g}" '
+                     f'fill="{fill}"><title>{hint}</title></rect>')
+    return "".join(parts)
+
+
+def _paths(timeline: Timeline, keep: np.ndarray, low: np.ndarray, high: np.ndarray, top: np.ndarray, height: float,
+           fills: Sequence[str]) -> str:
+    """One path per colour: small files for many actions."""
+    paths: dict[str, list[str]] = {}
+    for x, end, y, fill in zip(low, high, top, fills):
+        wide = end - x
+        wide -= 0.6 if wide > 3 else 0.15 * wide
+        paths.setdefault(fill, []).append(f"M{x:.2f} {y:g}h{wide:.2f}v{height:g}h-{wide:.2f}z")
+    return "".join(f'<path fill="{fill}" d="{"".join(d)}"/>' for fill, d in paths.items())
+
+
+def _numbers(timeline: Timeline, keep: np.ndarray, low: np.ndarray, high: np.ndarray, top: np.ndarray, frame: _Frame,
+             rank: np.ndarray, ranks: int) -> str:
+    """Micro-batch numbers in the blocks that have room for them."""
+    if frame.lane < 12:
+        return ""
+    size = min(10.0, frame.lane * 0.5)
+    parts = []
+    for i, x, end, y, shade in zip(keep.tolist(), low, high, top, rank):
+        text = str(timeline.microbatch[i]) if timeline.microbatch[i] >= 0 else OPS[timeline.op[i]]
+        if end - x >= size * 0.6 * len(text) + 2:
+            colour = "#222" if ranks > 1 and shade > (ranks - 1) / 2 else "#fff"
+            parts.append(f'<text x="{(x + end - 0.6) / 2:.2f}" y="{y + frame.lane / 2 + 1.5:.2f}" fill="{colour}">{text}</text>')
+    return f'<g font-size="{size:g}" text-anchor="middle" pointer-events="none">{"".join(parts)}</g>'
+
+
+# ---------------------------------------------------------------- chrome
+
+def chrome_trace(*timelines: Timeline) -> dict[str, object]:
+    """Chrome's trace format, which Perfetto opens: one process per timeline, one thread per worker."""
+    events: list[dict[str, object]] = []
+    for number, timeline in enumerate(timelines):
+        events.append(_meta("process_name", number, 0, timeline.name))
+        for worker in range(timeline.num_workers):
+            events.append(_meta("thread_name", number, 2 * worker, f"worker {worker}"))
+        for worker in np.unique(timeline.worker[~timeline.computes]).tolist():
+            events.append(_meta("thread_name", number, 2 * worker + 1, f"worker {worker} messages"))
+        events += _events(timeline, number)
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _meta(name: str, process: int, thread: int, value: str) -> dict[str, object]:
+    return {"ph": "M", "name": name, "pid": process, "tid": thread, "args": {"name": value}}
+
+
+def _events(timeline: Timeline, process: int) -> list[dict[str, object]]:
+    """Complete events, in microseconds as the format asks."""
+    begin = timeline.start.min(initial=np.inf)
+    columns = (timeline.worker, timeline.op, timeline.stage, timeline.microbatch,
+               (timeline.start - begin) * 1e6, (timeline.end - timeline.start) * 1e6)
+    return [{"ph": "X", "pid": process, "tid": 2 * w + (SA <= op <= RG), "name": OPS[op] + (str(m) if m >= 0 else ""),
+             "cat": OPS[op], "ts": start, "dur": seconds, "args": {"stage": s, "microbatch": m}}
+            for w, op, s, m, start, seconds in zip(*(column.tolist() for column in columns))]

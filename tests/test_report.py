@@ -1,0 +1,108 @@
+"""Reports say what is known, leave out what is not, and survive a file; pictures hold every action."""
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from pipeengine.drawing import chrome_trace, timeline_svg, timeline_text
+from pipeengine.errors import InputError
+from pipeengine.report import RunReport, StageRow, count_text, report_html, report_text, seconds_text, size_text
+from pipeengine.schedules import SCHEDULES, build
+from pipeengine.timeline import Costs, simulate
+
+
+@pytest.fixture
+def run():
+    schedule = build("1f1b", num_workers=2, num_microbatches=4)
+    predicted = simulate(schedule, Costs([1.0, 1.0], backward=[2.0, 2.0]))
+    measured = simulate(schedule, Costs([1.0, 1.5], backward=[2.0, 3.0], hop=0.1))
+    rows = (StageRow(0, 0, "embed, blocks.0", 1_500_000, predicted_bytes=2e9, measured_bytes=2.1e9, sent_bytes=4096, sent_messages=4),
+            StageRow(1, 1, "blocks.1, <head>", 2_500_000, predicted_bytes=1e9, measured_bytes=9e8, sent_bytes=4096, sent_messages=4))
+    return RunReport("tiny", "1f1b", 4, rows, predicted, measured, loss=2.5)
+
+
+def test_report_picture(run):
+    assert report_text(run) == """\
+tiny: 2 stages on 2 workers, schedule 1f1b, 4 micro-batches
+step: measured 21.2 s, predicted 15.0 s, +41.3 % over the prediction
+loss: 2.5
+
+                             busy, s per step           idle             peak memory       sent per step
+stage  worker  parameters  predicted  measured  predicted  measured  predicted  measured   bytes  messages  modules
+-----  ------  ----------  ---------  --------  ---------  --------  ---------  --------  ------  --------  ----------------
+    0       0       1.5 M       12.0      12.0     20.0 %    43.4 %       2 GB    2.1 GB  4.1 kB         4  embed, blocks.0
+    1       1       2.5 M       12.0      18.0     20.0 %    15.1 %       1 GB    900 MB  4.1 kB         4  blocks.1, <head>
+
+busiest: worker 1 with 18.0 s of the measured 21.2 s; least busy: worker 0 with 12.0 s
+worker 1 has 1.20 times the mean work: plan again with measured costs, or open the modules of its stage
+"""
+
+
+def test_unknown_columns_are_left_out():
+    text = report_text(RunReport("bare", "gpipe", 1, (StageRow(0, 0), StageRow(1, 1))))
+    assert "memory" not in text and "sent" not in text and "predicted" not in text
+
+
+def test_a_report_survives_its_file(run, tmp_path):
+    run.save(tmp_path / "runs" / "x.json")
+    again = RunReport.load(tmp_path / "runs" / "x.json")
+    assert report_text(again) == report_text(run)
+    assert report_html(again) == report_html(run)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{\"kind\": \"plan\"}"])
+def test_a_file_that_is_no_report(text):
+    with pytest.raises(InputError, match="this is no run report"):
+        RunReport.from_json(text)
+
+
+def test_the_page_is_self_contained(run):
+    page = report_html(run)
+    assert not re.search(r"(src|href)=|url\(|@import|https?://", page)
+    assert page.count("<svg") == 1 and "&lt;head&gt;" in page
+    ElementTree.fromstring(re.search(r"<svg.*</svg>", page, re.S)[0])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_svg_and_trace_hold_every_action(name):
+    timeline = simulate(build(name, num_workers=4, num_microbatches=8))
+    root = ElementTree.fromstring(timeline_svg([("predicted", timeline)]))
+    hints = [e.text for e in root.iter("{http://www.w3.org/2000/svg}title")]
+    assert len(hints) == len(timeline.end)
+    events = [e for e in chrome_trace(timeline)["traceEvents"] if e["ph"] == "X"]
+    assert len(events) == len(timeline.end)
+    assert max(e["ts"] + e["dur"] for e in events) == pytest.approx(timeline.makespan * 1e6)
+    json.dumps(events)
+
+
+def test_many_actions_make_a_small_file():
+    timeline = simulate(build("1f1b", num_workers=4, num_microbatches=20_000))
+    svg = timeline_svg([("long", timeline)])
+    assert len(svg) < 1_000_000
+    ElementTree.fromstring(svg)
+
+
+def test_text_grid_picture():
+    timeline = simulate(build("1f1b", num_workers=2, num_microbatches=2))
+    assert timeline_text(timeline, 80) == ("0  F0 F1 .  .  B0--- .  B1---\n"
+                                           "1  .  F0 B0--- F1 B1--- .  .")
+
+
+def test_text_grid_of_uneven_times_fills_its_width():
+    timeline = simulate(build("gpipe", num_workers=2, num_microbatches=30), Costs([1, 1.37], backward=[2, 2.11]))
+    rows = timeline_text(timeline, 60).splitlines()
+    assert len(rows) == 2 and max(map(len, rows)) <= 60 and set("FB.") <= set("".join(rows))
+
+
+def test_numbers_for_people():
+    assert [size_text(n) for n in (0, 999, 4096, 2.1e9, 3e13)] == ["0 B", "999 B", "4.1 kB", "2.1 GB", "30 TB"]
+    assert [count_text(n) for n in (7, 1500, 12.3e6, 7e9)] == ["7", "1.5 k", "12.3 M", "7 G"]
+    assert [seconds_text(s) for s in (0, 0.00123, 0.5, 12.34, 1234)] == ["0.000", "0.00123", "0.500", "12.3", "1234"]
+
+
+def test_reports_need_no_torch():
+    code = "import sys, pipeengine.report, pipeengine.program; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
