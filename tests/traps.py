@@ -264,7 +264,7 @@ def features_from_a_hook(host, x, extra):
     return host.inner(x) * host.features[0]
 
 
-@construct()
+@construct(glue=REFUSE)
 def saved_tensors_hooks(host, x, extra):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.bfloat16(), lambda t: t.float()):
         h = host.linear(x).exp() * x
@@ -498,7 +498,7 @@ def _hidden(host):
     host.hidden = [nn.Linear(WIDTH, WIDTH)]
 
 
-@construct(setup=_hidden, glue=REFUSE)
+@construct(setup=_hidden, glue=REFUSE, block=REFUSE)
 def unregistered_module(host, x, extra):
     return host.hidden[0](x)
 
@@ -623,7 +623,7 @@ def tolist(host, x, extra):
     return torch.stack([host.linear(row) / n for row, n in zip(x, extra.tolist(), strict=True)])
 
 
-@construct(extra=LENGTHS)
+@construct(extra=LENGTHS, glue=REFUSE)
 def numpy_of_an_input(host, x, extra):
     weights = torch.from_numpy(1.0 / extra.numpy()).float()
     return host.linear(x) * weights[:, None, None]
@@ -663,7 +663,7 @@ def maximum_by_python(host, x, extra):
     return host.linear(x) * max(extra)
 
 
-@construct(extra=LENGTHS)
+@construct(extra=LENGTHS, glue=REFUSE)
 def packed_sequence(host, x, extra):
     packed = nn.utils.rnn.pack_padded_sequence(x, extra, batch_first=True, enforce_sorted=False)
     packed = packed._replace(data=host.linear(packed.data))
@@ -674,7 +674,7 @@ def _lstm(host):
     host.lstm = nn.LSTM(WIDTH, WIDTH, batch_first=True)
 
 
-@construct(setup=_lstm, extra=LENGTHS)
+@construct(setup=_lstm, extra=LENGTHS, glue=REFUSE)
 def packed_sequence_through_a_module(host, x, extra):
     packed = nn.utils.rnn.pack_padded_sequence(x, extra, batch_first=True, enforce_sorted=False)
     out, (hidden, _) = host.lstm(packed)
@@ -714,7 +714,7 @@ def size_of_a_selection(host, x, extra):
     return x * (1 + chosen.shape[0])
 
 
-@construct(scale=10.0)
+@construct(scale=10.0, glue=REFUSE)
 def selection_without_its_size(host, x, extra):
     return host.linear(x) + x[x > 0].mean() + x[x.abs() > 2].sum()
 
@@ -734,17 +734,17 @@ def both_branches_and_where(host, x, extra):
 
 # ------------------------------------------------------------------------------------------------- transforms and types
 
-@construct()
+@construct(glue=REFUSE)
 def vmap(host, x, extra):
     return torch.vmap(lambda row: torch.tanh(row) * row.sum())(host.linear(x))
 
 
-@construct()
+@construct(glue=REFUSE)
 def gradient_by_func(host, x, extra):
     return x + torch.func.grad(lambda value: (torch.tanh(value) @ host.table).square().sum())(x)
 
 
-@construct()
+@construct(glue=REFUSE)
 def forward_derivative(host, x, extra):
     return host.linear(x) + torch.func.jvp(torch.sin, (x,), (torch.ones_like(x),))[1]
 

@@ -785,23 +785,36 @@ class Positional(Blocks):
         return self.loss(x, y), x, None
 
 
-class Router(Blocks):
-    """Rows are sent to one of two experts by index, and gathered again."""
+class Experts(nn.Module):
+    """Rows are sent to one of two experts by index, and gathered again; an expert without rows is skipped."""
 
     def __init__(self):
         super().__init__()
-        self.gates = nn.ModuleList(nn.Linear(WIDTH, 2) for _ in range(2))
+        self.gate = nn.Linear(WIDTH, 2)
         self.experts = nn.ModuleDict({"left": Block(), "right": Block()})
 
-    def forward(self, x, y):
-        for i, gate in enumerate(self.gates):
-            x = self.blocks[2 * i](x)
-            weight, choice = gate(x).softmax(-1).max(-1)
-            flat, out = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
-            for j, expert in enumerate(self.experts.values()):
-                rows = (choice.flatten() == j).nonzero().squeeze(-1)
+    def forward(self, x):
+        weight, choice = self.gate(x).softmax(-1).max(-1)
+        flat, out = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
+        for i, expert in enumerate(self.experts.values()):
+            rows = (choice.flatten() == i).nonzero().squeeze(-1)
+            if rows.numel():
                 out.index_add_(0, rows, expert(flat[rows]))
-            x = self.blocks[2 * i + 1](out.view_as(x) * weight[..., None])
+        return out.view_as(x) * weight[..., None]
+
+
+class Router(Blocks):
+    """Two mixtures of experts, whose sizes depend on activations."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixtures = nn.ModuleList(Experts() for _ in range(2))
+
+    def forward(self, x, y):
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i % 2 == 0:
+                x = x + self.mixtures[i // 2](x)
         return self.loss(x, y)
 
 
