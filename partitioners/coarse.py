@@ -1,6 +1,7 @@
 """Long orders made short: only promising positions stay cuttable."""
 from __future__ import annotations
 
+import heapq
 from dataclasses import replace
 
 import numpy as np
@@ -42,25 +43,58 @@ def promising_positions(problem: Problem, num_windows: int) -> np.ndarray:
 def merge_runs(problem: Problem, ends: np.ndarray) -> Problem:
     """The problem whose items are the runs of ``problem`` that end at ``ends`` (the last one is added)."""
     ends = np.unique(np.concatenate((ends, [len(problem)])))
-    starts = np.concatenate(([0], ends[:-1]))
-    run = np.searchsorted(ends, np.arange(len(problem)), side="right")
+    return _merge(problem, np.searchsorted(ends, np.arange(len(problem)), side="right"))
+
+
+def merge_items(problem: Problem, leader: list[int]) -> Problem:
+    """The problem whose items are those of ``problem`` with the same ``leader``, in a topological order."""
+    waiting = {item: set() for item in leader}
+    after = {item: set() for item in leader}
+    for u, v in problem.edges:
+        if leader[u] != leader[v]:
+            waiting[leader[v]].add(leader[u])
+            after[leader[u]].add(leader[v])
+    counts = {item: len(before) for item, before in waiting.items()}
+    ready = [item for item, count in counts.items() if not count]
+    heapq.heapify(ready)
+    place: dict[int, int] = {}
+    while ready:
+        item = heapq.heappop(ready)
+        place[item] = len(place)
+        for other in after[item]:
+            counts[other] -= 1
+            if not counts[other]:
+                heapq.heappush(ready, other)
+    assert len(place) == len(waiting), "merging made a cycle"
+    return _merge(problem, np.array([place[item] for item in leader]))
+
+
+def _merge(problem: Problem, run: np.ndarray) -> Problem:
+    """Sum up the items with the same number in ``run``, which numbers a topological order."""
+    size = int(run.max()) + 1
+    members: list[list] = [[] for _ in range(size)]
+    for item, number in enumerate(run.tolist()):
+        members[number] += problem.items[item]
+    number_of = run.tolist()
 
     def moved(pins: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(sorted(set(run[list(pins)].tolist())))
+        return tuple(sorted({number_of[pin] for pin in pins}))
 
     def summed(values: np.ndarray) -> np.ndarray:
-        return np.add.reduceat(values, starts)
-    edges = {(int(run[u]), int(run[v])) for u, v in problem.edges if run[u] != run[v]}
+        return np.bincount(run, values, size)
+    workspace = np.zeros(size)
+    np.maximum.at(workspace, run, problem.workspace_bytes)
+    edges = {(number_of[u], number_of[v]) for u, v in problem.edges if number_of[u] != number_of[v]}
     return replace(
-        problem, items=tuple(sum(problem.items[a:b], ()) for a, b in zip(starts, ends)), edges=tuple(sorted(edges)),
-        nets=merge_nets(replace(net, source=int(run[net.source]) if net.source >= 0 else -1, pins=moved(net.pins))
+        problem, items=tuple(map(tuple, members)), edges=tuple(sorted(edges)),
+        nets=merge_nets(replace(net, source=number_of[net.source] if net.source >= 0 else -1, pins=moved(net.pins))
                         for net in problem.nets),
         shared=tuple((moved(pins), size) for pins, size in problem.shared),
         times={device: summed(values) for device, values in problem.times.items()},
         fixed_bytes=summed(problem.fixed_bytes), activation_bytes=summed(problem.activation_bytes),
-        workspace_bytes=np.maximum.reduceat(problem.workspace_bytes, starts),
+        workspace_bytes=workspace,
         crossing=tuple(pins for pins in map(moved, problem.crossing) if len(pins) > 1),
-        has_parameters=np.logical_or.reduceat(problem.has_parameters, starts))
+        has_parameters=summed(problem.has_parameters) > 0)
 
 
 def merge_nets(nets) -> tuple[Net, ...]:

@@ -1,7 +1,8 @@
 """``partition``: from a cost graph to a plan with its proof."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import networkx as nx
@@ -13,13 +14,16 @@ from partitioners.costs import build_plan
 from partitioners.devices import Cluster, Device, Link, MemoryModel
 from partitioners.errors import InfeasibleError, PartitionError
 from partitioners.graph import Node, check
+from partitioners.ideals import TooMany, best_chain
 from partitioners.orders import candidate_orders
 from partitioners.plan import Plan, Setting
-from partitioners.problem import Problem, build_problem, reorder
+from partitioners.problem import Kind, Problem, build_problem, reorder
+from partitioners.reduction import reduce_problem
 from partitioners.segments import Cuts, best_cuts, segment_loads
 
 OBJECTIVES = ("sum", "overlap")
 SAME = 1 + 1e-12
+MOST_IDEALS = 400_000
 LONG = 2000      # items of which all n^2 segments are still cheap
 WINDOWS = 1200   # cuttable positions kept of a longer order
 
@@ -55,7 +59,7 @@ def partition(graph: nx.DiGraph, num_stages: int | None = None, *, devices: Clus
     problem = build_problem(graph, cluster=cluster, num_stages=wanted, objective=objective, memory_model=memory_model,
                             num_microbatches=num_microbatches, allow_empty=allow_empty)
     _check_size(graph, problem)
-    solution = _solve(problem, prefer_single_tensor)
+    solution = _solve(problem, prefer_single_tensor, gap, time_limit)
     used = [stage for stage, items in enumerate(solution.stages) if items]
     setting = Setting(objective=objective, cluster=cluster, memory_model=memory_model,
                       num_microbatches=num_microbatches, stages_per_worker=stages_per_worker, allow_empty=allow_empty,
@@ -111,28 +115,71 @@ def _check_size(graph: nx.DiGraph, problem: Problem) -> None:
                              f"try num_stages={max(have, 1)}" + ("" if have > 1 else " (or allow_empty=True)"))
 
 
-def _solve(problem: Problem, prefer_single_tensor: float) -> Solution:
-    """Best cuts over several orders, with the simple bound."""
-    bound, proof = simple_bound(problem)
-    best, tables = None, []
+def _solve(problem: Problem, prefer_single_tensor: float, gap: float, time_limit: float | None) -> Solution:
+    """The best solution found, with the best bound; then the one nearby that carries the fewest tensors."""
+    deadline = time.monotonic() + (np.inf if time_limit is None else time_limit)
+    solution = _relaxed(problem, gap, deadline) or _optimise(problem, gap, deadline)
+    if solution is None:
+        raise InfeasibleError(f"no cut into {problem.num_stages} stages fits; try more stages or more memory")
+    if prefer_single_tensor > 0:
+        limit = solution.bottleneck * (1 + prefer_single_tensor)
+        fewest = _fewest_tensors(list(_tables(problem)), limit)
+        if fewest is not None:
+            ordered, cuts = fewest
+            return replace(solution, stages=_runs(ordered, cuts), levels=cuts.levels, bottleneck=cuts.bottleneck)
+    return solution
+
+
+def _relaxed(problem: Problem, gap: float, deadline: float) -> Solution | None:
+    """The optimum if stages might be empty, where it happens to fill them all; it is easier to find."""
+    if problem.allow_empty:
+        return None
+    solution = _optimise(replace(problem, allow_empty=True), gap, deadline)
+    if solution is None:
+        return None
+    must = {node for index in np.flatnonzero(problem.must_hold) for node in problem.items[index]}
+    full = sum(1 for stage in solution.stages if must.intersection(stage))
+    return solution if full == problem.num_stages else None
+
+
+def _tables(problem: Problem) -> Iterator[tuple[Problem, dict[Kind, np.ndarray]]]:
+    """The problem in several orders, each with the loads of its segments."""
     for order in candidate_orders(problem):
         ordered = reorder(problem, order)
         if len(ordered) > LONG:
             ordered = merge_runs(ordered, promising_positions(ordered, WINDOWS))
-        loads = {kind: segment_loads(ordered, kind) for kind in set(problem.levels)}
+        yield ordered, {kind: segment_loads(ordered, kind) for kind in dict.fromkeys(problem.levels)}
+
+
+def _runs(ordered: Problem, cuts: Cuts) -> tuple[tuple[Node, ...], ...]:
+    return tuple(sum(ordered.items[a:b], ()) for a, b in zip(cuts.positions, cuts.positions[1:]))
+
+
+def _optimise(problem: Problem, gap: float, deadline: float) -> Solution | None:
+    """Orders from above, bounds and ideals from below; None if nothing fits."""
+    bound, proof = simple_bound(problem)
+    reduced = reduce_problem(problem)
+    best = None
+    for ordered, loads in _tables(reduced):
         cuts = best_cuts(ordered, loads)
-        tables.append((ordered, loads))
-        if cuts is not None and (best is None or cuts.bottleneck * SAME < best[1].bottleneck):
-            best = ordered, cuts
-        if best is not None and best[1].bottleneck <= bound * SAME:
-            break
-    if best is None:
-        raise InfeasibleError(f"no cut into {problem.num_stages} stages fits; try more stages or more memory")
-    if prefer_single_tensor > 0:
-        best = _fewest_tensors(tables, best[1].bottleneck * (1 + prefer_single_tensor)) or best
-    ordered, cuts = best
-    stages = tuple(sum(ordered.items[a:b], ()) for a, b in zip(cuts.positions, cuts.positions[1:]))
-    return Solution(stages, cuts.levels, cuts.bottleneck, bound, proof)
+        if cuts is not None and (best is None or cuts.bottleneck * SAME < best.bottleneck):
+            best = Solution(_runs(ordered, cuts), cuts.levels, cuts.bottleneck, bound, proof)
+        if best is not None and best.bottleneck * (1 - gap) <= bound * SAME:
+            return best
+    return _by_ideals(reduced, best, deadline)
+
+
+def _by_ideals(problem: Problem, best: Solution | None, deadline: float) -> Solution | None:
+    """Improve ``best`` to the proven optimum, if the ideals can be counted."""
+    try:
+        chain = best_chain(problem, best.bottleneck if best else np.inf, limit=MOST_IDEALS, deadline=deadline)
+    except TooMany:
+        return best
+    proof = "every chain of ideals that could be better was priced"
+    if chain is not None:
+        stages = tuple(tuple(node for item in stage for node in problem.items[item]) for stage in chain.stages)
+        return Solution(stages, chain.levels, chain.bottleneck, chain.bottleneck, proof)
+    return None if best is None else replace(best, lower_bound=best.bottleneck, proof=proof)
 
 
 def _fewest_tensors(tables: list, limit: float) -> tuple[Problem, Cuts] | None:
