@@ -1,0 +1,171 @@
+"""Why a plan is as it is, in the model's own names: each cut, its second choice, and what limits further gain."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import networkx as nx
+import numpy as np
+
+from partitioners.bounds import simple_bound
+from partitioners.coarse import merge_runs, promising_positions
+from partitioners.devices import Link
+from partitioners.plan import Plan, format_bytes, format_seconds
+from partitioners.problem import Problem, build_problem, reorder
+from partitioners.segments import segment_loads
+
+LONG, WINDOWS = 1500, 1000
+
+
+@dataclass(frozen=True)
+class CutStory:
+    """The cut after stage ``stage``: the nodes on both sides, and the best bottleneck if it must be elsewhere.
+
+    ``second`` names the last node before that other place; both are None where there is no other place.
+    """
+    stage: int
+    last: str
+    first: str
+    second: str | None
+    second_bottleneck: float | None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bottlenecks, in the order of this plan, if one thing were no limit; and the simple bound with its reason."""
+    free_links: float
+    unlimited_memory: float
+    bound: float
+    reason: str
+
+
+def _ordered_problem(plan: Plan, graph: nx.DiGraph) -> tuple[Problem, list[int], list[int]]:
+    """The problem with its items in an order that the plan cuts into runs, where it cuts, and the level per stage."""
+    setting = plan.setting
+    problem = build_problem(graph, cluster=setting.cluster, num_stages=plan.num_stages,
+                            objective="overlap" if setting.objective == "overlap" else "sum",
+                            memory_model=setting.memory_model, num_microbatches=setting.num_microbatches,
+                            allow_empty=setting.allow_empty)
+    stage = [plan.stage_of[str(nodes[0])] for nodes in problem.items]
+    order = sorted(range(len(problem)), key=stage.__getitem__)
+    problem, stage = reorder(problem, order), sorted(stage)
+    if len(problem) > LONG:
+        cuts = np.flatnonzero(np.diff(stage)) + 1
+        ends = np.unique(np.concatenate((promising_positions(problem, WINDOWS), cuts)))
+        problem = merge_runs(problem, ends)
+        stage = [plan.stage_of[str(nodes[0])] for nodes in problem.items]
+    cuts = [int(np.searchsorted(stage, number)) for number in range(1, plan.num_stages)]
+    levels = [number if problem.counts is None else
+              next(level for level, kind in enumerate(problem.levels) if kind.device == setting.device(number))
+              for number in range(plan.num_stages)]
+    return problem, cuts, levels
+
+
+def _sweeps(problem: Problem, levels: list[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Best bottleneck of the first ``j`` stages ending at each position, and of the rest starting there."""
+    tables = {level: segment_loads(problem, problem.levels[level]) for level in dict.fromkeys(levels)}
+    size = len(problem)
+    ahead = [np.where(np.arange(size + 1) == 0, 0.0, np.inf)]
+    back = [np.where(np.arange(size + 1) == size, 0.0, np.inf)]
+    for level in levels:
+        ahead.append(np.maximum(ahead[-1][:, None], tables[level]).min(axis=0))
+    for level in reversed(levels):
+        back.append(np.maximum(tables[level], back[-1][None, :]).min(axis=1))
+    return ahead, back[::-1]
+
+
+def cut_stories(plan: Plan, graph: nx.DiGraph) -> tuple[CutStory, ...]:
+    """One story per cut, from the inputs to the outputs."""
+    problem, cuts, levels = _ordered_problem(plan, graph)
+    ahead, back = _sweeps(problem, levels)
+    stories = []
+    for stage, cut in enumerate(cuts):
+        either = np.maximum(ahead[stage + 1], back[stage + 1])
+        either[cut] = np.inf
+        place = int(either.argmin())
+        found = bool(np.isfinite(either[place])) and 0 < place <= len(problem)
+        stories.append(CutStory(stage, _last(graph, problem.items[:cut]), str(problem.items[cut][0]),
+                                _last(graph, problem.items[:place]) if found else None,
+                                float(either[place]) if found else None))
+    return tuple(stories)
+
+
+def _last(graph: nx.DiGraph, items: tuple[tuple, ...]) -> str:
+    """Name of the last forward node of ``items``; of the last one if there is none."""
+    for item in reversed(items):
+        for node in reversed(item):
+            if not graph.nodes[node].get("is_backward"):
+                return str(node)
+    return str(items[-1][-1])
+
+
+def limits(plan: Plan, graph: nx.DiGraph) -> Limits:
+    """What the bottleneck would be, in this plan's order, without links and without memory limits."""
+    problem, _, levels = _ordered_problem(plan, graph)
+    bound, reason = simple_bound(problem)
+
+    def bottleneck(changed: Problem) -> float:
+        return float(_sweeps(changed, levels)[0][-1][-1])
+    free = tuple(replace(kind, link_in=Link(), link_out=Link()) for kind in problem.levels)
+    loose = tuple(replace(kind, device=replace(kind.device, memory=None)) for kind in problem.levels)
+    times = {new.device: problem.times[old.device] for new, old in zip(loose, problem.levels)}
+    return Limits(free_links=bottleneck(replace(problem, levels=free,
+                                                nets=tuple(replace(net, fixed=0.0) for net in problem.nets))),
+                  unlimited_memory=bottleneck(replace(problem, levels=loose, times=times)), bound=bound, reason=reason)
+
+
+def _title(graph: nx.DiGraph, names: dict[str, object], name: str) -> str:
+    label = graph.nodes[names[name]].get("label")
+    return f"{label} ({name})" if label and label != name else name
+
+
+def explain(plan: Plan, graph: nx.DiGraph) -> str:
+    """The plan as a table, then each cut with its second choice, then what limits further gain."""
+    names = {str(node): node for node in graph}
+    lines = [str(plan), ""]
+    stories = cut_stories(plan, graph) if plan.num_stages > 1 else ()
+    for story in stories:
+        lines += _tell(plan, graph, names, story)
+    lines += ["", *_tell_limits(plan, limits(plan, graph))]
+    for tie in plan.ties:
+        lines.append(f"parameter {tie.name} ({format_bytes(tie.bytes)}) lives on stages "
+                     f"{', '.join(map(str, tie.stages))}; its gradient is exchanged once per step")
+    return "\n".join(lines)
+
+
+def _tell(plan: Plan, graph: nx.DiGraph, names: dict[str, object], story: CutStory) -> list[str]:
+    crossing = [boundary for boundary in plan.boundaries if boundary.source <= story.stage < boundary.target]
+    values = list(dict.fromkeys(name for boundary in crossing for name in boundary.values))
+    load = plan.stages[story.stage].load, plan.stages[story.stage + 1].load
+    lines = [f"cut {story.stage} | {story.stage + 1}: after {_title(graph, names, story.last)}, before "
+             f"{_title(graph, names, story.first)}: loads {format_seconds(load[0])} | {format_seconds(load[1])}, "
+             f"{len(values)} tensor{'s' * (len(values) != 1)} of {format_bytes(sum(_size(graph, names, v) for v in values))}"]
+    if story.second is None:
+        lines.append("    there is no other place for it")
+    else:
+        change = _change(story.second_bottleneck, plan.bottleneck)
+        lines.append(f"    second choice: after {_title(graph, names, story.second)}; bottleneck "
+                     f"{format_seconds(story.second_bottleneck)} ({change})")
+    return lines
+
+
+def _change(value: float, known: float) -> str:
+    change = value / known - 1 if known else 0.0
+    return "the same" if abs(change) < 5e-5 else f"{change:+.2%}"
+
+
+def _size(graph: nx.DiGraph, names: dict[str, object], name: str) -> float:
+    return float(graph.nodes[names[name]].get("output_bytes", 0.0))
+
+
+def _tell_limits(plan: Plan, found: Limits) -> list[str]:
+    worst = max(range(plan.num_stages), key=lambda stage: plan.stages[stage].load)
+    lines = [f"what limits further gain: stage {worst} is the bottleneck at {format_seconds(plan.bottleneck)}; "
+             f"no plan is below {format_seconds(plan.lower_bound)} ({plan.proof})",
+             f"    {found.reason}: {format_seconds(found.bound)}"]
+    if found.free_links < plan.bottleneck * (1 - 1e-9):
+        lines.append(f"    links: if they were free, {format_seconds(found.free_links)} "
+                     f"({_change(found.free_links, plan.bottleneck)})")
+    if found.unlimited_memory < plan.bottleneck * (1 - 1e-9):
+        lines.append(f"    memory: without a limit, {format_seconds(found.unlimited_memory)} "
+                     f"({_change(found.unlimited_memory, plan.bottleneck)})")
+    return lines

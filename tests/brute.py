@@ -1,0 +1,87 @@
+"""The truth for small graphs: every assignment, priced straight from the definition. Shares no code with the planner."""
+import itertools
+import math
+
+
+def brute_force(graph, devices, *, objective="sum", allow_empty=True, num_microbatches=1, factor=4.0, depth=None):
+    """Smallest bottleneck over all orders of ``devices`` and all assignments, or inf.
+
+    ``devices``: dicts with name, memory, speed, pays, link_in, link_out (latency, bandwidth); any order of the list is
+    allowed unless ``ordered`` is in the first. ``depth(stage, num_stages)`` is the number of micro-batches in flight.
+    """
+    nodes = list(graph)
+    orders = [tuple(devices)] if devices[0].get("ordered") else _distinct(devices)
+    labels = {}
+    for node in nodes:
+        label = graph.nodes[node].get("colocate")
+        labels.setdefault(("one", node) if label is None else ("label", label), []).append(node)
+    groups = list(labels.values())
+    best = math.inf
+    for choice in itertools.product(range(len(devices)), repeat=len(groups)):
+        stage = {node: place for group, place in zip(groups, choice) for node in group}
+        if not _in_order(graph, stage) or not (allow_empty or _all_full(graph, stage, len(devices))):
+            continue
+        for order in orders:
+            worst = 0.0
+            for number, device in enumerate(order):
+                worst = max(worst, _load(graph, stage, number, device, objective, num_microbatches, factor,
+                                         1 if depth is None else depth(number, len(devices))))
+                if worst >= best:
+                    break
+            best = min(best, worst)
+    return best
+
+
+def _distinct(devices):
+    seen, orders = set(), []
+    for order in itertools.permutations(devices):
+        key = tuple(str(sorted(device.items(), key=lambda pair: pair[0])) for device in order)
+        if key not in seen:
+            seen.add(key)
+            orders.append(order)
+    return orders
+
+
+def _in_order(graph, stage):
+    return all(stage[u] <= stage[v] for u, v in graph.edges
+               if not graph.nodes[u].get("is_backward") and not graph.nodes[v].get("is_backward"))
+
+
+def _all_full(graph, stage, count):
+    owners = {stage[node] for node, data in graph.nodes(data=True) if data.get("param_bytes") or data.get("shared")}
+    return len(owners or set(stage.values())) == count
+
+
+def _load(graph, stage, number, device, objective, num_microbatches, factor, depth):
+    mine = [node for node in graph if stage[node] == number]
+    compute = memory = scratch = 0.0
+    ties = {}
+    for node, data in graph.nodes(data=True):
+        for name, size in (data.get("shared") or {}).items():
+            ties.setdefault(name, [size, set()])[1].add(stage[node])
+    for node in mine:
+        data = graph.nodes[node]
+        if data.get("allowed") is not None and device["name"] not in data["allowed"]:
+            return math.inf
+        for cost in (data.get("forward", 0.0), data.get("backward", 0.0)):
+            compute += (cost[device["name"]] if isinstance(cost, dict) else cost) / device.get("speed", 1.0)
+        memory += factor * data.get("param_bytes", 0) + data.get("memory_bytes", 0) + depth * data.get("activation_bytes", 0)
+        scratch = max(scratch, data.get("workspace_bytes", 0))
+    memory += scratch + sum(factor * size for size, holders in ties.values() if number in holders)
+    if device.get("memory") is not None and memory > device["memory"]:
+        return math.inf
+    into = out = 0.0
+    if device.get("pays", True):
+        (latency_in, rate_in), (latency_out, rate_out) = device["link_in"], device["link_out"]
+        for node, data in graph.nodes(data=True):
+            readers = {stage[reader] for reader in graph.successors(node)}
+            times = 2 if data.get("gradient") else 1
+            if stage[node] == number and readers - {number}:
+                out += data["transfer"] if "transfer" in data else times * (latency_out + data.get("output_bytes", 0) / rate_out)
+            if stage[node] != number and number in readers:
+                into += data["transfer"] if "transfer" in data else times * (latency_in + data.get("output_bytes", 0) / rate_in)
+        for size, holders in ties.values():
+            if number in holders and len(holders) > 1:
+                into += (latency_in + size / rate_in) / num_microbatches
+                out += (latency_out + size / rate_out) / num_microbatches
+    return compute + into + out if objective == "sum" else max(compute, into, out)

@@ -1,0 +1,69 @@
+"""The command for graphs in files: exit status, JSON keys, sizes with units."""
+import json
+from argparse import ArgumentTypeError
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from partitioners import Plan
+from partitioners.command import main, parse_rate, parse_seconds, parse_size
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.mark.parametrize("text, value", [("80GB", 80e9), ("16 GiB", 16 * 2**30), ("1e9", 1e9), ("5.5MB", 5.5e6), ("3b", 3)])
+def test_sizes(text, value):
+    assert parse_size(text) == value
+
+
+@pytest.mark.parametrize("text, value", [("25GB/s", 25e9), ("4e9", 4e9), ("1 MB /s", 1e6), ("inf", None)])
+def test_rates(text, value):
+    assert parse_rate(text) == value
+
+
+def test_times():
+    assert (parse_seconds("5us"), parse_seconds("0.25")) == (5 * 1e-6, 0.25)
+
+
+@pytest.mark.parametrize("parse", [parse_size, parse_rate, parse_seconds])
+@pytest.mark.parametrize("text", ["", "many", "-3GB", "3XB", "0x10"])
+def test_nonsense_is_refused(parse, text):
+    with pytest.raises(ArgumentTypeError):
+        parse(text)
+
+
+def test_published_devices_by_default(capsys):
+    assert main([str(DATA / "L_bert24_inference.json"), "--format", "json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert {"stage_of", "bottleneck", "lower_bound", "gap", "stages", "boundaries"} <= set(answer)
+    assert answer["bottleneck"] == pytest.approx(17.78990625e-3, rel=1e-9)
+    assert set(answer["stage_of"]) == {str(node["id"]) for node in
+                                       json.loads((DATA / "L_bert24_inference.json").read_text())["nodes"]}
+
+
+def test_infeasible_is_an_error_object(capsys):
+    status = main([str(DATA / "L_gnmt_training.json"), "--stages", "2", "--memory", "1GB", "--format", "json"])
+    assert status == 2
+    assert list(json.loads(capsys.readouterr().out)) == ["error"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "x"}', '{"format": "pipeline-graph/1", "nodes": []}'])
+def test_broken_file_is_an_error(tmp_path, capsys, text):
+    (tmp_path / "graph.json").write_text(text)
+    assert main([str(tmp_path / "graph.json"), "--stages", "2", "--format", "json"]) == 2
+    assert "error" in json.loads(capsys.readouterr().out)
+
+
+def test_text_tells_the_second_choice(capsys, tmp_path):
+    args = [str(DATA / "P_resnet18.json"), "--stages", "4", "--bandwidth", "16GB/s", "--save", str(tmp_path / "p.json")]
+    assert main(args) == 0
+    text = capsys.readouterr().out
+    assert "after node5 (3)" in text and "second choice" in text and "links: if they were free" in text
+    assert Plan.load(tmp_path / "p.json").num_stages == 4
+
+
+def test_picture_is_svg_with_every_node(capsys):
+    assert main([str(DATA / "O_resnet50_training.json"), "--stages", "4", "--format", "svg"]) == 0
+    tree = ElementTree.fromstring(capsys.readouterr().out)
+    assert len(tree.findall("{http://www.w3.org/2000/svg}circle")) == 1243
