@@ -22,8 +22,8 @@ _HOVER = 3_000
 def timeline_text(timeline: Timeline, width: int = 120) -> str:
     """The grid of a timeline, one row per worker and at most ``width`` columns.
 
-    Actions carry their micro-batch where a column per smallest action leaves room (``F0 F1 . B0``); else every column
-    shows the letter that fills most of it, and a dot is idle time.
+    Actions carry their micro-batch where a cell per smallest action leaves room (``F0 F1 .  B0---``; in lower case
+    those of a worker's later stages); else every column shows the letter that fills most of it. A dot is idle time.
     """
     mask = timeline.computes & (timeline.end > timeline.start)
     if not mask.any():
@@ -41,11 +41,12 @@ def timeline_text(timeline: Timeline, width: int = 120) -> str:
 
 
 def _cells(timeline: Timeline, mask: np.ndarray, begin: float, slot: float, slots: int, cell: int) -> list[str]:
-    rows = [["."] * slots for _ in range(timeline.num_workers)]
+    rows, later = [["."] * slots for _ in range(timeline.num_workers)], _shades(timeline)
     for i in np.flatnonzero(mask).tolist():
         first = round((timeline.start[i] - begin) / slot)
         last = max(round((timeline.end[i] - begin) / slot), first + 1)
-        name = OPS[timeline.op[i]] + (str(timeline.microbatch[i]) if timeline.microbatch[i] >= 0 else "")
+        letter = OPS[timeline.op[i]].lower() if later[i] else OPS[timeline.op[i]]
+        name = letter + (str(timeline.microbatch[i]) if timeline.microbatch[i] >= 0 else "")
         rows[timeline.worker[i]][first:last] = [name] + ["-" * (cell - 1)] * (last - first - 1)
     return ["".join(text.ljust(cell, "-" if text[0] != "." and nxt[:1] == "-" else " ")
                     for text, nxt in zip(row, row[1:] + [""])) for row in rows]

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeengine.check import check_messages, check_schedule
 from pipeengine.errors import ScheduleError
-from pipeengine.schedules.form import Edge, Lane, Schedule, Topology
+from pipeengine.schedules.form import NOT_ACTIONS, Edge, Lane, Schedule, Topology
 from pipeengine.timeline import OPS, RA, RG, SA, SG, Costs, simulate, tables
 
 WINDOW = 2
@@ -53,6 +53,7 @@ class Program:
     edges: tuple[Edge, ...]
     lanes: tuple[ProgramLane, ...]
     planned: tuple[np.ndarray, ...] | None = None
+    pairs: tuple[np.ndarray, ...] = ()
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -60,7 +61,7 @@ class Program:
         kept = (lane.op < SA for lane in self.lanes)
         lanes = tuple(Lane(lane.op[keep], lane.stage[keep], lane.microbatch[keep])
                       for lane, keep in zip(self.lanes, kept))
-        return Schedule(self.name, self.topology, self.num_microbatches, lanes)
+        return Schedule(self.name, self.topology, self.num_microbatches, lanes, self.pairs)
 
     @property
     def num_actions(self) -> int:
@@ -89,7 +90,8 @@ class Program:
     def from_text(cls, text: str, *, topology: Topology, edges: Sequence[Edge] | None = None, name: str = "custom",
                   num_microbatches: int | None = None) -> Program:
         """Read what ``to_text`` writes, or torch's lowered CSV (``0SEND_F1``, between neighbouring stages)."""
-        rows = [[_cell(cell) for cell in row.split(",") if cell.strip()] for row in text.strip().splitlines()]
+        rows = [[_cell(cell) for cell in re.split(r"[,;()]|OVERLAP_F_B", row)
+                 if cell.strip() and not re.fullmatch(NOT_ACTIONS, cell.strip())] for row in text.strip().splitlines()]
         lanes = tuple(ProgramLane(*(np.array(column, kind) for column, kind in
                                     zip(zip(*row) if row else ((),) * 4, (np.uint8, *(np.int32,) * 3))))
                       for row in rows)
@@ -144,7 +146,7 @@ def lower(schedule: Schedule, edges: Sequence[Edge] | None = None, costs: Costs 
     messages = _events(schedule, crossing, timeline.start, timeline.end, window)
     lanes, planned = zip(*(_place(schedule, worker, messages, timeline.start)
                            for worker in range(topology.num_workers)))
-    return Program(schedule.name, topology, schedule.num_microbatches, edges, lanes, planned)
+    return Program(schedule.name, topology, schedule.num_microbatches, edges, lanes, planned, schedule.pairs)
 
 
 def _never_free(costs: Costs) -> Costs:
@@ -164,7 +166,7 @@ def _events(schedule: Schedule, edges: Sequence[Edge], start: np.ndarray, end: n
                 continue
             giver, taker = (edge.target, edge.source) if grad else (edge.source, edge.target)
             microbatch = np.flatnonzero((table[giver] >= 0) & (table[taker] >= 0))
-            time = _delayed(end[table[giver][microbatch]], start[table[taker][microbatch]], window)
+            time = _delayed(end[schedule.visible[table[giver][microbatch]]], start[table[taker][microbatch]], window)
             parts.append((np.full(len(microbatch), grad), edge.source, edge.target, microbatch, time,
                           worker_of[giver], worker_of[taker]))
     if not parts:

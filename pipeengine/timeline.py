@@ -239,7 +239,19 @@ def waits(schedule: Schedule, edges: Sequence[Edge], costs: Costs | None = None,
                 add("activation", edge.target, forward[edge.target], forward[edge.source], latency)
             if edge.gradient:
                 add("gradient", edge.source, backward[edge.source], backward[edge.target], latency)
-    return tuple(columns)
+    return _as_blocks(schedule, columns) if schedule.pairs and not local else tuple(columns)
+
+
+def _as_blocks(schedule: Schedule, columns: Sequence[Wait]) -> tuple[Wait, ...]:
+    """The first action of a block also waits for what the second one needs; both results are there at its end."""
+    second = np.flatnonzero(schedule.visible > np.arange(schedule.num_actions)) + 1
+    blocks = []
+    for on, latency in columns:
+        on = np.where(on >= 0, schedule.visible[on], -1)
+        first_on, first_latency = np.full_like(on, -1), np.zeros_like(latency)
+        first_on[second - 1], first_latency[second - 1] = on[second], latency[second]
+        blocks += [Wait(on, latency), Wait(first_on, first_latency)]
+    return tuple(blocks)
 
 
 def simulate(order: object, costs: Costs | None = None, edges: Sequence[Edge] | None = None) -> Timeline:
@@ -300,7 +312,8 @@ def peak_activations(schedule: Schedule, costs: Costs | None = None) -> np.ndarr
     for op, stage, _ in schedule.lanes:
         before = np.cumsum(change[op, stage]) - change[op, stage]
         peaks.append(float((before + during[op, stage]).max(initial=0.0)))
-    return np.array(peaks)
+    # Shares such as 1/3 do not add up exactly; sizes in bytes do.
+    return np.array(peaks) if costs is not None and costs.activation is not None else np.round(peaks, 9)
 
 
 def _memory(topology: Topology, costs: Costs | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

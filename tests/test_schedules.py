@@ -1,9 +1,13 @@
 """Laws that every schedule keeps, for many sizes; then exact pictures."""
+from inspect import cleandoc
+
 import pytest
 
+from pipeengine.drawing import timeline_text
 from pipeengine.errors import ScheduleError
 from pipeengine.program import check
 from pipeengine.schedules import SCHEDULES, Schedule, Topology, build, forward_schedule
+from pipeengine.timeline import Costs, simulate
 
 SIZES = [(p, m) for p in (1, 2, 3, 4, 6) for m in (1, 2, 3, 5, 8, 12)]
 
@@ -75,3 +79,16 @@ def test_unknown_name_is_told_the_nearest():
 def test_text_that_is_no_schedule(text, message):
     with pytest.raises(ScheduleError, match=message):
         Schedule.from_text(text)
+
+
+DRAWN = {"gpipe": (3, 3), "1f1b": (3, 4), "interleaved-1f1b": (2, 3), "bfs": (2, 3), "zb-h1": (3, 4), "zb-h2": (3, 5),
+         "interleaved-zb": (2, 4), "zb-v": (2, 3), "v-half": (3, 3), "v-min": (3, 3), "dualpipe": (4, 8), "dualpipe-v": (2, 4)}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_docstrings_show_the_schedule(name):
+    """Each picture is what the schedule does when F, I and W of a stage take one slot each."""
+    schedule = build(name, num_workers=DRAWN[name][0], num_microbatches=DRAWN[name][1])
+    stages = schedule.topology.num_stages
+    drawn = timeline_text(simulate(schedule, Costs([1] * stages, [1] * stages, [1] * stages)), 110)
+    assert drawn in cleandoc(SCHEDULES[name].__doc__).replace("\n    ", "\n")

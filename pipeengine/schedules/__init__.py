@@ -9,12 +9,25 @@ from inspect import signature
 from typing import Callable
 
 from pipeengine.errors import ScheduleError
+from pipeengine.schedules.dualpipe import dualpipe, dualpipe_v
 from pipeengine.schedules.form import LETTERS, B, Edge, F, I, Lane, Schedule, Topology, W
-from pipeengine.schedules.linear import forward_schedule, gpipe, one_f_one_b
+from pipeengine.schedules.linear import forward_schedule, gpipe, one_f_one_b, zb_h1, zb_h2
+from pipeengine.schedules.looped import breadth_first, interleaved_one_f_one_b, interleaved_zero_bubble
+from pipeengine.schedules.vee import v_half, v_min, zb_v
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "gpipe": gpipe,
     "1f1b": one_f_one_b,
+    "interleaved-1f1b": interleaved_one_f_one_b,
+    "bfs": breadth_first,
+    "zb-h1": zb_h1,
+    "zb-h2": zb_h2,
+    "interleaved-zb": interleaved_zero_bubble,
+    "zb-v": zb_v,
+    "v-half": v_half,
+    "v-min": v_min,
+    "dualpipe": dualpipe,
+    "dualpipe-v": dualpipe_v,
 }
 
 

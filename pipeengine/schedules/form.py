@@ -140,11 +140,16 @@ class Lane(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """Per worker, the order of its actions; nothing about time, messages or devices."""
+    """Per worker, the order of its actions; nothing about time, messages or devices.
+
+    ``pairs`` is empty, or says per worker which actions form one block with the next one: a block starts when both
+    can, and hands over both results at its end (DualPipe's F beside B).
+    """
     name: str
     topology: Topology
     num_microbatches: int
     lanes: tuple[Lane, ...]
+    pairs: tuple[np.ndarray, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.lanes) != self.topology.num_workers:
@@ -155,7 +160,8 @@ class Schedule:
         if not isinstance(other, Schedule):
             return NotImplemented
         return (self.topology, self.num_microbatches) == (other.topology, other.num_microbatches) and all(
-            np.array_equal(a, b) for mine, theirs in zip(self.lanes, other.lanes) for a, b in zip(mine, theirs))
+            np.array_equal(a, b) for mine, theirs in zip(self.lanes, other.lanes)
+            for a, b in zip(mine, theirs)) and np.array_equal(self.visible, other.visible)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -174,6 +180,12 @@ class Schedule:
         return Lane(*(np.concatenate(column) for column in zip(*self.lanes)))
 
     @cached_property
+    def visible(self) -> np.ndarray:
+        """For each entry of ``columns`` the one at whose end its result is there: itself, or the end of its block."""
+        own = np.arange(self.num_actions)
+        return own + np.concatenate(self.pairs) if self.pairs else own
+
+    @cached_property
     def forward_only(self) -> bool:
         return all(not lane.op.any() for lane in self.lanes)
 
@@ -183,33 +195,69 @@ class Schedule:
         return [(LETTERS[o], s, m) for o, s, m in zip(op.tolist(), stage.tolist(), microbatch.tolist())]
 
     def to_text(self) -> str:
-        """One line per worker, ``stage letter micro-batch`` with commas: ``0F0,0F1,0B0,0B1`` (torch's CSV)."""
-        return "".join(",".join(f"{s}{o}{m}" for o, s, m in self.actions(worker)) + "\n"
-                       for worker in range(len(self.lanes)))
+        """One line per worker, ``stage letter micro-batch`` with commas: ``0F0,0F1,0B0,0B1`` (torch's CSV).
+
+        A block is written as torch does, ``(0F4;7B0)OVERLAP_F_B``.
+        """
+        return "".join(",".join(self._cells(worker)) + "\n" for worker in range(len(self.lanes)))
+
+    def _cells(self, worker: int) -> list[str]:
+        cells = [f"{s}{o}{m}" for o, s, m in self.actions(worker)]
+        if self.pairs:
+            for i in np.flatnonzero(self.pairs[worker])[::-1].tolist():
+                cells[i:i + 2] = [f"({cells[i]};{cells[i + 1]}){_BLOCK}"]
+        return cells
 
     @classmethod
     def from_text(cls, text: str, *, name: str = "custom", topology: Topology | None = None,
                   num_microbatches: int | None = None) -> Schedule:
-        """Read what ``to_text`` or torch's ``_dump_csv`` writes; empty cells are skipped.
+        """Read what ``to_text`` or torch's ``_dump_csv`` writes; empty cells and those about parameters are skipped.
 
         Without ``topology``, a stage belongs to the first line that runs it.
         """
-        rows = [[_cell(cell, line, column) for column, cell in enumerate(row.split(",")) if cell.strip()]
-                for line, row in enumerate(text.strip().splitlines())]
-        lanes = tuple(Lane.of(*zip(*row)) if row else Lane.of((), (), ()) for row in rows)
+        rows = [[action for column, cell in enumerate(row.split(",")) if cell.strip()
+                 for action in _cell(cell.strip(), line, column)] for line, row in enumerate(text.strip().splitlines())]
+        lanes = tuple(Lane.of(*list(zip(*row))[:3]) if row else Lane.of((), (), ()) for row in rows)
+        pairs = tuple(np.array([pair for *_, pair in row], bool) for row in rows)
         if topology is None:
             topology = _owners(lanes)
         if num_microbatches is None:
             num_microbatches = 1 + max((int(lane.microbatch.max()) for lane in lanes if len(lane.op)), default=-1)
-        return cls(name, topology, num_microbatches, lanes)
+        return cls(name, topology, num_microbatches, lanes, pairs if any(pair.any() for pair in pairs) else ())
+
+    def keep(self, num_microbatches: int) -> Schedule:
+        """The same order without the micro-batches from ``num_microbatches`` on: complete whenever this one is.
+
+        For a last, smaller batch, where a schedule is not made for so few.
+        """
+        if num_microbatches > self.num_microbatches or self.topology.num_routes > 1:
+            raise ScheduleError(f"schedule {self.name} has {self.num_microbatches} micro-batches on "
+                                f"{self.topology.num_routes} routes; keep at most these, of one route, not {num_microbatches}")
+        kept = [lane.microbatch < num_microbatches for lane in self.lanes]
+        lanes = tuple(Lane(*(column[keep] for column in lane)) for lane, keep in zip(self.lanes, kept))
+        both = [pair & keep & np.append(keep[1:], False) for pair, keep in zip(self.pairs, kept)]
+        return Schedule(self.name, self.topology, num_microbatches, lanes,
+                        tuple(pair[keep] for pair, keep in zip(both, kept)))
 
 
-def _cell(cell: str, line: int, column: int) -> tuple[int, int, int]:
-    match = re.fullmatch(r"\s*(\d+)([FBIW])(\d+)\s*", cell)
+_BLOCK = "OVERLAP_F_B"
+NOT_ACTIONS = r"\d+(UNSHARD|RESHARD|REDUCE_GRAD)"
+"""Cells of torch's tables that are about parameters, not about the order of micro-batches."""
+
+
+def _cell(cell: str, line: int, column: int) -> list[tuple[int, int, int, bool]]:
+    """The actions of a cell: (op, stage, micro-batch, is one block with the next)."""
+    if re.fullmatch(NOT_ACTIONS, cell):
+        return []
+    block = re.fullmatch(rf"\((\S+);(\S+)\){_BLOCK}", cell)
+    if block is not None:
+        first, second = (_cell(part, line, column)[0] for part in block.groups())
+        return [(*first[:3], True), second]
+    match = re.fullmatch(r"(\d+)([FBIW])(\d+)", cell)
     if match is None:
-        raise ScheduleError(f"line {line + 1}, cell {column + 1} is {cell.strip()!r}; "
+        raise ScheduleError(f"line {line + 1}, cell {column + 1} is {cell!r}; "
                             "an action is a stage, one of F B I W, and a micro-batch, such as 0F3")
-    return LETTERS.index(match[2]), int(match[1]), int(match[3])
+    return [(LETTERS.index(match[2]), int(match[1]), int(match[3]), False)]
 
 
 def _owners(lanes: Sequence[Lane]) -> Topology:

@@ -8,7 +8,15 @@ from typing import Callable
 
 import numpy as np
 
+from pipeengine.errors import ScheduleError
 from pipeengine.schedules.form import B, F, I, W, Schedule, Topology, from_keys
+
+
+def at_least(name: str, least: int, num_workers: int, num_microbatches: int) -> None:
+    """Refuse fewer than ``least`` micro-batches, by name and number."""
+    if num_microbatches < least:
+        raise ScheduleError(f"{name} on {num_workers} workers is made for {least} micro-batches or more, not "
+                            f"{num_microbatches}; the nearest that works is {least}")
 
 
 def _linear(name: str, num_workers: int, num_microbatches: int,
@@ -21,8 +29,9 @@ def _linear(name: str, num_workers: int, num_microbatches: int,
 def gpipe(num_workers: int, num_microbatches: int) -> Schedule:
     """All forwards, then all backwards, in the same order (Huang et al., GPipe, NeurIPS 2019)::
 
-        0  F0 F1 F2 .  .  B0 .  B1 .  B2
-        1  .  F0 F1 F2 B0 .  B1 .  B2
+        0  F0 F1 F2 .  .  .  .  .  .  B0--- B1--- B2---
+        1  .  F0 F1 F2 .  .  .  B0--- B1--- B2--- .  .
+        2  .  .  F0 F1 F2 B0--- B1--- B2--- .  .  .  .
     """
     return _linear("gpipe", num_workers, num_microbatches,
                    lambda r, k: {F: k, B: num_microbatches + k})
@@ -31,13 +40,42 @@ def gpipe(num_workers: int, num_microbatches: int) -> Schedule:
 def one_f_one_b(num_workers: int, num_microbatches: int) -> Schedule:
     """Warm up, then one forward and one backward in turn (Fan et al., DAPPLE, PPoPP 2021; PipeDream-Flush)::
 
-        0  F0 F1 .  B0 F2 .  B1 .  B2
-        1  .  F0 B0 F1 B1 F2 B2
+        0  F0 F1 F2 .  .  .  .  B0--- F3 B1--- .  B2--- .  B3---
+        1  .  F0 F1 .  .  B0--- F2 B1--- F3 B2--- .  B3--- .  .
+        2  .  .  F0 B0--- F1 B1--- F2 B2--- F3 B3--- .  .  .  .
     """
     def keys(r: int, k: np.ndarray) -> dict[int, np.ndarray]:
         warmup = min(num_microbatches, num_workers - 1 - r)
         return {F: 2 * (k - warmup), B: 2 * k + 1}
     return _linear("1f1b", num_workers, num_microbatches, keys)
+
+
+def zb_h1(num_workers: int, num_microbatches: int) -> Schedule:
+    """1F1B with weight gradients moved into the bubble, at 1F1B's memory (Qi et al., Zero Bubble, ICLR 2024)::
+
+        0  F0 F1 F2 .  .  I0 W0 F3 I1 W1 I2 W2 I3 W3
+        1  .  F0 F1 .  I0 F2 I1 W0 F3 I2 W1 I3 W2 W3
+        2  .  .  F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
+    """
+    return _zero_bubble("zb-h1", num_workers, num_microbatches, 1)
+
+
+def zb_h2(num_workers: int, num_microbatches: int) -> Schedule:
+    """As ZB-H1, with twice the warm-up and twice the memory: no bubble inside a worker's span (Qi et al.)::
+
+        0  F0 F1 F2 F3 F4 I0 W0 I1 W1 I2 W2 I3 W3 I4 W4 .  .
+        1  .  F0 F1 F2 I0 F3 I1 F4 I2 W0 I3 W1 I4 W2 W3 W4 .
+        2  .  .  F0 I0 F1 I1 F2 I2 F3 I3 F4 I4 W0 W1 W2 W3 W4
+    """
+    return _zero_bubble("zb-h2", num_workers, num_microbatches, 2)
+
+
+def _zero_bubble(name: str, num_workers: int, num_microbatches: int, depth: int) -> Schedule:
+    at_least(name, depth * (num_workers - 1) + 1, num_workers, num_microbatches)
+
+    def keys(r: int, k: np.ndarray) -> dict[int, np.ndarray]:
+        return {F: 3 * (k - depth * (num_workers - 1 - r)), I: 3 * k + 1, W: 3 * (k + depth * r) + 2}
+    return _linear(name, num_workers, num_microbatches, keys)
 
 
 def forward_schedule(num_workers: int, num_microbatches: int, topology: Topology | None = None) -> Schedule:
