@@ -16,6 +16,7 @@ import numpy
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from pipeengine.dataflow import unstable_guard
 from pipeengine.errors import CaptureError
 from pipeengine.randomness import keyed
 from pipeengine.recorder import Meter, Promote, Recorder
@@ -46,20 +47,23 @@ class Inputs:
 
 
 def capture(model: torch.nn.Module, example: object, *, loss_fn: Callable | None = None, target: object = None,
-            device: torch.device | str | None = None, seed: int = 0,
-            place: Callable[[str], int] | None = None, warm: Mapping[str, str] | None = None) -> Recording:
+            device: torch.device | str | None = None, random_key: int | None = 0,
+            warm: Mapping[str, str] | None = None) -> Recording:
     """Record one forward of ``model`` on ``example`` (a dict of keyword arguments or a tuple of positional ones).
 
     The loss is ``loss_fn(output, target)`` when given, else the model's own (``output.loss``, ``output["loss"]``, the first
     of a tuple when it is a scalar, or a scalar output). Needs no memory for parameters; they may be on meta. ``warm`` holds
-    modules known to be kept whole from an earlier recording of the same model. Changes nothing in the model or in any random state.
+    modules known to be kept whole from an earlier recording of the same model; ``random_key`` chooses the random numbers that a
+    forward may look at. Changes nothing in the model or in any random state.
 
     Raises ``CaptureError`` naming the module and the line when the forward cannot be recorded faithfully.
     """
-    inputs = Inputs.of(example, target)
+    inputs = example if isinstance(example, Inputs) else Inputs.of(example, target)
     device = torch.device(device) if device is not None else _device_of(model)
     sealed = {**_never_opened(model), **(warm or {})}
-    key = place or (lambda name: keyed(seed, 0, 0, name))
+
+    def key(place: str):
+        return keyed(random_key or 0, place, device)
     with _Held(model, device) as held:
         return _record_until_faithful(model, inputs, loss_fn, held, sealed, key)
 
@@ -130,12 +134,11 @@ def _record(model, inputs: Inputs, loss_fn, held: _Held, sealed, key, watch_rand
     _set_python_random(before)
     if loss is not None and not isinstance(loss, torch.Tensor):
         raise CaptureError(f"loss_fn returned a {type(loss).__name__}, not a tensor")
-    return recorder.finish(output, loss), drew and not sealed_only(drew, watch_random)
-
-
-def sealed_only(drew: bool, watch_random) -> bool:
-    """With watching on, an opened module that draws would have been promoted: what remains came from sealed ones."""
-    return drew and watch_random is not None
+    recording = recorder.finish(output, loss)
+    guard = unstable_guard(recording)
+    if guard is not None:
+        raise Promote(guard.path, f"{guard.where}: its path depends on a buffer that it changes")
+    return recording, drew
 
 
 def find_loss(output: object) -> torch.Tensor | None:
@@ -336,6 +339,25 @@ class _Held:
         self._attributes = self.__dict__.get("_first", self._attributes)
         self.restore_attributes()
         self._stack.close()
+
+
+@contextlib.contextmanager
+def undisturbed(model: torch.nn.Module) -> Iterator[None]:
+    """Whatever runs inside leaves no trace in buffers, attributes or random states."""
+    modules = dict(model.named_modules())
+    attributes = {path: _picture(module) for path, module in modules.items()}
+    buffers = {path: {name: (tensor, tensor.detach().clone()) for name, tensor in module._buffers.items() if tensor is not None}
+               for path, module in modules.items()}
+    with _quiet_globals():
+        try:
+            yield
+        finally:
+            for path, module in modules.items():
+                _restore(module, attributes[path])
+                for name, (tensor, value) in buffers[path].items():
+                    with torch.no_grad():
+                        tensor.copy_(value)
+                    module._buffers[name] = tensor
 
 
 def _made_up(fake: torch.Tensor, device: torch.device) -> torch.Tensor:

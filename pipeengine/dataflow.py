@@ -5,7 +5,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from pipeengine.errors import CaptureError
-from pipeengine.recording import Node, Recording, node_refs, refs
+from pipeengine.recording import Guard, Node, Recording, node_refs, refs
 
 _CHEAP_SHARE = 0.01                     # of the model's FLOPs: a step above this is placed, not repeated
 _SMALL_BUFFER_BYTES = 1 << 24
@@ -49,6 +49,27 @@ def analyse(recording: Recording, *, outputs: bool) -> Dataflow:
     free = _free(recording, live, writers, before)
     groups = _groups(recording, live, free, writers)
     return Dataflow(recording, goals, live, free, before, groups, wants)
+
+
+def unstable_guard(recording: Recording) -> Guard | None:
+    """A guard that looks at a buffer which the forward itself changes: it cannot be known before the step."""
+    writers = _writers(recording)
+    if not writers:
+        return None
+    for guard in recording.guards:
+        waiting = [*refs(guard.args), *refs(guard.kwargs)]
+        seen: set[int] = set()
+        while waiting:
+            value = waiting.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            made = recording.values[value]
+            if made.kind == "attribute" and made.storage in writers:
+                return guard
+            if made.node >= 0:
+                waiting.extend(node_refs(recording.nodes[made.node]))
+    return None
 
 
 def _writers(recording: Recording) -> dict[int, list[int]]:

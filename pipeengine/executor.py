@@ -42,11 +42,11 @@ class Runnable:
     keeps: tuple[int, ...]                      # positions of the returns that are kept as the model's output
 
 
-def make_runnable(compiled: Compiled, split: Split, *, outputs: tuple[int, ...] = ()) -> Runnable:
+def make_runnable(compiled: Compiled, split: Split, *, outputs: tuple[int, ...] | None = None) -> Runnable:
     """Work out every position that running the part will need."""
     part, recording = compiled.part, split.recording
     at = {value: index for index, value in enumerate(part.returns)}
-    training = not outputs
+    training = outputs is None
     roots = list(dict.fromkeys(v for link in part.sends for v in link.gradients)) if training else []
     has_loss = split.loss_stage == part.stage
     if has_loss and training:
@@ -56,7 +56,7 @@ def make_runnable(compiled: Compiled, split: Split, *, outputs: tuple[int, ...] 
         tuple(_route(recording, link, part, roots, at) for link in part.sends), compiled.needs_gradient,
         tuple(at[v] for v in roots), at[recording.loss] if has_loss else None,
         roots.index(recording.loss) if has_loss and training else None, compiled.random,
-        tuple(at[v] for v in outputs if v in at))
+        tuple(at[v] for v in outputs or () if v in at))
 
 
 def _route(recording: Recording, link: Link, part: Part, roots: list[int], at: dict[int, int]) -> Route:
@@ -144,7 +144,7 @@ class Executor:
             leaves = [tensor if wants else None for tensor, wants in zip(received, runnable.wants)]
             loss = made[runnable.loss].detach() if runnable.loss_root is not None else None
             self._saved[stage, microbatch] = edges, leaves, loss
-        elif runnable.keeps:
+        if runnable.keeps:
             self.outputs[microbatch] = [made[i] for i in runnable.keeps]
         self.records.append(("F", stage, microbatch, start, perf_counter()))
         self._hand_over(runnable, microbatch)

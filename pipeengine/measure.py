@@ -93,7 +93,7 @@ def signature(recording: Recording, node: Node, model: torch.nn.Module, device: 
 def _time(recording: Recording, node: Node, model: torch.nn.Module, device: torch.device) -> Seconds | None:
     """Seconds of one node alone, or None when it cannot run alone."""
     try:
-        with keyed(0, 0, 0, node.name, device), torch.enable_grad():
+        with keyed(0, node.name, device), torch.enable_grad():
             piece = _Piece(recording, node, model, device)
             return piece.time()
     except Exception:       # whatever it needs, it has it only inside the model: the caller estimates it

@@ -41,11 +41,11 @@ def generators(device: torch.device) -> tuple[torch.Generator, ...]:
 
 
 @contextlib.contextmanager
-def keyed(seed: int, step: int, microbatch: int, place: str, device: torch.device = torch.device("cpu")) -> Iterator[None]:
-    """Inside, operators draw from the stream of ``place``; the global state is untouched."""
+def keyed(key: int, place: str, device: torch.device = torch.device("cpu")) -> Iterator[None]:
+    """Inside, operators draw from the stream of ``place`` under ``key``; the global state is untouched."""
     own = generators(device)
     states = [generator.get_state() for generator in own]
-    number = mix(seed, step, microbatch, place_number(place))
+    number = mix(key, place_number(place))
     try:
         for generator in own:
             generator.manual_seed(number)

@@ -270,7 +270,7 @@ class Recorder(TorchFunctionMode):
             result = func(*real[0], **real[1])
         if _short_name(func) in ("numpy", "__array__"):
             result = result.copy()
-        self._guards.append(Guard(func, encoded[0], encoded[1], result, len(self._nodes), self._where()))
+        self._guards.append(Guard(func, encoded[0], encoded[1], result, len(self._nodes), self._path(), self._where()))
         return result
 
     def _step(self, func, name: str, args, kwargs) -> object:
@@ -353,7 +353,7 @@ class Recorder(TorchFunctionMode):
             self._shape_guards = False
             for value in results:
                 self._guards.append(Guard(None, (Ref(value),), {}, tuple(self._values[value][3].shape), index + 1,
-                                          self._where()))
+                                          self._path(), self._where()))
         return out
 
     _shape_guards = False
@@ -366,7 +366,7 @@ class Recorder(TorchFunctionMode):
         if any(v not in self._real for v in reads):
             raise Promote(self._path(), f"{self._where()}: {_short_name(func)} turns a tensor into "
                                         f"{type(out).__name__}, which a recording would freeze")
-        self._guards.append(Guard(func, encoded[0], encoded[1], out, len(self._nodes), self._where()))
+        self._guards.append(Guard(func, encoded[0], encoded[1], out, len(self._nodes), self._path(), self._where()))
         return out
 
     # -- modules ----------------------------------------------------------------------------------------------------

@@ -133,6 +133,7 @@ class Guard:
     kwargs: dict
     expected: object
     position: int                       # number of nodes recorded before it
+    path: str                           # of the module that took it
     where: str
 
 

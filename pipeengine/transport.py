@@ -190,10 +190,11 @@ class DistributedTransport:
         groups = set(self._groups.values())
         self._groups.clear()
         while groups:
-            _give_up(groups.pop())
+            give_up(groups.pop())
 
 
-def _give_up(group: dist.ProcessGroup) -> None:
+def give_up(group: dist.ProcessGroup) -> None:
+    """Destroy a group whether or not it still works."""
     try:
         dist.destroy_process_group(group)
     except Exception as error:              # already broken: that is why we are here

@@ -1,0 +1,575 @@
+"""The user's object: hand over a model, get it trained over stages."""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from time import perf_counter
+
+import networkx
+import torch
+
+import partitioners
+from partitioners import Plan
+from pipeengine.batching import Batch, argument_names, take_apart
+from pipeengine.capture import Inputs, capture
+from pipeengine.costs import analytic, cost_graph
+from pipeengine.dataflow import Dataflow, analyse
+from pipeengine.errors import InputError, PartitionError, PipeEngineError, PlanError, WorkerError
+from pipeengine.executor import Executor, Task
+from pipeengine.measure import measure
+from pipeengine.program import Program, lower
+from pipeengine.randomness import mix
+from pipeengine.recorder import current_modes
+from pipeengine.recording import fill, refs
+from pipeengine.schedules import build, forward_schedule
+from pipeengine.schedules.form import Edge
+from pipeengine.shared import Shared, SharedParameters
+from pipeengine.stage import Draw
+from pipeengine.structure import replace
+from pipeengine.timeline import Costs, Timeline, simulate
+from pipeengine.transport import DistributedTransport, LocalTransport
+from pipeengine.variants import Placement, Variant, Variants
+from pipeengine.weights import load_stage, save_weights
+from pipeengine.world import Alone, World, connect
+
+_NOISE_SECONDS = 5e-4       # differences between stages below this are not worth a second tensor across a cut
+
+
+class Pipeline:
+    """Train ``model`` over pipeline stages, with the numbers that one process would give.
+
+    ``example`` holds the model's inputs for a whole batch: a dict of keyword arguments or a tuple of positional ones. Under
+    torchrun every process is a worker; in plain Python all stages run in this process. See the README for every option.
+
+    Raises ``CaptureError`` when the model cannot be recorded, ``PartitionError`` when it cannot be cut as asked, ``InputError``
+    for options and batches of the wrong kind; the same error on every worker.
+    """
+
+    def __init__(self, model: torch.nn.Module, example: object, *, num_microbatches: int = 1,
+                 schedule: str | Callable = "gpipe", num_stages: int | None = None, plan: Plan | str | Path | None = None,
+                 costs: str | networkx.DiGraph | None = None, loss_fn: Callable | None = None, target: object = None,
+                 loss_weight: Callable | None = None, batch_dims: Mapping[str, int | None] | None = None,
+                 weights: str | Path | None = None, device: torch.device | str | None = None, mesh: object = None,
+                 seed: int = 0, check: bool = True):
+        self._closed: str | None = None
+        self._model, self._loss_fn, self._loss_weight = model, loss_fn, loss_weight
+        self._batch_dims, self._seed, self._schedule_name = batch_dims, seed, schedule
+        self._device = _device(model, device)
+        self._world: Alone | World = connect(mesh, self._device)
+        try:
+            self._construct(example, target, num_microbatches, num_stages, plan, costs, weights, check)
+        except BaseException:
+            self._close("construction failed")
+            raise
+
+    # -- construction -----------------------------------------------------------------------------------------------
+
+    def _construct(self, example, target, num_microbatches, num_stages, plan, costs, weights, check) -> None:
+        world = self._world
+        world.together(lambda: self._check_options(example, num_microbatches, num_stages, plan))
+        self._num_stages = self._count_stages(num_stages, plan)
+        self._worker_of = tuple(stage % world.size for stage in range(self._num_stages))
+        self._own = tuple(s for s in range(self._num_stages) if self._worker_of[s] == world.rank)
+        flow = world.together(lambda: self._record(example, target))
+        world.agree([_number(self._identity(flow)), self._num_stages, num_microbatches], None,
+                    ("the model or the example", "num_stages", "num_microbatches"))
+        graph = world.together(lambda: self._price(flow, costs))
+        self._plan: Plan = self._make_plan(graph, plan)
+        self._graph = graph
+        world.together(lambda: self._place(flow, weights, check))
+        self._connect_workers(flow)
+
+    def _check_options(self, example, num_microbatches, num_stages, plan) -> None:
+        if not isinstance(self._model, torch.nn.Module):
+            raise InputError(f"model is a {type(self._model).__name__}, not a torch.nn.Module; pass the model itself")
+        if not isinstance(num_microbatches, int) or num_microbatches < 1:
+            raise InputError(f"num_microbatches is {num_microbatches!r}; give a number of at least 1")
+        if not isinstance(example, (Mapping, tuple, list, torch.Tensor)):
+            raise InputError(f"example is a {type(example).__name__}; give a dict of keyword arguments or a tuple of positional "
+                             "ones")
+        if num_stages is not None and (not isinstance(num_stages, int) or num_stages < 1):
+            raise InputError(f"num_stages is {num_stages!r}; give a number of at least 1")
+        count = self._count_stages(num_stages, plan)
+        if count % self._world.size:
+            raise InputError(f"{count} stages on {self._world.size} workers; every worker holds the same number of stages: try "
+                             f"num_stages={self._world.size * max(1, round(count / self._world.size))}")
+        self._num_microbatches = num_microbatches
+        self._schedule(count, num_microbatches)         # an unknown schedule is refused before anything else is done
+
+    def _count_stages(self, num_stages, plan) -> int:
+        if num_stages is not None:
+            return num_stages
+        return plan.num_stages if isinstance(plan, Plan) else self._world.size
+
+    def _record(self, example, target) -> Dataflow:
+        self._names = argument_names(self._model)
+        batch = self._take_apart(Inputs.of(example, target))
+        inputs = self._first_microbatch(batch)
+        if self._loss_fn is not None and target is None:
+            inputs = Inputs(inputs.args, inputs.kwargs, self._made_up_target(inputs))
+        self._example = inputs
+        with torch.enable_grad():
+            recording = capture(self._model, inputs, loss_fn=self._loss_fn, device=self._device)
+        flow = analyse(recording, outputs=False)
+        if not any(recording.values[v].spec.requires_grad for v in flow.goals):
+            raise InputError("the loss does not depend on any parameter that needs a gradient; is every parameter frozen?")
+        return flow
+
+    def _first_microbatch(self, batch: Batch) -> Inputs:
+        return batch.again(batch.split(self._num_microbatches, self._device)[0])
+
+    def _made_up_target(self, inputs: Inputs) -> object:
+        """Without a target, the loss is planned with one made in the shape of the output."""
+        recording = capture(self._model, Inputs(inputs.args, inputs.kwargs), device=self._device)
+        specs = [recording.values[v].spec for v in refs(recording.output)]
+        if not specs:
+            raise InputError("loss_fn= needs a tensor output of the model, or an example target: pass target=")
+        candidates = [torch.zeros(specs[0].shape, dtype=specs[0].dtype, device=self._device),
+                      torch.zeros(specs[0].shape[:-1], dtype=torch.int64, device=self._device)]
+        if len(specs[0].shape) > 2:
+            candidates.append(torch.zeros((specs[0].shape[0], *specs[0].shape[2:]), dtype=torch.int64, device=self._device))
+        for candidate in candidates[::-1]:
+            try:
+                capture(self._model, Inputs(inputs.args, inputs.kwargs, candidate), loss_fn=self._loss_fn, device=self._device)
+                return candidate
+            except PipeEngineError:
+                continue
+        raise InputError(f"loss_fn takes no target made in the shape of the output {tuple(specs[0].shape)}; pass target= with an "
+                         "example")
+
+    def _identity(self, flow: Dataflow) -> str:
+        """The model and the example, as text: what workers must agree on."""
+        parameters = [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in self._model.named_parameters()]
+        nodes = [(node.name, [flow.recording.values[v].spec.shape for v in node.results]) for node in flow.recording.nodes]
+        return repr((parameters, nodes, str(self._schedule_name)))
+
+    def _price(self, flow: Dataflow, costs) -> networkx.DiGraph:
+        if isinstance(costs, networkx.DiGraph):
+            partitioners.check(costs)
+            return costs
+        if costs not in (None, "measured", "analytic"):
+            raise InputError(f'costs is {costs!r}; give "measured", "analytic" or a cost graph')
+        seconds = analytic(flow) if costs == "analytic" else measure(flow, self._model, self._device).seconds
+        return cost_graph(flow, seconds)
+
+    def _make_plan(self, graph: networkx.DiGraph, plan) -> Plan:
+        """Rank 0 plans, everybody gets that plan: measured costs differ from worker to worker."""
+        world = self._world
+        made, problem = None, None
+        if world.rank == 0:
+            try:
+                made = self._given_plan(plan, graph) if plan is not None else self._partition(graph)
+            except PipeEngineError as error:
+                problem = error
+
+        def report() -> None:
+            if problem is not None:
+                raise problem
+        world.together(report)
+        return Plan.from_json(world.share(None if made is None else made.to_json()))
+
+    def _partition(self, graph: networkx.DiGraph) -> Plan:
+        total = sum(data.get("forward", 0) + data.get("backward", 0) for _, data in graph.nodes(data=True))
+        tolerance = max(0.05, min(1.0, _NOISE_SECONDS * self._num_stages / max(total, 1e-12)))
+        return partitioners.partition(graph, self._num_stages, bandwidth=None if self._world.size == 1 else 1e9,
+                                      num_microbatches=self._num_microbatches, prefer_single_tensor=tolerance,
+                                      stages_per_worker=max(1, self._num_stages // self._world.size)
+                                      if self._world.size > 1 else 1)
+
+    def _given_plan(self, plan, graph: networkx.DiGraph) -> Plan:
+        plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+        if plan.num_stages != self._num_stages:
+            raise PlanError(f"the plan has {plan.num_stages} stages, the pipeline {self._num_stages}; make a plan for "
+                            f"{self._num_stages} stages or pass num_stages={plan.num_stages}")
+        missing = [name for name in graph if name not in plan.stage_of]
+        if missing or len(plan.stage_of) != len(graph):
+            raise PlanError(f"the plan was made for another model: it knows {len(plan.stage_of)} nodes, this model has "
+                            f"{len(graph)}, and {len(missing)} of them are not in the plan"
+                            + (f" (first {missing[0]})" if missing else "") + "; plan this model")
+        return plan
+
+    def _place(self, flow: Dataflow, weights, check) -> None:
+        self._draw = Draw(self._device)
+        self._placement = Placement(self._plan.stage_of, self._num_stages, flow.recording.sealed)
+        stage_of = self._placement.assign(flow)
+        self._names_of = _all_names(self._model)
+        self._placement.settle(flow, stage_of, list(dict.fromkeys(self._names_of.values())))
+        self._held = self._held_names(flow)
+        if check and all(p.device.type != "meta" for p in (*self._model.parameters(), *self._model.buffers())):
+            from pipeengine.fidelity import check_recording
+            check_recording(self._model, flow, stage_of, self._num_stages, self._example, self._loss_fn)
+        load_stage(self._model, self._held, self._device, weights=weights, seed=self._seed)
+        self._variants = Variants(self._model, self._placement, self._own, loss_fn=self._loss_fn, device=self._device,
+                                  draw=self._draw)
+        variant = self._variants.make(flow.recording, outputs=False)
+        self._example_links = variant.links
+        self._example_split = variant.split
+
+    def _held_names(self, flow: Dataflow) -> frozenset[str]:
+        """Parameters of the own stages, and the small buffers that every worker needs to follow the inputs."""
+        own = {name for name, stages in self._placement.holders.items() if stages & set(self._own)}
+        values = flow.recording.values
+        from pipeengine.recording import node_refs
+        given = {values[v].name for n in flow.free for v in node_refs(flow.recording.nodes[n]) if values[v].kind == "attribute"}
+        given |= {values[v].name for guard in flow.recording.guards for v in (*refs(guard.args), *refs(guard.kwargs))
+                  if values[v].kind == "attribute"}
+        return frozenset(own | given)
+
+    def _connect_workers(self, flow: Dataflow) -> None:
+        world = self._world
+        self._shared: SharedParameters | None = None
+        shared = self._shared_entries()
+        self._owned = frozenset(name for name in self._held
+                                if self._owner(name) == world.rank)
+        if isinstance(world, Alone):
+            self._transport = LocalTransport()
+        else:
+            backend = "gloo" if self._device.type == "cpu" else torch.distributed.get_default_backend_for_device(self._device)
+            self._transport = DistributedTransport(self._worker_of, world.rank, world.ranks, self._device, backend, world.timeout,
+                                                   world.waiter)
+            tensors = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+            self._shared = SharedParameters(shared, {e.name: tensors[e.name] for e in shared if world.rank in e.workers},
+                                            world.rank, world.ranks, backend, world.timeout, world.waiter)
+            self._shared.equalise()
+        self._executor = Executor(self._transport, self._draw)
+        self._programs: dict[tuple, list] = {}
+        self._step_number = 0
+        self._calls = 0
+        self.loss: torch.Tensor | None = None
+
+    def _shared_entries(self) -> list[Shared]:
+        trained = {name: p.requires_grad for name, p in self._model.named_parameters()}
+        found = []
+        for name in dict.fromkeys(self._names_of.values()):
+            workers = sorted({self._worker_of[s] for s in self._placement.holders.get(name, ())})
+            if len(workers) > 1:
+                found.append(Shared(name, tuple(workers), trained.get(name, False)))
+        return found
+
+    def _owner(self, name: str) -> int:
+        return min((self._worker_of[s] for s in self._placement.holders.get(name, ())), default=-1)
+
+    # -- programs ---------------------------------------------------------------------------------------------------
+
+    def _schedule(self, num_stages: int, num_microbatches: int):
+        # In one process every stage acts as a worker of its own, so that the order is the schedule's.
+        workers = self._world.size if self._world.size > 1 else num_stages
+        return build(self._schedule_name, num_workers=workers, num_microbatches=num_microbatches,
+                     stages_per_worker=num_stages // workers)
+
+    def _program(self, num_microbatches: int, links: frozenset, training: bool) -> list[tuple]:
+        """This worker's actions for a batch of so many micro-batches."""
+        key = num_microbatches, links, training
+        if key not in self._programs:
+            edges = tuple(Edge(source, target, True, gradient and training)
+                          for source, target, gradient in sorted(_merge(links)))
+            if training:
+                schedule = self._schedule(self._num_stages, num_microbatches)
+            else:
+                shape = self._schedule(self._num_stages, num_microbatches).topology
+                schedule = forward_schedule(shape.num_workers, num_microbatches, shape)
+            self._programs[key] = self._actions(schedule, edges)
+        return self._programs[key]
+
+    def _actions(self, schedule, edges) -> list[tuple]:
+        if self._world.size > 1:
+            return [tuple(action) for action in lower(schedule, edges).actions(self._world.rank)]
+        timeline = simulate(schedule, None, edges)
+        order = sorted(range(len(timeline.start)), key=lambda i: (timeline.start[i], timeline.stage[i]))
+        names = "FBIW"
+        return [(names[timeline.op[i]], int(timeline.stage[i]), int(timeline.microbatch[i]), -1) for i in order]
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    def step(self, *args, target: object = None, **kwargs) -> torch.Tensor:
+        """Forward and backward of a whole batch; gradients are added to ``.grad``.
+
+        Every worker passes the same batch. Returns the loss of the full batch, detached, on every worker. A batch that cannot be
+        used raises ``InputError`` on every worker and loses nothing; a failure while the step runs raises
+        ``WorkerError`` with the same root cause on every worker and closes the pipeline.
+        """
+        tasks, variants, digest = self._prepare(Inputs(args, kwargs, target), training=True)
+        links = frozenset().union(*(variant.links for variant in variants))
+        with torch.enable_grad():
+            self._guarded(lambda: self._run_step(tasks, variants, digest, links))
+        return self.loss
+
+    def _run_step(self, tasks, variants, digest, links) -> None:
+        actions = self._program(len(tasks), links, True)
+        if self._shared is not None:
+            self._shared.begin()
+        self._transport.begin(self._calls, digest)
+        self._executor.run(actions, tasks)
+        if self._shared is not None:
+            self._shared.reduce()
+        self.loss = self._spread_loss(variants[0], self._executor.loss)
+        self._step_number += 1
+
+    def _spread_loss(self, variant: Variant, own: torch.Tensor | None) -> torch.Tensor | None:
+        if variant.split.loss_stage is None:
+            return None
+        spec = variant.recording.values[variant.recording.loss].spec
+        loss = own if own is not None else torch.zeros(spec.shape, dtype=spec.dtype, device=self._device)
+        return self._world.tensor_from(loss, self._worker_of[variant.split.loss_stage])
+
+    def evaluate(self, *args, target: object = None, gather: bool = False, **kwargs) -> object:
+        """Forward only, without gradients, in the model's present mode; every worker calls it.
+
+        Returns the model's own output for the whole batch on the worker of the last stage; elsewhere the same structure with the
+        loss alone, or with ``gather`` everything everywhere. The loss is also in ``pipe.loss``.
+        """
+        with torch.no_grad():
+            tasks, variants, digest = self._prepare(Inputs(args, kwargs, target), training=False)
+            links = frozenset().union(*(variant.links for variant in variants))
+            return self._guarded(lambda: self._run_evaluation(tasks, variants, digest, links, gather))
+
+    def _run_evaluation(self, tasks, variants, digest, links, gather: bool) -> object:
+        self._transport.begin(self._calls, digest)
+        self._executor.run(self._program(len(tasks), links, False), tasks)
+        self.loss = self._spread_loss(variants[0], self._executor.loss)
+        last = self._worker_of[variants[0].split.output_stage]
+        outputs = [self._executor.outputs.get(m) for m in range(len(tasks))]
+        merged = _merge_outputs(variants, outputs if self._world.rank == last else None, tasks, self.loss)
+        return self._world.share(merged, last) if gather and self._world.size > 1 else merged
+
+    def _take_apart(self, inputs: Inputs) -> Batch:
+        return take_apart(inputs, names=self._names, batch_dims=self._batch_dims)
+
+    def _prepare(self, inputs: Inputs, *, training: bool) -> tuple[list[Task], list[Variant], int]:
+        """Everything that can go wrong with a batch goes wrong here, before anything is sent."""
+        self._check_open()
+        self._calls += 1
+        problem, facts, prepared = None, (self._calls, 0, 0), ([], [], 0)
+        try:
+            prepared, facts = self._tasks(inputs, training)
+        except PipeEngineError as error:
+            problem = error
+        except Exception as error:
+            problem = InputError(f"this batch cannot be used: {type(error).__name__}: {error}")
+            problem.__cause__ = error
+        self._guarded(lambda: self._world.agree(facts, problem, ("the number of calls", "the batch", "the recorded model")),
+                      harmless=InputError if problem is None else PipeEngineError)
+        return prepared
+
+    def _tasks(self, inputs: Inputs, training: bool):
+        if self._loss_fn is not None and training and inputs.target is None:
+            raise InputError("the pipeline has a loss_fn; call step(..., target=...)")
+        batch = self._take_apart(inputs)
+        parts = batch.split(self._num_microbatches, self._device)
+        sizes = batch.sizes(self._num_microbatches)
+        digest = batch.digest()
+        base = (batch.key, self._state_key(training), batch.dims)
+        variants, keys = [], []
+        for index, (tensors, size) in enumerate(zip(parts, sizes)):
+            key = mix(self._seed, self._step_number if training else (1 << 40) + self._calls, index)
+            keys.append(key)
+            variants.append(self._variants.find((base, size), tensors, lambda t=tensors: batch.again(t), key, outputs=not training))
+        weights = self._weigh(variants, parts, sizes, batch)
+        tasks = [Task([t.clone() if i in variant.cloned else t for i, t in enumerate(tensors)] if variant.cloned else tensors,
+                      variant.stages, weight, key, variant.links)
+                 for tensors, variant, weight, key in zip(parts, variants, weights, keys)]
+        recorded = 0
+        for variant in variants:
+            recorded = mix(recorded, variant.digest)
+        return (tasks, variants, digest), (self._calls, digest, recorded)
+
+    def _state_key(self, training: bool) -> tuple:
+        """Everything besides the batch that eager execution would depend on."""
+        modules = bytes(module.training for module in self._model.modules())
+        needs = bytes(p.requires_grad for p in self._model.parameters())
+        return training, modules, needs, current_modes().autocast
+
+    def _weigh(self, variants, parts, sizes, batch: Batch) -> list[float]:
+        """What each micro-batch's loss counts for in the loss of the full batch."""
+        if self._loss_weight is not None:
+            raw = [float(self._loss_weight(*again.args, **again.kwargs) if again.target is None else
+                         self._loss_weight(*again.args, target=again.target, **again.kwargs))
+                   for again in map(batch.again, parts)]
+        elif all(variant.count_targets is not None for variant in variants):
+            raw = [variant.count_targets(tensors) for variant, tensors in zip(variants, parts)]
+        else:
+            raw = [float(size) for size in sizes]
+        total = sum(raw)
+        if total == 0:
+            raw, total = [float(size) for size in sizes], float(sum(sizes))
+        return [value / total for value in raw]
+
+    def _guarded(self, what: Callable[[], object], harmless: type = ()) -> object:
+        """Run something that talks to other workers; a failure becomes the same error on every worker."""
+        try:
+            return what()
+        except harmless:
+            raise
+        except BaseException as error:
+            where = f"in step {self._step_number}"
+            position = getattr(getattr(self, "_executor", None), "position", ())
+            if position:
+                where += f", {_action_text(position)}"
+            failure = self._world.fail(error, where)
+            if self._shared is not None:
+                self._shared.restore()
+            self._close(str(failure).splitlines()[0])
+            if failure is error:
+                raise
+            raise failure from (error if not isinstance(error, WorkerError) else None)
+
+    def _check_open(self) -> None:
+        if self._closed is not None:
+            raise WorkerError(f"the pipeline is closed ({self._closed}); make a new Pipeline")
+
+    def _close(self, why: str) -> None:
+        self._closed = why
+        for part in ("_transport", "_shared", "_world"):
+            held = getattr(self, part, None)
+            if held is not None:
+                held.close()
+
+    # -- what the user's loop needs ---------------------------------------------------------------------------------
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Parameters that this worker holds, under their original names; shared ones on every holder."""
+        for name, parameter in self._model.named_parameters():
+            if name in self._held:
+                yield name, parameter
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Parameters that this worker holds."""
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Parameters and persistent buffers that this worker holds, under their original names."""
+        return {name: tensor for name, tensor in self._model.state_dict().items()
+                if self._names_of.get(name, name) in self._held}
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        """Scale all gradients so that their norm over all stages, shared ones counted once, is at most ``max_norm``.
+
+        Returns the norm before scaling, on every worker.
+        """
+        self._check_open()
+        own = [p for p in self.parameters() if p.grad is not None]
+        counted = [p.grad for name, p in self.named_parameters() if p.grad is not None and name in self._owned]
+        total = self._guarded(lambda: self._norm(counted, norm_type))
+        scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        for parameter in own:
+            parameter.grad.mul_(scale.to(parameter.grad.device))
+        return total
+
+    def _norm(self, gradients: list[torch.Tensor], norm_type: float) -> torch.Tensor:
+        norms = torch._foreach_norm(gradients, norm_type) if gradients else []
+        stacked = torch.stack([norm.double().to(self._device) for norm in norms]) if norms else \
+            torch.zeros(1, dtype=torch.float64, device=self._device)
+        if norm_type == float("inf"):
+            return self._world.total(stacked.max(), largest=True).float()
+        return (self._world.total(stacked.pow(norm_type).sum()) ** (1 / norm_type)).float()
+
+    def train(self, mode: bool = True) -> Pipeline:
+        """Set the model to training mode."""
+        self._model.train(mode)
+        return self
+
+    def eval(self) -> Pipeline:
+        """Set the model to evaluation mode."""
+        return self.train(False)
+
+    def verify_shared(self) -> None:
+        """Raise ``WorkerError`` unless every copy of every shared parameter holds the same bits; every worker calls it."""
+        if self._shared is not None:
+            self._guarded(self._shared.verify)
+
+    def save_weights(self, folder: str | Path) -> None:
+        """Write all weights as safetensors with a sharded index in the original names; every worker calls it."""
+        save_weights(self._model, self._owned, Path(folder), self._world)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that this pipeline runs."""
+        return self._plan
+
+    @property
+    def num_stages(self) -> int:
+        return self._num_stages
+
+    @property
+    def messages(self) -> int:
+        """Data messages this worker has sent so far."""
+        return self._transport.messages
+
+    @property
+    def message_bytes(self) -> int:
+        """Bytes of values in them."""
+        return self._transport.bytes
+
+
+def _device(model: torch.nn.Module, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    for tensor in (*model.parameters(), *model.buffers()) if isinstance(model, torch.nn.Module) else ():
+        if tensor.device.type != "meta":
+            return tensor.device
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def _all_names(model: torch.nn.Module) -> dict[str, str]:
+    """Every name of a parameter or buffer, aliases included -> its first name."""
+    first: dict[int, str] = {}
+    found = {}
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        found[name] = first.setdefault(id(tensor), name)
+    return found
+
+
+def _merge(links: frozenset) -> frozenset:
+    """One entry per pair of stages; with a gradient when any micro-batch has one."""
+    pairs: dict[tuple[int, int], bool] = {}
+    for source, target, gradient in links:
+        pairs[source, target] = pairs.get((source, target), False) or gradient
+    return frozenset((source, target, gradient) for (source, target), gradient in pairs.items())
+
+
+def _action_text(position: tuple) -> str:
+    op, stage, microbatch, _ = position
+    what = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient", "SA": "sending an activation",
+            "RA": "receiving an activation", "SG": "sending a gradient", "RG": "receiving a gradient"}[op]
+    return f"stage {stage}, {what} of micro-batch {microbatch}"
+
+
+def _merge_outputs(variants, outputs, tasks, loss) -> object:
+    """One output for the whole batch from those of the micro-batches; without ``outputs`` the structure with the loss alone."""
+    first = variants[0].recording
+    if outputs is None:
+        return fill(first.output, lambda value: loss if value == first.loss else None)
+    made = [fill(variant.recording.output, dict(zip(variant.outputs, values)).__getitem__)
+            for variant, values in zip(variants, outputs)]
+    from pipeengine.structure import tensors
+    columns = iter(zip(*(tensors(output) for output in made)))
+    order = [value for value in refs(first.output)]
+    position = iter(order)
+
+    def merge(leaf: object) -> object:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        parts, value = next(columns), next(position)
+        if value == first.loss:
+            return loss
+        return _join(parts, tasks)
+    return replace(made[0], merge)
+
+
+def _join(parts: tuple, tasks) -> torch.Tensor:
+    """Micro-batches' tensors as one: rows one after another; scalars by weight; what is the same for all, once."""
+    if len(parts) == 1:
+        return parts[0]
+    if parts[0].dim() == 0:
+        if not parts[0].is_floating_point():
+            return parts[0]
+        return sum(part * task.weight for part, task in zip(parts, tasks))
+    if all(part.shape[1:] == parts[0].shape[1:] for part in parts):
+        return torch.cat(parts)
+    return parts[0]
