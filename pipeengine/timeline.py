@@ -279,6 +279,33 @@ def simulate(order: object, costs: Costs | None = None, edges: Sequence[Edge] | 
     return _finish(timeline, schedule.topology, costs)
 
 
+@dataclass(frozen=True)
+class Breakdown:
+    """Where the seconds of a makespan go; the four parts add up to it.
+
+    ``ideal`` is the mean work of a worker. ``fill_drain`` is what the order adds when all workers are equal and
+    messages free, ``imbalance`` what the real stages add to that, ``communication`` what the messages add to that.
+    """
+    ideal: float
+    fill_drain: float
+    imbalance: float
+    communication: float
+
+
+def breakdown(order: object, costs: Costs | None = None, edges: Sequence[Edge] | None = None) -> Breakdown:
+    """Simulate without messages, then without differences between stages, and see what each takes away."""
+    schedule: Schedule = getattr(order, "schedule", order)
+    costs = costs or Costs.uniform(schedule.topology)
+    op, stage, _ = schedule.columns
+    ideal = float(costs.duration(op, stage).sum()) / schedule.topology.num_workers
+    names = ("forward", "input_grad", "weight_grad", "backward")
+    means = {name: (float(np.mean(getattr(costs, name))),) * len(costs.forward) for name in names}
+    even = simulate(order, Costs(**means), edges).makespan
+    uneven = simulate(order, Costs(**{name: getattr(costs, name) for name in names}), edges).makespan
+    whole = simulate(order, replace(costs, exchange=None, optimizer=None), edges).makespan
+    return Breakdown(ideal, even - ideal, uneven - even, whole - uneven)
+
+
 def _finish(timeline: Timeline, topology: Topology, costs: Costs) -> Timeline:
     """``timeline`` with the end of the step: shared gradients exchanged together, then each worker's update."""
     if costs.exchange is None and costs.optimizer is None:

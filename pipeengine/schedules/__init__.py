@@ -43,7 +43,13 @@ def build(schedule: str | Callable[..., Schedule] | Schedule, *, num_workers: in
     if num_workers < 1 or num_microbatches < 1:
         raise ScheduleError(f"{num_workers} workers and {num_microbatches} micro-batches; give at least one of each")
     function = _named(schedule) if isinstance(schedule, str) else schedule
-    return function(num_workers, num_microbatches, **_options(function, stages_per_worker, costs))
+    built = function(num_workers, num_microbatches, **_options(function, stages_per_worker, costs))
+    has = built.topology.num_stages // built.topology.num_workers
+    if stages_per_worker not in (None, 1, has):
+        several = [name for name, known in SCHEDULES.items() if "stages_per_worker" in signature(known).parameters]
+        raise ScheduleError(f"schedule {built.name} has {has} stages per worker, {stages_per_worker} were asked for; "
+                            f"those that take any number: {', '.join(several)}")
+    return built
 
 
 def _named(name: str) -> Callable[..., Schedule]:
@@ -56,17 +62,8 @@ def _named(name: str) -> Callable[..., Schedule]:
 
 def _options(function: Callable[..., Schedule], stages_per_worker: int | None, costs: object) -> dict[str, object]:
     takes = signature(function).parameters
-    options: dict[str, object] = {}
-    if "stages_per_worker" in takes:
-        if stages_per_worker is not None:
-            options["stages_per_worker"] = stages_per_worker
-    elif stages_per_worker not in (None, 1):
-        several = [name for name, known in SCHEDULES.items() if "stages_per_worker" in signature(known).parameters]
-        raise ScheduleError(f"schedule {function.__name__} fixes the number of stages per worker, "
-                            f"{stages_per_worker} were asked for; those that take it: {', '.join(several)}")
-    if "costs" in takes and costs is not None:
-        options["costs"] = costs
-    return options
+    given = {"stages_per_worker": stages_per_worker, "costs": costs}
+    return {name: value for name, value in given.items() if name in takes and value is not None}
 
 
 def _same_numbers(schedule: Schedule, num_workers: int, num_microbatches: int) -> Schedule:

@@ -1,0 +1,90 @@
+"""``pipeengine simulate``: answers in four forms, errors with exit status 2."""
+import argparse
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from pipeengine.schedules import SCHEDULES
+from pipeengine.simulate_command import add_arguments, run
+
+
+def simulate(*words):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return run(parser.parse_args([str(word) for word in words]))
+
+
+def test_json_holds_the_papers_numbers():
+    code, text = simulate("--schedule", "zb-h1", "--workers", 8, "--microbatches", 24, "--forward", 18.522, "--input-grad",
+                          18.086, "--weight-grad", 9.337, "--hop", 0.601, "--format", "json")
+    answer = json.loads(text)
+    assert code == 0 and answer["bubble"] == pytest.approx(0.1585, abs=6e-5)
+    assert answer["peak_activations"] == [8] * 8 and answer["makespan"] >= answer["span"]
+    assert sum(answer["breakdown"].values()) == pytest.approx(answer["makespan"])
+
+
+def test_times_are_shared_by_the_stages_of_a_worker():
+    _, text = simulate("--schedule", "interleaved-1f1b", "--workers", 4, "--microbatches", 8, "--stages-per-worker", 3,
+                       "--format", "json")
+    assert json.loads(text)["makespan"] == pytest.approx(8 * 3 + 3 * 3 / 3)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_text_is_for_people(name):
+    code, text = simulate("--schedule", name, "--workers", 4, "--microbatches", 8)
+    assert code == 0 and "makespan" in text and all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_all_compares_every_schedule_and_says_what_does_not_fit():
+    code, text = simulate("--workers", 3, "--microbatches", 6)
+    assert code == 0 and all(name in text for name in SCHEDULES)
+    assert "dualpipe is made for an even number of workers" in text
+    answer = json.loads(simulate("--workers", 3, "--microbatches", 6, "--format", "json")[1])
+    assert set(answer["schedules"]) | set(answer["refused"]) == set(SCHEDULES)
+
+
+def test_svg_and_chrome(tmp_path):
+    file = tmp_path / "all.svg"
+    assert simulate("--workers", 4, "--microbatches", 8, "--format", "svg", "-o", file)[0] == 0
+    ElementTree.parse(file)
+    code, text = simulate("--schedule", "zb-v", "--workers", 4, "--microbatches", 8, "--format", "chrome")
+    assert code == 0 and len([e for e in json.loads(text)["traceEvents"] if e["ph"] == "X"]) == 4 * 8 * 6
+
+
+@pytest.mark.parametrize("words, message", [
+    (("--schedule", "zbh1", "--workers", 2, "--microbatches", 4), "did you mean 'zb-h1'"),
+    (("--schedule", "zb-h2", "--workers", 4, "--microbatches", 4), "nearest that works is 7"),
+    (("--schedule", "1f1b", "--workers", 4), "--microbatches is None"),
+    (("--schedule", "zb-v", "--workers", 4, "--microbatches", 8, "--stages-per-worker", 3), "has 2 stages per worker, 3 were"),
+    (("--schedule", "1f1b", "--plan", "no-such-plan.json"), "no-such-plan.json")])
+def test_no_answer_is_exit_status_2(words, message):
+    code, text = simulate(*words)
+    assert code == 2 and message in text
+    code, text = simulate(*words, "--format", "json")
+    assert code == 2 and message in json.loads(text)["error"]
+
+
+def test_a_plan_gives_stages_times_and_messages(tmp_path):
+    import networkx as nx
+    from partitioners.solve import partition
+    graph = nx.DiGraph()
+    for number in range(8):
+        graph.add_node(f"n{number}", forward=1.0 + number % 3, backward=2.0, output_bytes=10, param_bytes=4, gradient=True,
+                       activation_bytes=100)
+        if number:
+            graph.add_edge(f"n{number - 1}", f"n{number}")
+    plan = partition(graph, 4)
+    plan.save(tmp_path / "plan.json")
+    code, text = simulate("--schedule", "1f1b", "--plan", tmp_path / "plan.json", "--microbatches", 6, "--format", "json")
+    answer = json.loads(text)
+    assert code == 0, text
+    assert answer["workers"] == 4 and answer["messages"] == 2 * 3 * 6
+    assert answer["peak_activations"] == [stage.activation_bytes * min(6, 4 - r) for r, stage in enumerate(plan.stages)]
+
+
+def test_it_needs_no_torch():
+    code = "import sys, pipeengine.simulate_command; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
