@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from pipeengine.dataflow import unstable_guard
 from pipeengine.errors import CaptureError
 from pipeengine.randomness import keyed
-from pipeengine.recorder import Meter, Promote, Recorder
+from pipeengine.recorder import Meter, Promote, Recorder, made_up
 from pipeengine.recording import Modes, Recording
 from pipeengine.structure import leaves, replace
 
@@ -311,7 +311,11 @@ class _Held:
             if id(fake) not in made:
                 tensor = real.get(id(fake))
                 if tensor is None or tensor.device.type == "meta":
-                    tensor = _made_up(fake, self._device)
+                    tensor = made_up(fake, self._device)
+                    if isinstance(fake, torch.nn.Parameter):
+                        tensor = torch.nn.Parameter(tensor, requires_grad=fake.requires_grad)
+                    elif fake.requires_grad:
+                        tensor.requires_grad_()
                 made[id(fake)] = tensor
             return made[id(fake)]
         meter = Meter()
@@ -358,17 +362,6 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
                     with torch.no_grad():
                         tensor.copy_(value)
                     module._buffers[name] = tensor
-
-
-def _made_up(fake: torch.Tensor, device: torch.device) -> torch.Tensor:
-    made = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=device)
-    if fake.is_floating_point() or fake.is_complex():
-        made.normal_(0, 0.02)
-    else:
-        made.fill_(1 if fake.dtype == torch.bool else 0)
-    if isinstance(fake, torch.nn.Parameter):
-        return torch.nn.Parameter(made, requires_grad=fake.requires_grad)
-    return made.requires_grad_(fake.requires_grad)
 
 
 @contextlib.contextmanager

@@ -66,20 +66,30 @@ def _trained(model: torch.nn.Module) -> list[torch.Tensor]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def _gradients(loss: torch.Tensor, model: torch.nn.Module) -> list[torch.Tensor | None] | None:
+def _gradients(loss: torch.Tensor, model: torch.nn.Module) -> list[torch.Tensor | None]:
+    """Gradients of all trained parameters; what was in ``.grad`` stays there."""
+    trained = _trained(model)
+    if any(p._post_accumulate_grad_hooks for p in trained):
+        # Such a hook may be an optimizer; re-entrant checkpoints, which need backward(), cannot be compared then.
+        return list(torch.autograd.grad(loss, trained, allow_unused=True))
+    held = [p.grad for p in trained]
     try:
-        return list(torch.autograd.grad(loss, _trained(model), allow_unused=True))
-    except RuntimeError:                # a model that checkpoints re-entrantly allows backward() only
-        return None
+        for p in trained:
+            p.grad = None
+        loss.backward()
+        return [p.grad for p in trained]
+    finally:
+        for p, gradient in zip(trained, held):
+            p.grad = gradient
 
 
-def _eager(model, inputs: Inputs, loss_fn) -> tuple[torch.Tensor, list | None]:
+def _eager(model, inputs: Inputs, loss_fn) -> tuple[torch.Tensor, list]:
     output = model(*inputs.args, **inputs.kwargs)
     loss = loss_fn(output, inputs.target) if loss_fn is not None else find_loss(output)
     return loss.detach(), _gradients(loss, model)
 
 
-def _replay(model, recording: Recording, parts, given: list[torch.Tensor]) -> tuple[torch.Tensor, list | None]:
+def _replay(model, recording: Recording, parts, given: list[torch.Tensor]) -> tuple[torch.Tensor, list]:
     made: dict[int, torch.Tensor] = {}
     for compiled in parts:
         received = [made[v] for link in compiled.part.receives for v in link.values]
@@ -108,9 +118,8 @@ def _compare(model, example, loss_fn, recording, truth, replayed, given, seed: i
     problems = []
     if not _close(truth[0], replayed[0]):
         problems.append(f"loss {truth[0].item():.9g} against {replayed[0].item():.9g}")
-    if truth[1] is not None and replayed[1] is not None:
-        names = [name for name, p in model.named_parameters() if p.requires_grad]
-        problems += [f"gradient of {name}" for name, a, b in zip(names, truth[1], replayed[1]) if not _close(a, b)]
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    problems += [f"gradient of {name}" for name, a, b in zip(names, truth[1], replayed[1]) if not _close(a, b)]
     if not problems:
         return
     place = _first_difference(model, example, loss_fn, recording, given, seed)

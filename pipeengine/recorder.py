@@ -300,16 +300,49 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
 
     def _from_real_or_promote(self, func, args, kwargs, error: Exception) -> object:
-        """The shape of the result depends on the data: take it from the real values, and guard it."""
+        """The shape of the result depends on the data: take it from the real values, and guard it.
+
+        Where there are none, made-up numbers must give the same shape twice: then the data do not matter to it after all.
+        """
         real = self._reals((args, kwargs))
-        if real is None:
+        if real is not None:
+            with torch.no_grad():
+                result = func(*real[0], **real[1])
+            self._shape_guards = True
+            return self._fakes_of(result, needs_gradient=False)
+        tries = [self._try_out(func, args, kwargs, number) for number in (0, 1)]
+        if None in tries or _shapes(tries[0]) != _shapes(tries[1]):
             raise Promote(self._path(), f"{self._where()}: {type(error).__name__}: {error}") from error
-        with torch.no_grad():
-            result = func(*real[0], **real[1])
-        fake = replace(result, lambda leaf: self._fake.from_tensor(leaf, static_shapes=True)
-                       if isinstance(leaf, torch.Tensor) else leaf)
-        self._shape_guards = True
-        return fake
+        needs = torch.is_grad_enabled() and any(t.requires_grad for t in tensors((args, kwargs)))
+        return self._fakes_of(tries[0], needs_gradient=needs)
+
+    def _try_out(self, func, args, kwargs, number: int) -> object | None:
+        """Run ``func`` on made-up numbers where there are no real ones."""
+        def real_of(leaf):
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            known = self._real.get(self._value_of.get(id(leaf), -1))
+            return made_up(leaf, leaf.device, number) if known is None else known
+        try:
+            with self._draw(f"made up {number}"), torch.no_grad():
+                return func(*replace(args, real_of), **replace(kwargs, real_of))
+        except Exception:
+            return None
+
+    def _fakes_of(self, result: object, *, needs_gradient: bool) -> object:
+        """Fakes that look like the tensors in ``result``; floating-point ones follow from something trained if asked."""
+        anchor = None
+        if needs_gradient:
+            with self._fake:
+                anchor = torch.zeros((), requires_grad=True)
+
+        def fake_of(leaf):
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            with self._fake:
+                made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
+                return made + anchor if needs_gradient and leaf.is_floating_point() else made
+        return replace(result, fake_of)
 
     def _run_real(self, func, args, kwargs, reads, out, writes: set[int], random: bool, node_name: str) -> None:
         """Keep the real values beside the fakes, or drop those that a step with unknown values wrote to."""
@@ -496,18 +529,7 @@ class Recorder(TorchFunctionMode):
             raise CaptureError(f"module {path or '(root)'} cannot run: {type(real_error).__name__}: {real_error}"
                                ) from real_error
         needs = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors(fakes), *module.parameters()))
-        anchor = None
-        if needs:
-            with self._fake:
-                anchor = torch.zeros((), requires_grad=True)
-
-        def fake_of(leaf):
-            if not isinstance(leaf, torch.Tensor):
-                return leaf
-            with self._fake:
-                made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
-                return made + anchor if needs and leaf.requires_grad else made
-        result = replace(out, fake_of)
+        result = self._fakes_of(out, needs_gradient=needs)
         self.meter.flops, self.meter.bytes, self.meter.random = cost.flops, cost.bytes, cost.random
         return result
 
@@ -577,6 +599,18 @@ class Recorder(TorchFunctionMode):
     def known_real(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The real value beside a fake one, if there is one."""
         return self._real.get(self._value_of.get(id(tensor), -1))
+
+
+def made_up(fake: torch.Tensor, device: torch.device, number: int = 0) -> torch.Tensor:
+    """A real tensor that looks like ``fake``: small random numbers, or ``number`` for integers."""
+    made = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=device)
+    if fake.is_floating_point() or fake.is_complex():
+        return made.normal_(0, 0.02)
+    return made.fill_(1 - number if fake.dtype == torch.bool else number)
+
+
+def _shapes(value: object) -> list:
+    return [(t.shape, t.dtype) for t in tensors(value)]
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:
