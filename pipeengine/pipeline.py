@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
@@ -11,23 +12,25 @@ import torch
 
 import partitioners
 from partitioners import Plan
+from pipeengine import observe
 from pipeengine.batching import Batch, argument_names, take_apart
 from pipeengine.capture import Inputs, capture
 from pipeengine.costs import analytic, cost_graph
 from pipeengine.dataflow import Dataflow, analyse
-from pipeengine.errors import InputError, PartitionError, PipeEngineError, PlanError, WorkerError
+from pipeengine.errors import InputError, PipeEngineError, PlanError, WorkerError
 from pipeengine.executor import Executor, Task
 from pipeengine.measure import measure
 from pipeengine.program import Program, lower
 from pipeengine.randomness import mix
 from pipeengine.recorder import current_modes
 from pipeengine.recording import fill, refs
+from pipeengine.report import RunReport, report_text
 from pipeengine.schedules import build, forward_schedule
 from pipeengine.schedules.form import Edge
 from pipeengine.shared import Shared, SharedParameters
 from pipeengine.stage import Draw
 from pipeengine.structure import replace
-from pipeengine.timeline import Costs, Timeline, simulate
+from pipeengine.timeline import Timeline, simulate
 from pipeengine.transport import DistributedTransport, LocalTransport
 from pipeengine.variants import Placement, Variant, Variants
 from pipeengine.weights import load_stage, save_weights
@@ -300,9 +303,12 @@ class Pipeline:
         if self._shared is not None:
             self._shared.begin()
         self._transport.begin(self._calls, digest)
+        start = perf_counter()
         self._executor.run(actions, tasks)
         if self._shared is not None:
             self._shared.reduce()
+        if self._step_number < 3 or self._step_number % 10 == 0:
+            self._publish(start)
         self.loss = self._spread_loss(variants[0], self._executor.loss)
         self._step_number += 1
 
@@ -482,6 +488,59 @@ class Pipeline:
     def save_weights(self, folder: str | Path) -> None:
         """Write all weights as safetensors with a sharded index in the original names; every worker calls it."""
         save_weights(self._model, self._owned, Path(folder), self._world)
+
+    # -- what happened ----------------------------------------------------------------------------------------------
+
+    def _publish(self, start: float) -> None:
+        records = [(op, stage, microbatch, round(begin - start, 7), round(end - start, 7))
+                   for op, stage, microbatch, begin, end in self._executor.records]
+        self._world.publish(json.dumps({"step": self._step_number, "records": records}))
+
+    def timeline(self) -> Timeline | None:
+        """What every worker did in a recent step (one of the first three, then every tenth); None before the first.
+
+        Any worker may call it alone. In one process every stage is shown as a worker of its own.
+        """
+        lanes: dict[int, list] = {}
+        for rank, text in self._world.published().items():
+            for record in json.loads(text)["records"]:
+                lanes.setdefault(record[1] if self._world.size == 1 else rank, []).append(tuple(record))
+        return observe.measured(lanes, schedule=self._schedule_text, num_workers=self._num_lanes)
+
+    @property
+    def _num_lanes(self) -> int:
+        return self._world.size if self._world.size > 1 else self._num_stages
+
+    @property
+    def _schedule_text(self) -> str:
+        return self._schedule_name if isinstance(self._schedule_name, str) else \
+            getattr(self._schedule_name, "name", getattr(self._schedule_name, "__name__", "custom"))
+
+    def predicted_timeline(self) -> Timeline:
+        """One step as the plan's costs predict it."""
+        link = (1e-4, 1e9) if self._world.size > 1 else (0.0, None)
+        return observe.predict(self._plan, self._schedule(self._num_stages, self._num_microbatches), hop=link[0],
+                               bandwidth=link[1])
+
+    def run_report(self) -> RunReport:
+        """Per stage: predicted and measured time, idle share, memory, what it sends. Any worker may call it alone."""
+        lanes = self._worker_of if self._world.size > 1 else tuple(range(self._num_stages))
+        sizes = {name: p.numel() for name, p in self._model.named_parameters()}
+        parameters = {stage: sum(size for name, size in sizes.items() if stage in self._placement.holders.get(name, ()))
+                      for stage in range(self._num_stages)}
+        rows = tuple(observe.rows(self._plan, lanes, parameters, self._num_microbatches))
+        return RunReport(type(self._model).__name__, self._schedule_text, self._num_microbatches, rows,
+                         self.predicted_timeline(), self.timeline(), None if self.loss is None else float(self.loss))
+
+    def report(self) -> str:
+        """The run so far as a table for a terminal."""
+        return report_text(self.run_report())
+
+    def save_report(self, folder: str | Path) -> None:
+        """Write ``report.json``, ``report.html`` and ``trace.json`` (for Perfetto); only the first worker writes."""
+        if self._world.rank == 0:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            observe.save(self.run_report(), Path(folder))
 
     @property
     def plan(self) -> Plan:

@@ -54,6 +54,12 @@ class Alone:
     def interrupted(self) -> Exception | None:
         return None
 
+    def publish(self, text: str) -> None:
+        self._published = text
+
+    def published(self) -> dict[int, str]:
+        return {0: self._published} if hasattr(self, "_published") else {}
+
     def close(self) -> None:
         pass
 
@@ -114,6 +120,17 @@ class World:
         work = dist.all_reduce(moved, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=self._group, async_op=True)
         self._wait(work)
         return moved.to(tensor.device)
+
+    # -- records ----------------------------------------------------------------------------------------------------
+
+    def publish(self, text: str) -> None:
+        """Leave a text for the others to find; nobody waits."""
+        self._store.set(f"{self._name}/records/{self.rank}", text)
+
+    def published(self) -> dict[int, str]:
+        """What each worker has left last, for those that have."""
+        keys = {rank: f"{self._name}/records/{rank}" for rank in range(self.size)}
+        return {rank: self._store.get(key).decode() for rank, key in keys.items() if self._store.check([key])}
 
     # -- agreement --------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,68 @@
+"""What a run looked like: every worker's last records, put together without anybody waiting for anybody."""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from partitioners import Plan
+from pipeengine.drawing import chrome_trace
+from pipeengine.report import RunReport, StageRow, report_html
+from pipeengine.schedules.form import Edge, Schedule
+from pipeengine.timeline import Costs, Timeline, simulate
+
+Record = tuple[str, int, int, float, float]         # op, stage, micro-batch, start and end in seconds of the step
+
+
+def costs_of(plan: Plan, *, hop: float, bandwidth: float | None) -> Costs:
+    """The plan's stage costs, as the simulator takes them."""
+    return Costs(forward=tuple(stage.forward for stage in plan.stages), backward=tuple(stage.backward for stage in plan.stages),
+                 hop=hop, bandwidth=bandwidth,
+                 edge_bytes={(b.source, b.target): float(b.bytes) for b in plan.boundaries},
+                 activation=tuple(float(stage.activation_bytes) for stage in plan.stages))
+
+
+def edges_of(plan: Plan) -> tuple[Edge, ...]:
+    """The plan's boundaries, as the schedule's edges."""
+    return tuple(Edge(b.source, b.target, True, bool(b.gradients)) for b in plan.boundaries)
+
+
+def predict(plan: Plan, schedule: Schedule, *, hop: float, bandwidth: float | None) -> Timeline:
+    """The timeline of one step by the plan's costs."""
+    return simulate(schedule, costs_of(plan, hop=hop, bandwidth=bandwidth), edges_of(plan))
+
+
+def measured(records: Mapping[int, Sequence[Record]], *, schedule: str, num_workers: int) -> Timeline | None:
+    """The timeline of the step that the workers (lanes) have recorded."""
+    rows = [(worker, *record) for worker in sorted(records) for record in records[worker]]
+    if not rows:
+        return None
+    worker, op, stage, microbatch, start, end = zip(*rows)
+    return Timeline.from_columns(worker, op, stage, microbatch, start, end, name=f"{schedule}, measured",
+                                 num_workers=num_workers)
+
+
+def rows(plan: Plan, worker_of: Sequence[int], parameters: Mapping[int, int], num_microbatches: int) -> Iterator[StageRow]:
+    """One row per stage: what it holds, and what it sends in a step."""
+    for stage, cost in enumerate(plan.stages):
+        sends = [b for b in plan.boundaries if b.source == stage and worker_of[b.target] != worker_of[stage]]
+        returns = [b for b in plan.boundaries if b.target == stage and b.gradients and worker_of[b.source] != worker_of[stage]]
+        yield StageRow(stage, worker_of[stage], modules=describe(plan, stage), parameters=parameters[stage],
+                       predicted_bytes=float(cost.memory_bytes),
+                       sent_bytes=float(num_microbatches * (sum(b.bytes for b in sends) + sum(b.gradient_bytes for b in returns))),
+                       sent_messages=num_microbatches * (len(sends) + len(returns)))
+
+
+def describe(plan: Plan, stage: int) -> str:
+    """First and last module of a stage."""
+    paths = list(dict.fromkeys(name.partition(":")[0] or "(model)" for name in plan.nodes(stage)))
+    return "" if not paths else paths[0] if len(paths) == 1 else f"{paths[0]} … {paths[-1]}"
+
+
+def save(report: RunReport, folder: Path) -> None:
+    """``report.json`` for ``pipeengine report``, ``report.html`` to look at, ``trace.json`` for Perfetto."""
+    report.save(folder / "report.json")
+    (folder / "report.html").write_text(report_html(report))
+    timelines = [timeline for timeline in (report.predicted, report.measured) if timeline is not None]
+    (folder / "trace.json").write_text(json.dumps(chrome_trace(*timelines)))
+
