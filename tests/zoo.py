@@ -600,19 +600,20 @@ class Recurrent(Blocks):
 class Checkpointed(Blocks):
     """Every block is recomputed in the backward."""
 
-    reentrant = False
-
     def forward(self, x, y):
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=self.reentrant)
+            x = checkpoint(block, x, use_reentrant=False)
         return self.loss(x, y)
 
 
-class CheckpointedReentrant(Checkpointed):
-    reentrant = True
+class CheckpointedReentrant(Blocks):
+    """The older way, for which the input of a recomputed block must need a gradient."""
 
     def forward(self, x, y):
-        return super().forward(x.requires_grad_(True) if not x.requires_grad else x, y)
+        x = self.blocks[0](x)
+        for block in self.blocks[1:]:
+            x = checkpoint(block, x, use_reentrant=True)
+        return self.loss(x, y)
 
 
 class Reverse(torch.autograd.Function):
