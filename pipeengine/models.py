@@ -1,0 +1,94 @@
+"""Models named on the command line: a factory, or a Hugging Face ``config.json`` (built on meta, without weights)."""
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+
+from pipeengine.errors import InputError
+
+
+def load(name: str, *, rows: int, length: int | None) -> tuple[torch.nn.Module, object]:
+    """The model and an example batch for ``package.module:factory``, ``path/to/file.py:factory`` or a ``config.json``."""
+    if name.endswith(".json"):
+        return from_config(Path(name), rows=rows, length=length)
+    place, colon, factory = name.rpartition(":")
+    if not colon:
+        raise InputError(f"{name!r} names no model; give package.module:factory, path/to/file.py:factory (the factory returns "
+                         "model, example) or a Hugging Face config.json")
+    made = _call(_module(place), place, factory)
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], torch.nn.Module)):
+        raise InputError(f"{name} returned a {type(made).__name__}; it must return (model, example)")
+    return made
+
+
+def _call(module: object, place: str, factory: str) -> object:
+    if not hasattr(module, factory):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise InputError(f"{place} has no {factory!r}; it has {', '.join(known[:8])}")
+    return getattr(module, factory)()
+
+
+def _module(place: str) -> object:
+    try:
+        if not place.endswith(".py"):
+            return importlib.import_module(place)
+        path = Path(place).resolve()
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.path.insert(0, str(path.parent))
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+        return module
+    except (ImportError, FileNotFoundError) as error:
+        raise InputError(f"cannot import {place}: {error}") from error
+
+
+def from_config(path: Path, *, rows: int, length: int | None) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A Hugging Face model on meta, and a batch of ``rows`` with labels."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError("a config.json needs the package transformers: pip install transformers") from error
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no Hugging Face config: {error}") from error
+    with torch.device("meta"):
+        model = _class_of(transformers, config)._from_config(config) if getattr(config, "architectures", None) else \
+            _automatic(transformers, config)
+    return model.train(), _example(config, model, rows, length)
+
+
+def _class_of(transformers, config):
+    name = config.architectures[0]
+    if not hasattr(transformers, name):
+        raise InputError(f"this version of transformers ({transformers.__version__}) has no {name}")
+    return getattr(transformers, name)
+
+
+def _automatic(transformers, config) -> torch.nn.Module:
+    for name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForImageClassification"):
+        try:
+            return getattr(transformers, name).from_config(config)
+        except ValueError:
+            continue
+    raise InputError(f"no trainable model is known for a {type(config).__name__}; add \"architectures\" to the config")
+
+
+def _example(config, model, rows: int, length: int | None) -> dict[str, torch.Tensor]:
+    if model.main_input_name == "pixel_values":
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        return {"pixel_values": torch.zeros(rows, getattr(config, "num_channels", 3), size, size),
+                "labels": torch.zeros(rows, dtype=torch.int64)}
+    if model.main_input_name != "input_ids":
+        raise InputError(f"{type(model).__name__} takes {model.main_input_name}, for which no example can be made from a config "
+                         "alone; give a factory that returns model, example")
+    text = config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 512
+    tokens = torch.zeros(rows, length or min(longest, 2048), dtype=torch.int64)
+    per_row = type(model).__name__.endswith("SequenceClassification")
+    return {"input_ids": tokens, "labels": tokens[:, 0] if per_row else tokens}
