@@ -36,6 +36,7 @@ class Runnable:
     sends: tuple[Route, ...]
     wants: tuple[bool, ...]
     roots: tuple[int, ...]                      # positions among the returns from which backward starts
+    relays: tuple[int, ...]                     # received values to whose gradient a later stage adds first
     loss: int | None
     loss_root: int | None
     random: bool
@@ -46,26 +47,28 @@ def make_runnable(compiled: Compiled, split: Split, *, outputs: tuple[int, ...] 
     """Work out every position that running the part will need."""
     part, recording = compiled.part, split.recording
     at = {value: index for index, value in enumerate(part.returns)}
+    arrived = [v for link in part.receives for v in link.values]
     training = outputs is None
-    roots = list(dict.fromkeys(v for link in part.sends for v in link.gradients)) if training else []
+    returning = list(dict.fromkeys(v for link in part.sends for v in link.gradients)) if training else []
+    roots = [v for v in returning if v not in arrived]
+    relays = [v for v in returning if v in arrived]
     has_loss = split.loss_stage == part.stage
     if has_loss and training:
         roots.append(recording.loss)
+    starts = roots + relays
     return Runnable(
-        compiled.run, compiled.inputs, tuple(_route(recording, link, part, roots, at) for link in part.receives),
-        tuple(_route(recording, link, part, roots, at) for link in part.sends), compiled.needs_gradient,
-        tuple(at[v] for v in roots), at[recording.loss] if has_loss else None,
+        compiled.run, compiled.inputs, tuple(_route(recording, link, starts, arrived, at, False) for link in part.receives),
+        tuple(_route(recording, link, starts, arrived, at, True) for link in part.sends), compiled.needs_gradient,
+        tuple(at[v] for v in roots), tuple(arrived.index(v) for v in relays), at[recording.loss] if has_loss else None,
         roots.index(recording.loss) if has_loss and training else None, compiled.random,
         tuple(at[v] for v in outputs or () if v in at))
 
 
-def _route(recording: Recording, link: Link, part: Part, roots: list[int], at: dict[int, int]) -> Route:
-    specs = [recording.values[v].spec for v in link.values]
-    arrived = [v for other in part.receives for v in other.values]
-    outgoing = link.source == part.stage
-    return Route(link.source, link.target, wire.layout(specs), wire.layout([recording.values[v].spec for v in link.gradients]),
+def _route(recording: Recording, link: Link, starts: list[int], arrived: list[int], at: dict[int, int], outgoing: bool) -> Route:
+    return Route(link.source, link.target, wire.layout([recording.values[v].spec for v in link.values]),
+                 wire.layout([recording.values[v].spec for v in link.gradients]),
                  tuple(at[v] for v in link.values) if outgoing else (),
-                 tuple(roots.index(v) for v in link.gradients) if outgoing and roots else (),
+                 tuple(starts.index(v) for v in link.gradients) if outgoing and starts else (),
                  () if outgoing else tuple(arrived.index(v) for v in link.gradients))
 
 
@@ -117,7 +120,8 @@ class Executor:
         runnable = task.stages[stage]
         received: list[torch.Tensor] = []
         for route in runnable.receives:
-            received += self._transport.take(wire.ACTIVATION, route.source, route.target, microbatch, route.form)
+            if route.form.slots:
+                received += self._transport.take(wire.ACTIVATION, route.source, route.target, microbatch, route.form)
         start = perf_counter()
         grad = torch.is_grad_enabled()
         for tensor, wants in zip(received, runnable.wants):
@@ -133,14 +137,16 @@ class Executor:
         else:
             made = runnable.run(*[inputs[i] for i in runnable.inputs], *received)
         for route in runnable.sends:
-            self._ready[wire.ACTIVATION, route.source, route.target, microbatch] = \
-                [made[i].detach() for i in route.positions], route
+            if route.positions:
+                self._ready[wire.ACTIVATION, route.source, route.target, microbatch] = \
+                    [made[i].detach() for i in route.positions], route
         if runnable.loss is not None and task.weight:
             share = made[runnable.loss].detach() * task.weight
             self.loss = share if self.loss is None else self.loss + share
         if grad:
             # Only the edges are kept: an output that nobody saved for backward is freed once it is sent.
             edges = [torch.autograd.graph.get_gradient_edge(made[i]) for i in runnable.roots]
+            edges += [torch.autograd.graph.get_gradient_edge(received[i]) for i in runnable.relays]
             leaves = [tensor if wants else None for tensor, wants in zip(received, runnable.wants)]
             loss = made[runnable.loss].detach() if runnable.loss_root is not None else None
             self._saved[stage, microbatch] = edges, leaves, loss
@@ -177,7 +183,7 @@ class Executor:
     def _hand_over(self, runnable: Runnable, microbatch: int) -> None:
         """Give values to stages of this same worker: those have no message in the program."""
         for route in runnable.sends:
-            if self._is_here(route.source, route.target):
+            if route.positions and self._is_here(route.source, route.target):
                 self._send_activation(route.source, microbatch, route.target)
 
     def _hand_back(self, runnable: Runnable, microbatch: int) -> None:
@@ -201,7 +207,7 @@ class Executor:
 
     def _post_activation(self, stage: int, microbatch: int, peer: int) -> None:
         for route in self._tasks[microbatch].stages[stage].receives:
-            if route.source == peer:
+            if route.source == peer and route.form.slots:
                 self._transport.post(wire.ACTIVATION, peer, stage, microbatch, route.form)
 
     def _post_gradient(self, stage: int, microbatch: int, peer: int) -> None:

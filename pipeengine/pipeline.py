@@ -265,8 +265,8 @@ class Pipeline:
         """This worker's actions for a batch of so many micro-batches."""
         key = num_microbatches, links, training
         if key not in self._programs:
-            edges = tuple(Edge(source, target, True, gradient and training)
-                          for source, target, gradient in sorted(_merge(links)))
+            edges = tuple(Edge(source, target, activation, gradient and training)
+                          for source, target, activation, gradient in sorted(_merge(links)) if activation or training)
             if training:
                 schedule = self._schedule(self._num_stages, num_microbatches)
             else:
@@ -471,6 +471,11 @@ class Pipeline:
             return self._world.total(stacked.max(), largest=True).float()
         return (self._world.total(stacked.pow(norm_type).sum()) ** (1 / norm_type)).float()
 
+    def close(self) -> None:
+        """Give up the connections to the other workers; the model keeps its weights. Every worker calls it."""
+        if self._closed is None:
+            self._close("closed by the user")
+
     def train(self, mode: bool = True) -> Pipeline:
         """Set the model to training mode."""
         self._model.train(mode)
@@ -585,11 +590,12 @@ def _all_names(model: torch.nn.Module) -> dict[str, str]:
 
 
 def _merge(links: frozenset) -> frozenset:
-    """One entry per pair of stages; with a gradient when any micro-batch has one."""
-    pairs: dict[tuple[int, int], bool] = {}
-    for source, target, gradient in links:
-        pairs[source, target] = pairs.get((source, target), False) or gradient
-    return frozenset((source, target, gradient) for (source, target), gradient in pairs.items())
+    """One entry per pair of stages; with a message that way when any micro-batch has one."""
+    pairs: dict[tuple[int, int], tuple[bool, bool]] = {}
+    for source, target, activation, gradient in links:
+        before = pairs.get((source, target), (False, False))
+        pairs[source, target] = activation or before[0], gradient or before[1]
+    return frozenset((*pair, *kinds) for pair, kinds in pairs.items())
 
 
 def _action_text(position: tuple) -> str:

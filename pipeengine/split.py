@@ -16,7 +16,9 @@ from pipeengine.recording import Call, Node, NodeCost, Recording, Ref, encoded_l
 class Link:
     """Values that stage ``source`` hands straight to stage ``target`` for a micro-batch, in wire order.
 
-    ``gradients`` are those of them whose gradient comes back.
+    ``gradients`` are the values whose gradient comes back from ``target``. The gradient of a value that several stages read
+    goes from the last of them to the one before it, and so on to its producer: each adds its own share, in the order in which
+    one process would add them, so that the sum has the same bits.
     """
 
     source: int
@@ -98,14 +100,22 @@ def _wanted(flow, stage_of, made_on, num_stages: int, outputs: bool) -> dict[int
 
 
 def _links(flow, wanted: dict[int, set[int]], made_on) -> tuple[Link, ...]:
-    pairs = defaultdict(list)
-    for target, values in wanted.items():
-        for value in values:
-            pairs[made_on[value], target].append(value)
+    values, gradients = defaultdict(list), defaultdict(list)
+    readers = defaultdict(list)
+    for target in sorted(wanted):
+        for value in wanted[target]:
+            values[made_on[value], target].append(value)
+            if value in flow.wants_gradient:
+                readers[value].append(target)
+    for value, targets in readers.items():
+        for source, target in zip((made_on[value], *targets), targets):
+            gradients[source, target].append(value)
     order = {index: position for position, index in enumerate(flow.live)}
-    return tuple(Link(source, target, ordered := tuple(sorted(values, key=lambda v: (order[flow.recording.values[v].node], v))),
-                      tuple(v for v in ordered if v in flow.wants_gradient))
-                 for (source, target), values in sorted(pairs.items()))
+
+    def in_order(found: list[int]) -> tuple[int, ...]:
+        return tuple(sorted(found, key=lambda v: (order[flow.recording.values[v].node], v)))
+    return tuple(Link(*pair, in_order(values.get(pair, [])), in_order(gradients.get(pair, [])))
+                 for pair in sorted({*values, *gradients}))
 
 
 def _part(flow, stage: int, stage_of, links, loss_stage, num_stages: int, outputs: bool) -> Part:

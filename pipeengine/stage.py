@@ -55,7 +55,8 @@ def compile_part(part: Part, recording: Recording, model: torch.nn.Module, draw:
     source = writer.write()
     scope = writer.scope
     exec(compile(source, f"<stage {part.stage}>", "exec"), scope)
-    received = [(v, v in link.gradients) for link in part.receives for v in link.values]
+    returned = {v for link in part.receives for v in link.gradients}
+    received = [(v, v in returned) for link in part.receives for v in link.values]
     position = {value: index for index, value in reversed(list(enumerate(recording.inputs)))}
     return Compiled(part, scope["run"], source, writer.random, tuple(position[v] for v in part.inputs),
                     tuple(wants for _, wants in received))

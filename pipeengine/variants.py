@@ -34,7 +34,7 @@ class Variant:
     guards: Callable[[Sequence[torch.Tensor], int | None], bool] | None
     count_targets: Callable[[Sequence[torch.Tensor]], float] | None
     cloned: tuple[int, ...]                     # inputs that the forward changes in place
-    links: frozenset[tuple[int, int, bool]]     # (source, target, gradient)
+    links: frozenset[tuple[int, int, bool, bool]]       # (source, target, activation, gradient)
     outputs: tuple[int, ...]
     digest: int
 
@@ -78,7 +78,7 @@ class Variants:
                                        outputs=wanted if outputs else None) for stage in self._own}
         written = {storage for node in recording.nodes for storage in node.writes}
         cloned = tuple(i for i, v in enumerate(recording.inputs) if recording.values[v].storage in written)
-        links = frozenset((link.source, link.target, bool(link.gradients)) for link in cut.links)
+        links = frozenset((link.source, link.target, bool(link.values), bool(link.gradients)) for link in cut.links)
         return Variant(recording, cut, stages, guard_check(flow, self._model, self._draw), target_count(flow, self._model),
                        cloned, links, wanted, _digest(cut))
 

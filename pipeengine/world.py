@@ -185,8 +185,6 @@ class World:
 
     def fail(self, error: BaseException, where: str) -> BaseException:
         """Record ``error`` unless another worker was first, and return what this worker is to raise."""
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            return error
         record = {"rank": self.rank, "where": where, "error": f"{type(error).__name__}: {error}",
                   "traceback": "".join(traceback.format_exception(error))}
         secondary = isinstance(error, (RuntimeError, dist.DistError)) and _is_connection(error)
@@ -199,10 +197,17 @@ class World:
                     _pause()
             if self._store.add(f"{self._name}/failures", 1) == 1:
                 self._store.set(f"{self._name}/failure", json.dumps(record))
-                return WorkerError(f"worker {self.rank} failed {where}: {record['error']}")
-            return self._recorded()
+                return self._own_failure(error, where, secondary)
+            return error if isinstance(error, (KeyboardInterrupt, SystemExit)) else self._recorded()
         except Exception:           # no store any more: its host is gone
-            return WorkerError(f"worker {self.rank} failed {where}: {record['error']}")
+            return self._own_failure(error, where, secondary)
+
+    def _own_failure(self, error: BaseException, where: str, secondary: bool) -> BaseException:
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            return error
+        if secondary:
+            return WorkerError(f"worker {self.rank} lost its connection {where}; another worker has died or been stopped: {error}")
+        return WorkerError(f"worker {self.rank} failed {where}: {type(error).__name__}: {error}")
 
     def close(self) -> None:
         self.waiter.close()
