@@ -21,7 +21,8 @@ def build_plan(graph: nx.DiGraph, stage_of: Mapping[Node, int], setting: Setting
     members: list[list[Node]] = [[] for _ in range(num_stages)]
     for node in order:
         members[stage_of[node]].append(node)
-    stages = tuple(_stage_cost(graph, members[stage], stage, setting, traffic[stage], ties)
+    sent = _sent_bytes(graph, stage_of, num_stages)
+    stages = tuple(_stage_cost(graph, members[stage], stage, setting, traffic[stage], sent[stage])
                    for stage in range(num_stages))
     bottleneck = worker_bottleneck([stage.load for stage in stages], setting)
     lower_bound = min(lower_bound, bottleneck)
@@ -65,7 +66,7 @@ def link_seconds(graph: nx.DiGraph, order: list[Node], stage_of: Mapping[Node, i
 
 
 def _stage_cost(graph: nx.DiGraph, nodes: list[Node], stage: int, setting: Setting, traffic: tuple[float, float],
-                ties: tuple[Tie, ...]) -> StageCost:
+                sent: float) -> StageCost:
     device, data = setting.device(stage), [graph.nodes[node] for node in nodes]
     forward = math.fsum(seconds(each, "forward", device) for each in data)
     backward = math.fsum(seconds(each, "backward", device) for each in data)
@@ -80,33 +81,43 @@ def _stage_cost(graph: nx.DiGraph, nodes: list[Node], stage: int, setting: Setti
             else max(forward + backward, *traffic))
     return StageCost(forward=forward, backward=backward, communication=math.fsum(traffic), load=load,
                      param_bytes=parameters, activation_bytes=activations, memory_bytes=memory,
-                     sent_bytes=_sent_bytes(graph, set(nodes)), num_nodes=len(nodes), device=device.name)
+                     sent_bytes=sent, num_nodes=len(nodes), device=device.name)
 
 
-def _sent_bytes(graph: nx.DiGraph, nodes: set[Node]) -> float:
-    """Values out, once, and gradients back to their producers, per micro-batch."""
-    out = math.fsum(graph.nodes[node].get("output_bytes", 0.0) for node in nodes
-                    if any(reader not in nodes for reader in graph.successors(node)))
-    sources = {source for node in nodes for source in graph.predecessors(node)} - nodes
-    return out + math.fsum(graph.nodes[node].get("output_bytes", 0.0) for node in sources
-                           if graph.nodes[node].get("gradient"))
+def _sent_bytes(graph: nx.DiGraph, stage_of: Mapping[Node, int], num_stages: int) -> list[float]:
+    """Per stage and micro-batch: values out, once for every stage that reads them, and one gradient back for each read."""
+    sizes: list[list[float]] = [[] for _ in range(num_stages)]
+    for node, home in stage_of.items():
+        data = graph.nodes[node]
+        for stage in {stage_of[reader] for reader in graph.successors(node)} - {home}:
+            sizes[home].append(data.get("output_bytes", 0.0))
+            if data.get("gradient"):
+                sizes[stage].append(data.get("output_bytes", 0.0))
+    return [math.fsum(each) for each in sizes]
 
 
 def find_boundaries(graph: nx.DiGraph, order: list[Node], stage_of: Mapping[Node, int]) -> tuple[Boundary, ...]:
-    """One per pair of stages with values between them; each value once per pair, in the order of production."""
-    pairs: dict[tuple[int, int], list[Node]] = {}
+    """One per pair of stages with values between them; each value once per pair, in the order of production.
+
+    The gradient of a value that several stages read goes from the last of them to the one before it, and so on to its
+    producer, each adding its share: one message per reader, as many as if each sent its own to the producer.
+    """
+    values: dict[tuple[int, int], list[Node]] = {}
+    gradients: dict[tuple[int, int], list[Node]] = {}
     for node in order:
         home = stage_of[node]
-        for stage in sorted({stage_of[reader] for reader in graph.successors(node)} - {home}):
-            pairs.setdefault((home, stage), []).append(node)
+        readers = sorted({stage_of[reader] for reader in graph.successors(node)} - {home})
+        for stage in readers:
+            values.setdefault((home, stage), []).append(node)
+        if graph.nodes[node].get("gradient"):
+            for pair in zip((home, *readers), readers):
+                gradients.setdefault(pair, []).append(node)
 
     def size(nodes: list[Node]) -> int:
         return round(math.fsum(graph.nodes[node].get("output_bytes", 0.0) for node in nodes))
-    boundaries = []
-    for (source, target), nodes in sorted(pairs.items()):
-        back = [node for node in nodes if graph.nodes[node].get("gradient")]
-        boundaries.append(Boundary(source, target, tuple(map(str, nodes)), size(nodes), tuple(map(str, back)), size(back)))
-    return tuple(boundaries)
+    return tuple(Boundary(*pair, tuple(map(str, out)), size(out), tuple(map(str, back)), size(back))
+                 for pair in sorted({*values, *gradients})
+                 for out, back in [(values.get(pair, []), gradients.get(pair, []))])
 
 
 def find_ties(graph: nx.DiGraph, stage_of: Mapping[Node, int]) -> tuple[Tie, ...]:

@@ -17,7 +17,8 @@ FORMAT = "pipeline-plan/1"
 class Boundary:
     """Values that stage ``source`` hands to stage ``target`` for each micro-batch, in wire order (that of production).
 
-    ``bytes`` go forward; ``gradients`` names the values whose gradient comes back, ``gradient_bytes`` its bytes.
+    ``bytes`` go forward; ``gradients`` names the values whose gradient comes back from ``target``, ``gradient_bytes`` its
+    bytes. The gradient of a value with several reading stages comes back by way of each of them, the last one first.
     """
     source: int
     target: int

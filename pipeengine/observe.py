@@ -24,7 +24,7 @@ def costs_of(plan: Plan, *, hop: float, bandwidth: float | None) -> Costs:
 
 def edges_of(plan: Plan) -> tuple[Edge, ...]:
     """The plan's boundaries, as the schedule's edges."""
-    return tuple(Edge(b.source, b.target, True, bool(b.gradients)) for b in plan.boundaries)
+    return tuple(Edge(b.source, b.target, bool(b.values), bool(b.gradients)) for b in plan.boundaries)
 
 
 def predict(plan: Plan, schedule: Schedule, *, hop: float, bandwidth: float | None) -> Timeline:
@@ -45,7 +45,7 @@ def measured(records: Mapping[int, Sequence[Record]], *, schedule: str, num_work
 def rows(plan: Plan, worker_of: Sequence[int], parameters: Mapping[int, int], num_microbatches: int) -> Iterator[StageRow]:
     """One row per stage: what it holds, and what it sends in a step."""
     for stage, cost in enumerate(plan.stages):
-        sends = [b for b in plan.boundaries if b.source == stage and worker_of[b.target] != worker_of[stage]]
+        sends = [b for b in plan.boundaries if b.source == stage and b.values and worker_of[b.target] != worker_of[stage]]
         returns = [b for b in plan.boundaries if b.target == stage and b.gradients and worker_of[b.source] != worker_of[stage]]
         yield StageRow(stage, worker_of[stage], modules=describe(plan, stage), parameters=parameters[stage],
                        predicted_bytes=float(cost.memory_bytes),
