@@ -28,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input-grad", type=float, default=1.0, metavar="I", help="time of its input gradient")
     parser.add_argument("--weight-grad", type=float, default=1.0, metavar="W", help="time of its weight gradient")
     parser.add_argument("--hop", type=float, default=0.0, metavar="C", help="time of one message")
+    parser.add_argument("--max-peak", type=float, metavar="A", help="for auto: activations a worker may keep, in micro-batches "
+                        "(with --plan, in bytes); default those of 1F1B")
+    parser.add_argument("--objective", choices=("makespan", "span"), help="for auto: what to make short; default makespan")
+    parser.add_argument("--weight-activation", type=float, default=1.0, metavar="S",
+                        help="share of a micro-batch's activations kept between I and W; default 1")
     parser.add_argument("--plan", metavar="FILE", help="take stages, times and messages from a plan instead")
     parser.add_argument("--format", choices=("text", "json", "svg", "chrome"), default="text")
     parser.add_argument("--width", type=int, default=120, help="columns of the text grid")
@@ -88,12 +93,13 @@ def _from_times(args: argparse.Namespace) -> Callable[[str], _Result]:
 
     def costs_for(topology: Topology) -> Costs:
         return Costs.uniform(topology, forward=args.forward, input_grad=args.input_grad, weight_grad=args.weight_grad,
-                             hop=args.hop)
+                             hop=args.hop, weight_activation=args.weight_activation)
 
     def ask(name: str) -> _Result:
         fixed = args.schedule == "all" and name not in _TAKES_STAGES
         schedule = build(name, num_workers=args.workers, num_microbatches=args.microbatches,
-                         stages_per_worker=None if fixed else args.stages_per_worker, costs=costs_for)
+                         stages_per_worker=None if fixed else args.stages_per_worker, max_peak=args.max_peak, objective=args.objective,
+                         costs=costs_for(Topology.looped(args.workers, args.stages_per_worker or 1)))
         costs = costs_for(schedule.topology)
         work = args.microbatches * (args.forward + args.input_grad + args.weight_grad)
         return _result(schedule, costs, schedule.topology.chain(), work)
@@ -109,7 +115,8 @@ def _from_plan(args: argparse.Namespace) -> Callable[[str], _Result]:
     costs = Costs([stage.forward for stage in plan.stages], backward=[stage.backward for stage in plan.stages],
                   hop=link.latency, bandwidth=link.bandwidth,
                   edge_bytes={(b.source, b.target): float(b.bytes) for b in plan.boundaries},
-                  activation=[stage.activation_bytes for stage in plan.stages])
+                  activation=[stage.activation_bytes for stage in plan.stages],
+                  weight_activation=[args.weight_activation * stage.activation_bytes for stage in plan.stages])
     edges = tuple(Edge(b.source, b.target, bool(b.values), bool(b.gradients)) for b in plan.boundaries)
     microbatches = args.microbatches or plan.setting.num_microbatches
 
@@ -117,7 +124,7 @@ def _from_plan(args: argparse.Namespace) -> Callable[[str], _Result]:
         per_worker = args.stages_per_worker or _stages_per_worker(name, args, plan)
         workers = plan.num_stages // per_worker
         schedule = build(name, num_workers=workers, num_microbatches=microbatches, stages_per_worker=per_worker,
-                         costs=lambda topology: costs)
+                         costs=costs, max_peak=args.max_peak, objective=args.objective)
         if schedule.topology.num_stages != plan.num_stages or schedule.topology.num_routes > 1:
             raise ScheduleError(f"schedule {name} on {workers} workers has {schedule.topology.num_stages} stages, the plan "
                                 f"has {plan.num_stages}; plan for that many stages")

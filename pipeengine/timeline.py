@@ -76,10 +76,14 @@ class Costs:
 
     @classmethod
     def uniform(cls, topology: Topology, *, forward: float = 1.0, input_grad: float = 1.0, weight_grad: float = 1.0,
-                hop: float = 0.0) -> Costs:
-        """Equal workers: the times are those of one micro-batch on one worker, shared by its stages."""
+                hop: float = 0.0, weight_activation: float = 1.0) -> Costs:
+        """Equal workers: times are those of one micro-batch on one worker, shared by its stages.
+
+        Activations are in micro-batches of a whole worker, ``weight_activation`` of which stays between I and W.
+        """
         share = topology.shares()
-        return cls(tuple(forward * share), tuple(input_grad * share), tuple(weight_grad * share), hop=hop)
+        return cls(tuple(forward * share), tuple(input_grad * share), tuple(weight_grad * share), hop=hop,
+                   activation=tuple(share), weight_activation=tuple(weight_activation * share))
 
     def duration(self, op: np.ndarray, stage: np.ndarray) -> np.ndarray:
         """Seconds of each action."""
@@ -339,8 +343,8 @@ def peak_activations(schedule: Schedule, costs: Costs | None = None) -> np.ndarr
     for op, stage, _ in schedule.lanes:
         before = np.cumsum(change[op, stage]) - change[op, stage]
         peaks.append(float((before + during[op, stage]).max(initial=0.0)))
-    # Shares such as 1/3 do not add up exactly; sizes in bytes do.
-    return np.array(peaks) if costs is not None and costs.activation is not None else np.round(peaks, 9)
+    # Shares such as 1/3 do not add up exactly.
+    return np.round(peaks, 9)
 
 
 def _memory(topology: Topology, costs: Costs | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

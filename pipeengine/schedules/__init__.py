@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from inspect import signature
-from typing import Callable
+from typing import TYPE_CHECKING, Callable, Sequence
 
 from pipeengine.errors import ScheduleError
 from pipeengine.schedules.dualpipe import dualpipe, dualpipe_v
@@ -14,6 +14,19 @@ from pipeengine.schedules.form import LETTERS, B, Edge, F, I, Lane, Schedule, To
 from pipeengine.schedules.linear import forward_schedule, gpipe, one_f_one_b, zb_h1, zb_h2
 from pipeengine.schedules.looped import breadth_first, interleaved_one_f_one_b, interleaved_zero_bubble
 from pipeengine.schedules.vee import v_half, v_min, zb_v
+
+if TYPE_CHECKING:
+    from pipeengine.timeline import Costs
+
+
+
+def auto(num_workers: int, num_microbatches: int, stages_per_worker: int = 1, costs: Costs | None = None,
+         max_peak: float | Sequence[float] | None = None, objective: str = "makespan") -> Schedule:
+    """An order made for ``costs`` (one second per F, I and W unless given) under ``max_peak``; see ``synthesis.auto``."""
+    # Synthesis tries every schedule of this table, so it stands above it and is fetched when called.
+    from pipeengine.synthesis import auto as synthesise
+    return synthesise(num_workers, num_microbatches, stages_per_worker, costs, max_peak, objective)
+
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "gpipe": gpipe,
@@ -28,22 +41,25 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "v-min": v_min,
     "dualpipe": dualpipe,
     "dualpipe-v": dualpipe_v,
+    "auto": auto,
 }
 
 
 def build(schedule: str | Callable[..., Schedule] | Schedule, *, num_workers: int, num_microbatches: int,
-          stages_per_worker: int | None = None, costs: object = None) -> Schedule:
+          stages_per_worker: int | None = None, costs: Costs | None = None,
+          max_peak: float | Sequence[float] | None = None, objective: str | None = None) -> Schedule:
     """The schedule that a name, a function or a schedule stands for, for these numbers.
 
-    A function is called with ``num_workers`` and ``num_microbatches``, and with ``stages_per_worker`` and
-    ``costs`` where it takes them.
+    A function is called with ``num_workers`` and ``num_microbatches``, and with ``stages_per_worker``, ``costs``,
+    ``max_peak`` and ``objective`` where it takes them.
     """
     if isinstance(schedule, Schedule):
         return _same_numbers(schedule, num_workers, num_microbatches)
     if num_workers < 1 or num_microbatches < 1:
         raise ScheduleError(f"{num_workers} workers and {num_microbatches} micro-batches; give at least one of each")
     function = _named(schedule) if isinstance(schedule, str) else schedule
-    built = function(num_workers, num_microbatches, **_options(function, stages_per_worker, costs))
+    built = function(num_workers, num_microbatches, **_options(
+        function, stages_per_worker=stages_per_worker, costs=costs, max_peak=max_peak, objective=objective))
     has = built.topology.num_stages // built.topology.num_workers
     if stages_per_worker not in (None, 1, has):
         several = [name for name, known in SCHEDULES.items() if "stages_per_worker" in signature(known).parameters]
@@ -60,9 +76,8 @@ def _named(name: str) -> Callable[..., Schedule]:
     return SCHEDULES[name]
 
 
-def _options(function: Callable[..., Schedule], stages_per_worker: int | None, costs: object) -> dict[str, object]:
+def _options(function: Callable[..., Schedule], **given: object) -> dict[str, object]:
     takes = signature(function).parameters
-    given = {"stages_per_worker": stages_per_worker, "costs": costs}
     return {name: value for name, value in given.items() if name in takes and value is not None}
 
 
@@ -74,5 +89,5 @@ def _same_numbers(schedule: Schedule, num_workers: int, num_microbatches: int) -
     return schedule
 
 
-__all__ = ["B", "Edge", "F", "I", "LETTERS", "Lane", "SCHEDULES", "Schedule", "Topology", "W", "build",
+__all__ = ["B", "Edge", "F", "I", "LETTERS", "Lane", "SCHEDULES", "Schedule", "Topology", "W", "auto", "build",
            "forward_schedule", "gpipe", "one_f_one_b"]

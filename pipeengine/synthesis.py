@@ -1,0 +1,483 @@
+"""Orders made for the costs at hand: ``auto``, and a bound that no order can beat.
+
+Three steps. Deal actions greedily in time, input gradients first, weight gradients into gaps, for a grid of warm-ups
+and patiences, one worker's at a time after that; add what the built-in schedules do; then swap neighbours
+on the critical path (tabu search, as for job shops: Nowicki and Smutnicki, Management Science 1996). The gap filling
+goes back to Qi et al., Zero Bubble, ICLR 2024, section 3. Deterministic: every worker of a job finds the same order.
+"""
+from __future__ import annotations
+
+import heapq
+import random
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Iterable, Sequence
+
+import numpy as np
+
+from pipeengine.errors import ScheduleError
+from pipeengine.program import check
+from pipeengine.schedules import SCHEDULES, build
+from pipeengine.schedules.form import B, F, I, Lane, Schedule, Topology, W
+from pipeengine.timeline import Costs, peak_activations, simulate
+
+_SLACK = 1e-9
+OBJECTIVES = ("makespan", "span")
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What to order. Actions are numbers: ``(op * num_stages + stage) * microbatches + k`` with op 0, 1, 2 for F, I, W."""
+    topology: Topology
+    microbatches: int
+    seconds: tuple[tuple[float, ...], ...]
+    hop: tuple[float, ...]
+    held: tuple[float, ...]
+    kept: tuple[float, ...]
+    cap: tuple[float, ...]
+    objective: str
+
+    @cached_property
+    def num_stages(self) -> int:
+        return self.topology.num_stages
+
+    @cached_property
+    def num_workers(self) -> int:
+        return self.topology.num_workers
+
+    def action(self, op: int, stage: int, k: int) -> int:
+        return (op * self.num_stages + stage) * self.microbatches + k
+
+    @cached_property
+    def size(self) -> int:
+        return 3 * self.num_stages * self.microbatches
+
+    def fits(self, worker: int) -> int:
+        """Micro-batches that ``worker`` can hold at once."""
+        held = min(self.held[stage] for stage in self.topology.stages_of(worker))
+        whole = self.cap[worker] / held + _SLACK if held else self.microbatches
+        return max(1, min(self.microbatches, int(whole)))
+
+
+def _task(topology: Topology, microbatches: int, costs: Costs, max_peak: float | Sequence[float] | None,
+          objective: str) -> _Task:
+    if objective not in OBJECTIVES:
+        raise ScheduleError(f"objective {objective!r} is none of {len(OBJECTIVES)} known; try {' or '.join(OBJECTIVES)}")
+    if len(costs.forward) != topology.num_stages:
+        raise ScheduleError(f"costs are for {len(costs.forward)} stages, {topology.num_workers} workers hold "
+                            f"{topology.num_stages}; give one entry per stage")
+    held = np.array(costs.activation) if costs.activation is not None else topology.shares()
+    kept = held if costs.weight_activation is None else np.array(costs.weight_activation)
+    whole = np.bincount(topology.worker_of, held, topology.num_workers)
+    cap = topology.num_workers * whole if max_peak is None else np.broadcast_to(np.asarray(max_peak, float), whole.shape)
+    if (cap < whole * (1 - _SLACK)).any():
+        worker = int((whole - cap).argmax())
+        raise ScheduleError(f"worker {worker} may keep {cap[worker]:,.6g} of activations, one micro-batch needs "
+                            f"{whole[worker]:,.6g}; try micro-batches of fewer rows, or recomputation")
+    owner = topology.worker_of
+    hop = [0.0] + [costs.latency(edge) if owner[edge.source] != owner[edge.target] else 0.0 for edge in topology.chain()]
+    return _Task(topology, microbatches, (costs.forward, costs.input_grad, costs.weight_grad), tuple(hop), tuple(held),
+                 tuple(kept), tuple(cap), objective)
+
+
+# ---------------------------------------------------------------- dealing
+
+def _dealt(task: _Task, warmup: Sequence[int], patience: Sequence[float]) -> tuple[float, list[list[int]]] | None:
+    """One order for one stage per worker, made in time: at each free moment I, else F, else W, else wait.
+
+    Worker r takes F while fewer than ``warmup[r]`` micro-batches are between its F and I, and fills a wait
+    with W when the wait is at least ``patience[r]`` of it. None when memory blocks.
+    """
+    p, m, never = task.num_workers, task.microbatches, float("inf")
+    forward, inputs, weights = task.seconds
+    arrived = [[[0.0 if r == 0 else never] * m for r in range(p)], [[never] * m for _ in range(p)]]
+    done = [[0] * p for _ in range(3)]
+    kept, first, free = [0.0] * p, [0.0] * p, [0.0] * p
+    lanes: list[list[int]] = [[] for _ in range(p)]
+    heap = [(0.0, r) for r in range(p)]
+
+    def arrive(op: int, r: int, k: int, time: float) -> None:
+        arrived[op][r][k] = time
+        if free[r] <= time:
+            heapq.heappush(heap, (time, r))
+
+    def run(op: int, r: int, k: int, now: float) -> None:
+        end = free[r] = now + task.seconds[op][r]
+        done[op][r] += 1
+        lanes[r].append(task.action(op, r, k))
+        heapq.heappush(heap, (end, r))
+        if op == 0:
+            kept[r] += task.held[r]
+            arrive(*((0, r + 1, k, end + task.hop[r + 1]) if r + 1 < p else (1, r, k, end)))
+        elif op == 1:
+            kept[r] -= task.held[r] - task.kept[r]
+            if r:
+                arrive(1, r - 1, k, end + task.hop[r])
+        else:
+            kept[r] -= task.kept[r]
+
+    while heap:
+        now, r = heapq.heappop(heap)
+        if now < free[r] or done[2][r] == m:
+            continue
+        f, i, w = done[0][r], done[1][r], done[2][r]
+        room = kept[r] + task.held[r] <= task.cap[r] * (1 + _SLACK)
+        next_f = arrived[0][r][f] if f < m and f - i < warmup[r] else never
+        next_i = arrived[1][r][i] if i < f else never
+        if f + i == 0:
+            first[r] = max(now, next_f)
+        wait = min(next_i, next_f if room else never)
+        if next_i <= now:
+            run(1, r, i, now)
+        elif next_f <= now and room:
+            run(0, r, f, now)
+        elif w < i and (next_f <= now or wait - now >= patience[r] * weights[r]):
+            run(2, r, w, now)
+        elif wait < never:
+            heapq.heappush(heap, (wait, r))
+    if min(done[2]) < m:
+        return None
+    return (max(free) if task.objective == "makespan" else max(e - s for e, s in zip(free, first))), lanes
+
+
+def _warmups(task: _Task) -> Iterable[list[int]]:
+    """Forwards before the first gradient can arrive, times a few factors; and the ladders of 1F1B and ZB-H2."""
+    p = task.num_workers
+    forward, inputs, _ = task.seconds
+    for factor in (1.0, 0.8, 0.9, 1.1, 0.7, 1.2, 1.4, 9.0):
+        yield [max(1, min(task.fits(r), round(factor * (sum(forward[r:]) + sum(inputs[r + 1:]) + 2 * sum(task.hop[r + 1:]))
+                                              / (forward[r] or 1.0)))) for r in range(p)]
+    for depth in (1, 2):
+        yield [min(task.fits(r), depth * (p - 1 - r) + 1) for r in range(p)]
+
+
+_PATIENCES = (1.0, 0.6, 0.3, 1e-4, 0.9, 1.5, 3.0)
+
+
+class _Dealer:
+    """Remembers what settings lead to; ``budget`` deals at most."""
+
+    def __init__(self, task: _Task, budget: int) -> None:
+        self.task, self.left = task, budget
+        self.known: dict[tuple[tuple[int, ...], tuple[float, ...]], float] = {}
+
+    def price(self, warmup: Sequence[int], patience: Sequence[float]) -> float:
+        key = tuple(warmup), tuple(patience)
+        if key not in self.known:
+            if self.left <= 0:
+                return float("inf")
+            self.left -= 1
+            dealt = _dealt(self.task, *key)
+            self.known[key] = float("inf") if dealt is None else dealt[0]
+        return self.known[key]
+
+    def reached(self, bound: float) -> bool:
+        """Whether some setting's makespan is as short as any can be."""
+        return self.task.objective == "makespan" and min(self.known.values()) <= bound * (1 + _SLACK)
+
+    def best(self, number: int) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+        """The ``number`` best settings of different price."""
+        chosen: dict[float, tuple[tuple[int, ...], tuple[float, ...]]] = {}
+        for key, price in sorted(self.known.items(), key=lambda item: item[1]):
+            if price < float("inf"):
+                chosen.setdefault(round(price, 9), key)
+        return list(chosen.values())[:number]
+
+    def refine(self, key: tuple[tuple[int, ...], tuple[float, ...]]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Change one worker's setting at a time while that helps."""
+        warmup, patience = list(key[0]), list(key[1])
+        price = before = self.price(warmup, patience)
+        for _ in range(3):
+            for r in range(self.task.num_workers):
+                for settings, values in ((warmup, [max(1, warmup[r] + step) for step in (-1, 1, 2)]),
+                                         (patience, (1e-4, 0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 3.0, 9.0))):
+                    for value in values:
+                        old, settings[r] = settings[r], value
+                        new = self.price(warmup, patience)
+                        if new < price - 1e-12:
+                            price = new
+                        else:
+                            settings[r] = old
+            if price >= before - 1e-12:
+                break
+            before = price
+        return tuple(warmup), tuple(patience)
+
+
+# ---------------------------------------------------------------- swapping
+
+class _Swaps:
+    """Tabu search over the lanes of one task: swap two neighbours of the critical path, by estimated length."""
+
+    def __init__(self, task: _Task) -> None:
+        self.task = task
+        stages, m, owner = task.num_stages, task.microbatches, task.topology.worker_of
+        number = np.arange(task.size)
+        op, stage = number // (stages * m), number // m % stages
+        self.lane_of = np.array(owner)[stage].tolist()
+        self.seconds = np.array(task.seconds)[op, stage].tolist()
+        held, kept = np.array(task.held), np.array(task.kept)
+        self.change = np.stack([held, kept - held, -kept])[op, stage].tolist()
+        hop = np.array([*task.hop, 0.0])
+        # F waits for the F before it; I for the I after it; the last stage's I for its own F.
+        last = (op == 1) & (stage == stages - 1)
+        self.on = np.select([(op == 0) & (stage > 0), last, op == 1], [number - m, number - stages * m, number + m], -1).tolist()
+        self.on_hop = np.select([op == 0, last, op == 1], [hop[stage], 0.0, hop[stage + 1]], 0.0).tolist()
+        end = (op == 0) & (stage == stages - 1)
+        self.to = np.select([end, op == 0, (op == 1) & (stage > 0)], [number + stages * m, number + m, number - m], -1).tolist()
+        self.to_hop = np.select([end, op == 0, op == 1], [0.0, hop[stage + 1], hop[stage]], 0.0).tolist()
+        self.own = np.where(op > 0, number - stages * m, -1).tolist()
+
+    def heads(self, lanes: list[list[int]]) -> tuple[list[float], list[int]]:
+        """Ends of all actions, and an order in which they can run."""
+        seconds, on, on_hop, to, lane_of = self.seconds, self.on, self.on_hop, self.to, self.lane_of
+        end, order = [-1.0] * self.task.size, []
+        position, free = [0] * len(lanes), [0.0] * len(lanes)
+        ready = list(range(len(lanes)))[::-1]
+        while ready:
+            r = ready.pop()
+            lane, at, now = lanes[r], position[r], free[r]
+            while at < len(lane):
+                x = lane[at]
+                other = on[x]
+                if other >= 0:
+                    if end[other] < 0:
+                        break
+                    now = max(now, end[other] + on_hop[x])
+                now += seconds[x]
+                end[x] = now
+                order.append(x)
+                at += 1
+                if to[x] >= 0 and lane_of[to[x]] != r:
+                    ready.append(lane_of[to[x]])
+            position[r], free[r] = at, now
+        assert len(order) == self.task.size, "a swap on the critical path never makes a circle"
+        return end, order
+
+    def tails(self, lanes: list[list[int]], order: list[int]) -> tuple[list[float], list[int]]:
+        """Seconds from each action's start to the end of everything that must follow, and the next of its lane."""
+        after = [-1] * self.task.size
+        for lane in lanes:
+            for x, y in zip(lane, lane[1:]):
+                after[x] = y
+        tail, to, to_hop, seconds = [0.0] * (self.task.size + 1), self.to, self.to_hop, self.seconds
+        for x in reversed(order):
+            longest, other = tail[after[x]], to[x]
+            if other >= 0 and tail[other] + to_hop[x] > longest:
+                longest = tail[other] + to_hop[x]
+            tail[x] = longest + seconds[x]
+        return tail, after
+
+    def improve(self, lanes: list[list[int]], rounds: int, bound: float) -> tuple[float, list[list[int]]]:
+        """The best order seen within ``rounds`` swaps, or the first that reaches ``bound``."""
+        lanes, best, chosen = [list(lane) for lane in lanes], float("inf"), lanes
+        draw, tabu = random.Random(0), {}
+        for turn in range(rounds):
+            end, order = self.heads(lanes)
+            length = max(end[lane[-1]] for lane in lanes)
+            if length < best - 1e-12:
+                best, chosen = length, [list(lane) for lane in lanes]
+            if best <= bound * (1 + _SLACK):
+                break
+            moves = self._moves(lanes, end, *self.tails(lanes, order), length)
+            allowed = [(price * (1 + 1e-6 * draw.random()), r, j) for price, r, j in moves
+                       if price < best * (1 - _SLACK) or tabu.get((lanes[r][j + 1], lanes[r][j]), -1) < turn]
+            if not allowed:
+                break
+            _, r, j = min(allowed)
+            x, y = lanes[r][j], lanes[r][j + 1]
+            lanes[r][j], lanes[r][j + 1] = y, x
+            tabu[x, y] = turn + 8 + draw.randrange(12)
+        return best, chosen
+
+    def _moves(self, lanes: list[list[int]], end: list[float], tail: list[float], after: list[int],
+               length: float) -> list[tuple[float, int, int]]:
+        """(estimated length, lane, position) of every swap on the critical path that memory and order allow."""
+        moves, near, seconds, change = [], length * (1 - _SLACK), self.seconds, self.change
+        for r, lane in enumerate(lanes):
+            kept, cap = 0.0, self.task.cap[r] * (1 + _SLACK)
+            for j in range(len(lane) - 1):
+                x, y = lane[j], lane[j + 1]
+                before, kept = kept, kept + change[x]
+                if (end[x] + tail[x] - seconds[x] < near or end[y] + tail[y] - seconds[y] < near
+                        or end[y] - seconds[y] > end[x] + length * _SLACK or self.on[y] == x or self.own[y] == x
+                        or before + change[y] > cap):
+                    continue
+                moves.append((self._estimate(end[lane[j - 1]] if j else 0.0, x, y, end, tail, after), r, j))
+        return moves
+
+    def _estimate(self, free: float, x: int, y: int, end: list[float], tail: list[float], after: list[int]) -> float:
+        """Longest path through ``x`` or ``y`` once they are swapped."""
+        on, to, seconds = self.on, self.to, self.seconds
+        start_y = max(free, end[on[y]] + self.on_hop[y]) if on[y] >= 0 else free
+        start_x = start_y + seconds[y]
+        if on[x] >= 0:
+            start_x = max(start_x, end[on[x]] + self.on_hop[x])
+        tail_x = tail[after[y]]
+        if to[x] >= 0:
+            tail_x = max(tail_x, tail[to[x]] + self.to_hop[x])
+        tail_x += seconds[x]
+        tail_y = max(tail_x, tail[to[y]] + self.to_hop[y]) if to[y] >= 0 else tail_x
+        return max(start_y + seconds[y] + tail_y, start_x + tail_x)
+
+
+# ---------------------------------------------------------------- the bound
+
+def lower_bound(topology: Topology, num_microbatches: int, costs: Costs, max_peak: float | Sequence[float] | None = None,
+                ) -> float:
+    """Seconds that no order on this topology can beat (makespan, activations under ``max_peak``).
+
+    Per worker: the way to its first action, its work, and the way back of its last gradient; the same from the moment
+    its first gradient can arrive, before which memory lets it run only so many forwards; and
+    the round trips that memory forces one after another.
+    """
+    task = _task(topology, num_microbatches, costs, max_peak, "makespan")
+    m, stages = num_microbatches, range(topology.num_stages)
+    f, i, w = task.seconds
+    least_w = w[0]
+    bound = sum(f) + sum(i) + 2 * sum(task.hop) + least_w
+    for worker in range(topology.num_workers):
+        held = topology.stages_of(worker)
+        first = held[0]
+        head, back = sum(f[:first]) + sum(task.hop[:first + 1]), sum(i[:first]) + sum(task.hop[:first + 1])
+        urgent, work = (sum(sum(row[s] for s in held) for row in rows) for rows in ((f, i), (f, i, w)))
+        bound = max(bound, head + m * work, head + m * urgent + back + least_w)
+        if len(held) == 1:
+            bound = max(bound, _memory_bound(task, worker, head, back))
+    return bound
+
+
+def _memory_bound(task: _Task, r: int, head: float, back: float) -> float:
+    """``lower_bound`` for worker ``r`` of a linear topology, from what memory forbids."""
+    m, n, (f, i, w) = task.microbatches, task.fits(r), task.seconds
+    trip = sum(f[r:]) + sum(i[r:]) + 2 * sum(task.hop[r + 1:])
+    again = trip + (w[r] if task.cap[r] - n * task.held[r] < task.kept[r] * (1 - _SLACK) else 0.0)
+    arrival = head + trip - i[r]
+    bound = max(arrival + m * (f[r] + i[r] + w[r]) - n * f[r], arrival + m * (f[r] + i[r]) - n * f[r] + back + w[0])
+    for turn in range(1, (m - 1) // n + 1):
+        rest, start = m - turn * n, head + turn * again
+        bound = max(bound, start + trip + back + w[0])
+        for b in range(r, task.num_workers):
+            bound = max(bound, start + rest * (f[b] + i[b] + w[b]),
+                        start + rest * (f[b] + i[b]) + sum(i[:b]) + sum(task.hop[:b + 1]) + w[0])
+            start += f[b] + (task.hop[b + 1] if b + 1 < len(task.hop) else 0.0)
+    return bound
+
+
+# ---------------------------------------------------------------- all together
+
+def auto(num_workers: int, num_microbatches: int, stages_per_worker: int = 1, costs: Costs | None = None,
+         max_peak: float | Sequence[float] | None = None, objective: str = "makespan") -> Schedule:
+    """The best order found for ``costs``, with at most ``max_peak`` activations kept per worker (1F1B's unless given).
+
+    Never worse than the best built-in schedule that fits the memory and runs these stages. ``max_peak`` is in the unit
+    of ``costs.activation``, without that in micro-batches of a whole worker.
+    """
+    topology = Topology.looped(num_workers, stages_per_worker)
+    costs = costs or Costs.uniform(topology)
+    rivals = list(_built_in(num_workers, num_microbatches, stages_per_worker))
+    best: tuple[float, Schedule] | None = None
+    task = _task(topology, num_microbatches, costs, max_peak, objective)
+
+    def offer(schedule: Schedule) -> float:
+        nonlocal best
+        if (peak_activations(schedule, costs) <= np.array(task.cap) * (1 + _SLACK)).all():
+            price = getattr(simulate(schedule, replace(costs, exchange=None, optimizer=None)), objective)
+            if best is None or price < best[0] * (1 - _SLACK):
+                best = price, schedule
+            return price
+        return float("inf")
+
+    ranked = sorted(((offer(rival), number) for number, rival in enumerate(rivals)))
+    starts = [_split(rivals[number]) for price, number in ranked[:3] if price < float("inf")]
+    for schedule in _searched(task, costs, starts):
+        offer(schedule)
+        offer(_fused(schedule, costs))
+    if best is None:
+        raise ScheduleError(f"no order of {num_microbatches} micro-batches found under {max(task.cap):,.6g} of activations; "
+                            f"1F1B needs {num_workers} micro-batches' worth, try max_peak={num_workers}")
+    found = replace(best[1], name="auto")
+    check(found, max_peak=np.array(task.cap), costs=costs)
+    return found
+
+
+def _built_in(num_workers: int, num_microbatches: int, stages_per_worker: int) -> Iterable[Schedule]:
+    for name in SCHEDULES:
+        if name == "auto":
+            continue
+        try:
+            schedule = build(name, num_workers=num_workers, num_microbatches=num_microbatches,
+                             stages_per_worker=stages_per_worker if stages_per_worker > 1 else None)
+        except ScheduleError:
+            continue
+        if schedule.topology.num_stages == num_workers * stages_per_worker and schedule.topology.num_routes == 1:
+            yield replace(schedule, pairs=())
+
+
+def _searched(task: _Task, costs: Costs, starts: Sequence[Schedule]) -> Iterable[Schedule]:
+    """Orders from dealing and swapping, each start's best."""
+    linear = task.num_stages == task.num_workers
+    bound = lower_bound(task.topology, task.microbatches, costs, task.cap)
+    lanes: list[tuple[Topology, list[list[int]]]] = []
+    if linear:
+        dealer = _Dealer(task, budget=max(20, 330_000 // task.size))
+        for warmup in _warmups(task):
+            for patience in _PATIENCES:
+                dealer.price(warmup, [patience] * task.num_workers)
+            if dealer.reached(bound):
+                break
+        for key in dealer.best(4):
+            lanes.append((task.topology, _dealt(task, *(key if dealer.reached(bound) else dealer.refine(key)))[1]))
+    lanes += [(start.topology, _numbers(task, start)) for start in starts]
+    rounds = min(220, 160_000 // task.size) if task.objective == "makespan" else 0
+    for topology, order in lanes:
+        here = replace(task, topology=topology)
+        length, order = _Swaps(here).improve(order, rounds, bound) if rounds else (float("inf"), order)
+        yield _schedule(here, order)
+        if length <= bound * (1 + _SLACK):
+            return
+
+
+def _split(schedule: Schedule) -> Schedule:
+    """``schedule`` with every B as I and W."""
+    lanes = []
+    for op, stage, microbatch in schedule.lanes:
+        twice = np.where(op == B, 2, 1)
+        op = np.repeat(op, twice)
+        whole = np.flatnonzero(op == B)
+        op[whole[::2]], op[whole[1::2]] = I, W
+        lanes.append(Lane(op, np.repeat(stage, twice), np.repeat(microbatch, twice)))
+    return replace(schedule, lanes=tuple(lanes), pairs=())
+
+
+def _fused(schedule: Schedule, costs: Costs) -> Schedule:
+    """``schedule`` with B for each I that its own W follows, where B takes no longer and nobody waits for the I."""
+    lanes = []
+    for op, stage, microbatch in schedule.lanes:
+        gain = (np.array(costs.backward) <= np.add(costs.input_grad, costs.weight_grad) * (1 + _SLACK))[stage[:-1]]
+        joined = ((op[:-1] == I) & (op[1:] == W) & (stage[:-1] == stage[1:]) & (microbatch[:-1] == microbatch[1:])
+                  & (stage[:-1] == 0) & gain)
+        keep = np.append(True, ~joined)
+        op = op.copy()
+        op[:-1][joined] = B
+        lanes.append(Lane(op[keep], stage[keep], microbatch[keep]))
+    return replace(schedule, lanes=tuple(lanes))
+
+
+def _numbers(task: _Task, schedule: Schedule) -> list[list[int]]:
+    code = np.array([0, -1, 1, 2])
+    return [((code[op] * task.num_stages + stage) * task.microbatches + microbatch).tolist()
+            for op, stage, microbatch in schedule.lanes]
+
+
+def _schedule(task: _Task, lanes: Sequence[Sequence[int]]) -> Schedule:
+    letters = np.array([F, I, W])
+    columns = []
+    for lane in lanes:
+        rest, microbatch = np.divmod(np.array(lane, np.int64), task.microbatches)
+        op, stage = np.divmod(rest, task.num_stages)
+        columns.append(Lane.of(letters[op], stage, microbatch))
+    return Schedule("auto", task.topology, task.microbatches, tuple(columns))
+
+
+__all__ = ["OBJECTIVES", "auto", "lower_bound"]
