@@ -68,7 +68,7 @@ def batch() -> dict:
 def train_plain(steps: int) -> None:
     """One process, plain PyTorch."""
     model = Model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     for _ in range(steps):
         model(**batch()).backward()
         optimizer.step()
@@ -80,7 +80,7 @@ def train_pipeline(steps: int) -> None:
     with torch.device("meta"):
         model = Model()
     pipe = pe.Pipeline(model, batch(), num_microbatches=4, schedule="1f1b")
-    optimizer = torch.optim.AdamW(pipe.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(pipe.parameters(), lr=1e-4)
     for step in range(steps):
         loss = pipe.step(**batch())
         optimizer.step()
