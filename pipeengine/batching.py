@@ -81,7 +81,8 @@ def take_apart(inputs: Inputs, *, names: Sequence[str], batch_dims: Mapping[str,
             seen[id(value)] = len(tensors)
             tensors.append(value)
             wanted.append(dims.get(name, "rows"))
-        return ("tensor", seen[id(value)], tuple(value.shape), value.dtype)
+        return ("tensor", seen[id(value)], tuple(value.shape), value.dtype,
+                tuple(value.stride()) if value.layout == torch.strided else value.layout)
     key = tuple((name, _hashable(encode(value, lambda x, name=name: leaf(name, x)))) for name, value in named)
     rows = _rows(tensors, wanted)
     return Batch(inputs, tuple(tensors), tuple(_dim(t, want, rows) for t, want in zip(tensors, wanted)), rows, key)

@@ -6,9 +6,12 @@ module one node, and the model is recorded again; at the root it is a ``CaptureE
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import logging
 import random
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace as replace_fields
 
@@ -73,24 +76,27 @@ def _record_until_faithful(model, inputs: Inputs, loss_fn, held: _Held, sealed: 
     warmed = False
     for _ in range(_MAX_ATTEMPTS):
         try:
-            recording, drew = _record(model, inputs, loss_fn, held, sealed, key, watch_random)
+            recording, drew, traces = _record(model, inputs, loss_fn, held, sealed, key, watch_random)
         except Promote as stop:
             _seal(model, sealed, stop.path, stop.reason)
             held.restore_attributes()
             continue
         if drew and watch_random is None:
-            watch_random = _python_random
+            watch_random = _look_or_set
             continue
         changed = {path: what for path, what in held.changed().items() if path not in sealed}
-        if changed and not warmed:
-            warmed = True                   # attributes set by a first call only are no state
-            held.forget_fakes()
+        if not warmed and (changed or held.keeps_fakes()):
+            # What only a first call sets is no state. A tensor that is kept for the next call is: the second recording,
+            # which finds a fake of the first in its way, then says so.
+            warmed = True
+            held.start_warm()
             continue
         if changed:
             for path, what in changed.items():
                 _seal(model, sealed, path, f"its forward changes self.{what}")
             held.restore_attributes()
             continue
+        held.traces = traces
         return recording
     raise CaptureError(f"no faithful recording after {_MAX_ATTEMPTS} attempts; last kept whole: {list(sealed.items())[-1]}")
 
@@ -110,7 +116,7 @@ def _seal(model: torch.nn.Module, sealed: dict[str, str], path: str, reason: str
                        if type(module) is kind and other and other not in sealed})
 
 
-def _record(model, inputs: Inputs, loss_fn, held: _Held, sealed, key, watch_random) -> tuple[Recording, bool]:
+def _record(model, inputs: Inputs, loss_fn, held: _Held, sealed, key, watch_random) -> tuple[Recording, bool, list]:
     """One attempt. Also tells whether Python's or NumPy's random numbers were drawn outside of sealed modules."""
     recorder = Recorder(model, held.fake, attributes=held.fakes_by_name, real_buffers=held.real_buffers,
                         buffers=frozenset(held.buffers), plain=held.plain,
@@ -127,9 +133,16 @@ def _record(model, inputs: Inputs, loss_fn, held: _Held, sealed, key, watch_rand
         return faked[id(leaf)]
     args, kwargs, target = replace(inputs.everything(), fake_input)
     before = _python_random()
-    with held.fakes_in_place(), _patched(model, recorder), recorder.watching():
-        output = model(*args, **kwargs)
-        loss = loss_fn(output, target) if loss_fn is not None else find_loss(output)
+    try:
+        with held.fakes_in_place(), _patched(model, recorder), recorder.watching():
+            output = model(*args, **kwargs)
+            loss = loss_fn(output, target) if loss_fn is not None else find_loss(output)
+        return _finished(recorder, output, loss, before)
+    finally:
+        recorder.release()
+
+
+def _finished(recorder: Recorder, output: object, loss: object, before: tuple) -> tuple[Recording, bool, list]:
     drew = _python_random() != before
     _set_python_random(before)
     if loss is not None and not isinstance(loss, torch.Tensor):
@@ -138,7 +151,7 @@ def _record(model, inputs: Inputs, loss_fn, held: _Held, sealed, key, watch_rand
     guard = unstable_guard(recording)
     if guard is not None:
         raise Promote(guard.path, f"{guard.where}: its path depends on a buffer that it changes")
-    return recording, drew
+    return recording, drew, recorder.traces()
 
 
 def find_loss(output: object) -> torch.Tensor | None:
@@ -203,6 +216,10 @@ def _python_random() -> tuple:
     return random.getstate(), (kind, keys.tobytes(), position, has_gauss, cached)
 
 
+def _look_or_set(state: tuple | None = None) -> tuple | None:
+    return _python_random() if state is None else _set_python_random(state)
+
+
 def _set_python_random(state: tuple) -> None:
     random.setstate(state[0])
     kind, keys, position, has_gauss, cached = state[1]
@@ -218,6 +235,7 @@ class _Held:
 
     def __enter__(self) -> _Held:
         self._stack = contextlib.ExitStack()
+        self.traces: list = []
         self._stack.enter_context(_quiet_globals())
         self._modules = dict(self._model.named_modules())
         self._tensors = {path: (dict(m._parameters), dict(m._buffers)) for path, m in self._modules.items()}
@@ -231,6 +249,8 @@ class _Held:
             prefix = f"{path}." if path else ""
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
+                    if isinstance(module, torch.jit.ScriptModule):
+                        self._fake_of[id(tensor)] = tensor
                     self._fake_attribute(prefix + name, tensor, name in module._buffers)
             for name, value in vars(module).items():
                 for tensor in (leaf for leaf in _shallow(value) if isinstance(leaf, torch.Tensor)):
@@ -271,6 +291,8 @@ class _Held:
 
     def _put(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for path, module in self._modules.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue                                # its tensors live in compiled code and stay where they are
             parameters, buffers = self._tensors[path]
             for held, own in ((parameters, module._parameters), (buffers, module._buffers)):
                 own.clear()
@@ -284,24 +306,24 @@ class _Held:
                  if (what := _difference(self._attributes[path], _picture(module)))}
         return {**found, **self._reassigned}
 
-    def forget_fakes(self) -> None:
-        """Take what the run has left in attributes as the state before, except for fake tensors."""
-        for path, module in self._modules.items():
-            for name, value in list(vars(module).items()):
-                if any(isinstance(leaf, FakeTensor) for leaf in _shallow(value)):
-                    _restore_attribute(module, name, self._attributes[path])
-        self._warm = {path: _picture(m) for path, m in self._modules.items()}
+    def keeps_fakes(self) -> bool:
+        """Whether the run has left tensors in the attributes of modules."""
+        return any(isinstance(leaf, FakeTensor) for module in self._modules.values() for name, value in vars(module).items()
+                   if name not in _TENSOR_TABLES for leaf in _shallow(value))
+
+    def start_warm(self) -> None:
+        """Take what the run has left in attributes as the state before the next one."""
         self._first = self.__dict__.get("_first", self._attributes)
-        self._attributes = self._warm
+        self._attributes = {path: _picture(m) for path, m in self._modules.items()}
 
     def restore_attributes(self) -> None:
         for path, module in self._modules.items():
             _restore(module, self._attributes[path])
 
-    def run_for_real(self, module, original: Callable, args, kwargs) -> tuple[object, Meter]:
-        """Run ``module`` on made-up real inputs; its own parameters when real, made-up ones when not."""
+    def run_for_real(self, module, original: Callable, args, kwargs, known: Callable) -> tuple[object, Meter]:
+        """Run ``module`` on real tensors: inputs that are ``known``, its own parameters when real, made-up ones where not."""
         real = {id(fake): tensor for key, fake in self._fake_of.items() for tensor in [self._by_id(key)]}
-        below = list(module.modules())
+        below = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
         saved = [(dict(m._parameters), dict(m._buffers)) for m in below]
         made: dict[int, torch.Tensor] = {}
 
@@ -309,7 +331,7 @@ class _Held:
             if not isinstance(fake, torch.Tensor):
                 return fake
             if id(fake) not in made:
-                tensor = real.get(id(fake))
+                tensor = real.get(id(fake), known(fake))
                 if tensor is None or tensor.device.type == "meta":
                     tensor = made_up(fake, self._device)
                     if isinstance(fake, torch.nn.Parameter):
@@ -343,6 +365,25 @@ class _Held:
         self._attributes = self.__dict__.get("_first", self._attributes)
         self.restore_attributes()
         self._stack.close()
+        if any(trace() is not None for trace in self.traces):
+            _empty_caches()
+
+
+def _empty_caches() -> None:
+    """A cached function of the user's may have kept a fake tensor; it shall make a real one next time."""
+    for found in gc.get_objects():
+        if type(found) is functools._lru_cache_wrapper and found.cache_info().currsize and _holds_fakes(found):
+            found.cache_clear()
+
+
+def _holds_fakes(cache: object) -> bool:
+    """Whether an ``lru_cache`` holds fakes: in its links, their contents, or what those hold directly."""
+    layer = [cache]
+    for _ in range(5):
+        layer = [x for x in gc.get_referents(*layer) if type(x) not in (type, types.ModuleType, types.FunctionType)]
+        if any(type(x) is FakeTensor for x in layer):
+            return True
+    return False
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import traceback
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch._subclasses.fake_tensor import (
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from pipeengine.errors import CaptureError
-from pipeengine.recording import Call, Guard, Modes, Node, NodeCost, Recording, Ref, TensorSpec, Value, picks, refs
+from pipeengine.recording import OPAQUE, Call, Guard, Modes, Node, NodeCost, Recording, Ref, TensorSpec, Value, picks, refs
 from pipeengine.structure import encode, leaves, replace, tensors
 
 # What these tell follows from shapes and types, which are part of a recording's key.
@@ -102,7 +103,7 @@ class Recorder(TorchFunctionMode):
     def __init__(self, model: torch.nn.Module, fake: FakeTensorMode, *, attributes: Mapping[str, torch.Tensor],
                  real_buffers: Mapping[str, torch.Tensor], buffers: frozenset[str], plain: Mapping[int, str], sealed: Mapping[str, str],
                  draw: Callable[[str], contextlib.AbstractContextManager], run_for_real: Callable,
-                 watch_random: Callable[[], object] | None = None):
+                 watch_random: Callable[..., object] | None = None):
         super().__init__()
         self._fake, self._sealed, self._draw, self._run_for_real = fake, dict(sealed), draw, run_for_real
         self._watch_random = watch_random
@@ -126,6 +127,7 @@ class Recorder(TorchFunctionMode):
         self._running: list = []                        # modules whose outermost __call__ is active
         self._saved: dict[int, int] = {}
         self._attribute_storage: set[int] = set()
+        self._pending_real: dict[int, torch.Tensor] = {}
         self.meter = Meter()
         self._inputs: list[int] = []
         self._base_modes = current_modes()
@@ -159,7 +161,7 @@ class Recorder(TorchFunctionMode):
             fake = fake.detach()
         value = self._add("input", name, -1, fake)
         if not isinstance(tensor, FakeTensor):
-            self._real[value] = tensor.detach()
+            self._real[value] = tensor.detach().clone()     # the forward may write to it; the user's stays as it is
         self._inputs.append(value)
         return fake
 
@@ -193,9 +195,12 @@ class Recorder(TorchFunctionMode):
         return encode(value, lambda leaf: Ref(self._lookup(leaf)) if isinstance(leaf, torch.Tensor) else leaf)
 
     def _picture(self, out: object) -> object:
-        """``out`` with Refs for the tensors that are known."""
-        return encode(out, lambda leaf: Ref(self._value_of[id(leaf)])
-                      if isinstance(leaf, torch.Tensor) and id(leaf) in self._value_of else leaf)
+        """``out`` with Refs for the tensors that are known; objects of the run itself are not kept."""
+        def picture(leaf):
+            if isinstance(leaf, torch.Tensor):
+                return Ref(self._value_of[id(leaf)]) if id(leaf) in self._value_of else OPAQUE
+            return leaf if _is_shareable(leaf) else OPAQUE
+        return encode(out, picture)
 
     def _fakes(self, value: object) -> object:
         """``value`` with constants replaced by their fakes."""
@@ -278,7 +283,7 @@ class Recorder(TorchFunctionMode):
         encoded = self._encode((args, kwargs))
         reads = [t for t in tensors((args, kwargs))]
         fakes = self._fakes((args, kwargs))
-        watched = {id(t): (t, t._version) for t in tensors(fakes) if not t.is_inference()}
+        watched = _watch(tensors(fakes))
         node_name = self._name(name if name not in ("__get__", "__set__") else func.__self__.__name__)
         self.meter.clear()
         self._saved = {}
@@ -289,7 +294,7 @@ class Recorder(TorchFunctionMode):
         if out is NotImplemented:
             return out
         random = self.meter.random
-        writes = {_storage(t) for t, version in watched.values() if t._version != version}
+        writes = _written(watched)
         if name == "__set__":
             writes.add(_storage(fakes[0][0]))
         self._run_real(func, args, kwargs, reads, out, writes, random, node_name)
@@ -443,7 +448,8 @@ class Recorder(TorchFunctionMode):
     def _open(self, original, module, path: str, args: tuple, kwargs: dict) -> object:
         scope = self._scope(path)
         plain = all(isinstance(leaf, torch.Tensor) or _is_shareable(leaf) for leaf in leaves((args, kwargs)))
-        encoded = self._encode((args, kwargs))
+        encoded = encode((args, kwargs), lambda leaf: Ref(self._lookup(leaf)) if isinstance(leaf, torch.Tensor)
+                         else leaf if _is_shareable(leaf) else OPAQUE)
         containers = [(c, len(c)) for c in (*args, *kwargs.values()) if isinstance(c, (list, dict))]
         index, parent = len(self._calls), self._stack[-1] if self._stack else -1
         self._calls.append([path])
@@ -486,23 +492,26 @@ class Recorder(TorchFunctionMode):
         encoded = self._encode((args, kwargs))
         fakes = self._fakes((args, kwargs))
         held = [self._values[v][3] for v in attributes]
-        watched = {id(t): (t, t._version) for t in (*tensors(fakes), *held) if not t.is_inference()}
+        watched = _watch((*tensors(fakes), *held))
         self.meter.clear()
         self._saved = {}
         recompute = self._recompute_here()
+        before = self._watch_random() if self._watch_random else None
         self._suspended += 1
         try:
-            with self._fake, self.meter, torch.autograd.graph.saved_tensors_hooks(*self._hooks):
+            with self._fake, self.meter:
                 out = original(module, *fakes[0], **fakes[1])
         except Exception as error:
             out = self.learn(module, path, original, fakes, error)
         finally:
             self._suspended -= 1
+        if before is not None:
+            self._watch_random(before)          # what a whole module draws is its own affair
         unknown = [x for x in leaves(out) if not isinstance(x, torch.Tensor) and not _is_shareable(x)]
         if unknown:
             raise CaptureError(f"module {path} is kept whole ({self._sealed.get(path, 'a leaf')}) and returns a "
                                f"{type(unknown[0]).__name__}, which cannot cross to another stage; return tensors")
-        writes = {_storage(t) for t, version in watched.values() if t._version != version}
+        writes = _written(watched)
         reads = tensors((args, kwargs))
         random = self.meter.random
         if recompute:
@@ -523,11 +532,16 @@ class Recorder(TorchFunctionMode):
 
     def learn(self, module, path: str, original, fakes, error: Exception) -> object:
         """Run a module on made-up real tensors to learn what its output looks like."""
+        def known(fake):
+            return self._real.get(self._value_of.get(id(fake), -1))
+        torch._C._autograd._pop_saved_tensors_default_hooks()       # function transforms do not work under such hooks
         try:
-            out, cost = self._run_for_real(module, original, *fakes)
+            out, cost = self._run_for_real(module, original, *fakes, known)
         except Exception as real_error:
             raise CaptureError(f"module {path or '(root)'} cannot run: {type(real_error).__name__}: {real_error}"
                                ) from real_error
+        finally:
+            torch._C._autograd._push_saved_tensors_default_hooks(*self._hooks)
         needs = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors(fakes), *module.parameters()))
         result = self._fakes_of(out, needs_gradient=needs)
         self.meter.flops, self.meter.bytes, self.meter.random = cost.flops, cost.bytes, cost.random
@@ -555,14 +569,14 @@ class Recorder(TorchFunctionMode):
             apply.__name__ = name
             encoded = self._encode((args, kwargs))
             fakes = self._fakes((args, kwargs))
-            watched = {id(t): (t, t._version) for t in tensors(fakes) if not t.is_inference()}
+            watched = _watch(tensors(fakes))
             self.meter.clear()
             self._saved = {}
             try:
                 out = self._run_fake(apply, *fakes)
             except Exception as error:
                 raise Promote(self._path(), f"autograd function {name}: {type(error).__name__}: {error}") from error
-            writes = {_storage(t) for t, version in watched.values() if t._version != version}
+            writes = _written(watched)
             random = self.meter.random
             node_name = self._name(name)
             self._run_real(apply, args, kwargs, tensors((args, kwargs)), out, writes, random, node_name)
@@ -581,7 +595,6 @@ class Recorder(TorchFunctionMode):
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Record everything that runs inside."""
-        self._pending_real: dict[int, torch.Tensor] = {}
         self._pack_hook = self._pack
         self._hooks = (self._pack_hook, _same)
         with torch.autograd.graph.saved_tensors_hooks(*self._hooks), self:
@@ -589,16 +602,22 @@ class Recorder(TorchFunctionMode):
 
     def finish(self, output: object, loss: torch.Tensor | None) -> Recording:
         """Freeze what was seen. ``output`` is the model's output, ``loss`` a tensor met on the way."""
-        structure = encode(output, lambda leaf: Ref(self._lookup(leaf)) if isinstance(leaf, torch.Tensor) else leaf)
+        structure = encode(output, lambda leaf: Ref(self._lookup(leaf)) if isinstance(leaf, torch.Tensor)
+                           else leaf if _is_shareable(leaf) else None)
         values = tuple(Value(kind, name, node, _spec(tensor), _storage(self._fake_constant.get(index, tensor)))
                        for index, (kind, name, node, tensor) in enumerate(self._values))
         return Recording(values, tuple(self._nodes), tuple(self._calls), tuple(self._guards), tuple(self._inputs),
                          structure, None if loss is None else self._lookup(loss), dict(self._constants),
                          dict(self._sealed), self._buffers, self._base_modes)
 
-    def known_real(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """The real value beside a fake one, if there is one."""
-        return self._real.get(self._value_of.get(id(tensor), -1))
+    def release(self) -> None:
+        """Let go of all tensors: autograd's own references to this recorder would keep them for ever."""
+        for held in (self._values, self._alive, self._real, self._constants, self._fake_constant, self._value_of, self._pending_real):
+            held.clear()
+
+    def traces(self) -> list[weakref.ref]:
+        """Weak references to every fake that was made: whoever still holds one afterwards has taken it out of the run."""
+        return [weakref.ref(tensor) for kind, _, _, tensor in self._values if kind == "result"]
 
 
 def made_up(fake: torch.Tensor, device: torch.device, number: int = 0) -> torch.Tensor:
@@ -615,6 +634,16 @@ def _shapes(value: object) -> list:
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
+
+
+def _watch(found: Iterable[torch.Tensor]) -> list[tuple]:
+    """Remember tensors, to see afterwards which of them were changed in place."""
+    return [(t, -1 if t.is_inference() else t._version, t.requires_grad) for t in {id(t): t for t in found}.values()]
+
+
+def _written(watched: list[tuple]) -> set[int]:
+    return {_storage(t) for t, version, needs in watched
+            if (not t.is_inference() and t._version != version) or (t.requires_grad != needs and t.is_leaf)}
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -17,6 +17,10 @@ import torch
 ATOMS = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
+OPAQUE = object()
+"""Stands for an object in a module's output that cannot be handed on."""
+
+
 class Ref(NamedTuple):
     """Stands for tensor value number ``value`` inside the arguments or the output of a node."""
 

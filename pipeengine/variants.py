@@ -118,17 +118,22 @@ class Placement:
             node = flow.recording.nodes[index]
             earliest = max((found[p] for p in flow.before[index] if p in found), default=0)
             stage = self._stage_of.get(node.name)
-            if stage is None:
+            if stage is None or stage not in (self._common_holders(flow, node) or (stage,)):
                 stage = self._guess(flow, node, earliest)
             together = [found[n] for n in group_of.get(index, ()) if n in found]
             found[index] = max(stage, earliest, *together) if together else max(stage, earliest)
         self._check(flow, found)
         return found
 
+    def _common_holders(self, flow: Dataflow, node: Node) -> frozenset[int]:
+        """Stages that hold everything that the node reads; empty when it reads nothing that is held."""
+        values = flow.recording.values
+        holders = [self.holders[values[v].name] for v in node_refs(node)
+                   if values[v].kind == "attribute" and values[v].name in self.holders]
+        return frozenset.intersection(*holders) if holders else frozenset()
+
     def _guess(self, flow: Dataflow, node: Node, earliest: int) -> int:
-        holders = [self.holders[flow.recording.values[v].name] for v in node_refs(node)
-                   if flow.recording.values[v].kind == "attribute" and flow.recording.values[v].name in self.holders]
-        common = frozenset.intersection(*holders) if holders else frozenset()
+        common = self._common_holders(flow, node)
         if common:
             return min((s for s in common if s >= earliest), default=max(common))
         path = node.name.partition(":")[0]
@@ -205,14 +210,19 @@ def _function(flow: Dataflow, model: torch.nn.Module, values: list[int], nodes: 
     return run, compiled.random
 
 
+def guard_nodes(flow: Dataflow) -> list[int]:
+    """Nodes that must run to evaluate every guard, in order."""
+    return sorted({n for guard in flow.recording.guards
+                   for n in _needed(flow, {*refs(guard.args), *refs(guard.kwargs)}, guard.position)})
+
+
 def guard_check(flow: Dataflow, model: torch.nn.Module, draw: Draw):
     """A function that tells whether a micro-batch takes the recorded path, or None when every one does."""
     guards = flow.recording.guards
     if not guards:
         return None
     values = list(dict.fromkeys(v for guard in guards for v in (*refs(guard.args), *refs(guard.kwargs))))
-    nodes = sorted({n for guard in guards
-                    for n in _needed(flow, {*refs(guard.args), *refs(guard.kwargs)}, guard.position)})
+    nodes = guard_nodes(flow)
     run, random = _function(flow, model, values, nodes, draw)
 
     def holds(tensors: Sequence[torch.Tensor], key: int | None) -> bool:
