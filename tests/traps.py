@@ -32,8 +32,8 @@ class Trap:
     ``build()`` gives the model, always with the same weights; it takes a batch by keyword and returns a scalar loss.
     Train on the first batch, change the weights, train on the second: some recordings freeze the weights they saw.
     ``expect``: ``"exact"``: recorded right, or made one node, the same numbers as eager on both batches;
-    ``"exact_or_refuse"``: or else a ``PipeEngineError`` that says why; ``"varies_or_refuse"``: the forward draws from Python's, NumPy's
-    or torch's generator, and repeated steps on one batch must not all give one loss.
+    ``"exact_or_refuse"``: or else a ``PipeEngineError`` that says why; ``"varies_or_refuse"``: the forward draws from
+    Python's, NumPy's or torch's generator, and repeated steps on one batch must not all give one loss.
     """
     name: str
     build: Callable[[], nn.Module]
@@ -728,6 +728,12 @@ def checks_for_overflow(host, x, extra):
     return x
 
 
+@construct(scale=10.0, glue=REFUSE, block=REFUSE)
+def condition_operator(host, x, extra):
+    large = x.detach().abs().mean() > 3
+    return torch.cond(large, lambda value: host.other(value), lambda value: host.linear(value), (x,))
+
+
 @construct(scale=10.0)
 def both_branches_and_where(host, x, extra):
     return torch.where(x.detach().abs().mean() > 3, host.other(x), host.linear(x))
@@ -958,6 +964,36 @@ class AuxStoredByBlocks(Stack):
         for block in self.blocks:
             x = block(x)
         return F.mse_loss(x, y) + 0.1 * sum(block.aux for block in self.blocks)
+
+
+class Skips(Block):
+    def forward(self, x):
+        return super().forward(x) if random.random() < 0.5 else x
+
+
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Skips() for _ in range(3))
+        self.last = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(x)
+
+
+@whole(expect=VARIES)
+class LayersSkippedAtRandom(nn.Module):
+    """Layers two levels down are skipped by Python's random numbers; only they need to stay whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = Layers()
+        self.head = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, y):
+        return F.mse_loss(self.head(self.encoder(x)), y)
 
 
 class Appends(Block):
