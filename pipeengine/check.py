@@ -1,14 +1,14 @@
 """The rules that every schedule and program must keep, and errors that show the lines that break them."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING, Iterator, Sequence
 
 import numpy as np
 
-from pipeengine.critical_path import Stuck, Wait, solve
+from pipeengine.critical_path import Stuck, Wait, completes
 from pipeengine.errors import ScheduleError
 from pipeengine.schedules.form import LETTERS, B, Edge, F, I, Schedule, W
-from pipeengine.timeline import OPS, RA, RG, SA, SG, Costs, peak_activations, tables, waits
+from pipeengine.timeline import OPS, RA, RG, SA, SG, Costs, peak_activations, waits
 
 if TYPE_CHECKING:
     from pipeengine.program import Program
@@ -84,7 +84,7 @@ def _none_missing(count: dict[int, np.ndarray], visits: np.ndarray, forward_only
 
 
 def _local_order(schedule: Schedule, edges: Sequence[Edge]) -> None:
-    forward, backward, weight = tables(schedule)
+    forward, backward, weight = schedule.tables
     pairs = [(forward, backward, "its forward"), (backward, weight, "its input gradient")]
     for before, after, what in pairs:
         wrong = (before >= 0) & (after >= 0) & (before > after)
@@ -102,7 +102,7 @@ def _local_order(schedule: Schedule, edges: Sequence[Edge]) -> None:
 def _completes(schedule: Schedule, edges: Sequence[Edge]) -> None:
     columns = waits(schedule, edges)
     try:
-        solve(schedule.starts, np.ones(schedule.num_actions), columns)
+        completes(schedule.starts, columns)
     except Stuck as stuck:
         raise ScheduleError(_cycle(schedule, columns, stuck.position)) from None
 
@@ -141,79 +141,143 @@ def _under_cap(schedule: Schedule, max_peak: float | Sequence[float], costs: Cos
 def check_messages(program: Program, edges: Sequence[Edge]) -> None:
     """Rules on messages: each sent and received once where it belongs, first in first out per pair, no deadlock."""
     send, receive = _matched(program, edges)
-    _between(program, send, receive, edges)
-    _first_in_first_out(program, send, receive)
-    _no_deadlock(program, send, receive)
+    consumer = _between(program, send, receive)
+    if not _in_order_of_time(program, send, receive, consumer):
+        _first_in_first_out(program, send, receive)
+        _no_deadlock(program, send, receive, consumer)
 
 
-def _keys(program: Program, edges: Sequence[Edge]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Indices of message lines, their key (kind, edge, micro-batch), and the keys that must be there."""
-    stages, batches = program.topology.num_stages, program.num_microbatches
-    op, stage, microbatch, peer = program.columns
-    lines = np.flatnonzero(op >= SA)
-    op, stage, peer, microbatch = op[lines], stage[lines].astype(np.int64), peer[lines].astype(np.int64), microbatch[lines]
-    at_source = (op == SA) | (op == RG)
-    code = np.where(at_source, stage * stages + peer, peer * stages + stage)
-    grad = (op == SG) | (op == RG)
-    keys = (grad * stages * stages + code) * batches + microbatch
-    visits, owner, wanted = program.topology.visits(batches), program.topology.worker_of, []
-    for edge in edges:
-        if owner[edge.source] != owner[edge.target]:
-            both = np.flatnonzero(visits[edge.source] & visits[edge.target])
-            for grad, there in ((0, edge.activation), (1, edge.gradient and not program.schedule.forward_only)):
-                if there:
-                    wanted.append(((grad * stages + edge.source) * stages + edge.target) * batches + both)
-    return lines, keys, np.sort(np.concatenate(wanted)) if wanted else np.zeros(0, np.int64)
+def match_messages(program: Program) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The lines that send, that receive and that consume each message of a program."""
+    send, receive = _matched(program, program.edges)
+    return send, receive, _between(program, send, receive)
 
 
 def _matched(program: Program, edges: Sequence[Edge]) -> tuple[np.ndarray, np.ndarray]:
-    """The line of each message's send and of its receive, in the order of the keys."""
-    lines, keys, wanted = _keys(program, edges)
-    op, stage = program.columns.op[lines], program.columns.stage[lines]
+    """The line of each message's send and of its receive: first activations, then gradients, by edge and micro-batch."""
+    op = program.columns.op
+    codes, wanted = _wanted(program, edges)
+    found = []
+    for name, first, second in (("send", SA, SG), ("receive", RA, RG)):
+        lines = np.flatnonzero((op == first) | (op == second))
+        slot = _slots(program, lines, codes)
+        known = slot >= 0
+        count = np.bincount(slot[known], minlength=len(wanted))
+        if not known.all() or not np.array_equal(count, wanted):
+            raise ScheduleError(_mismatch(program, name, lines, slot, count, wanted, codes))
+        where = np.full(len(wanted), -1, np.int64)
+        where[slot] = lines
+        found.append(where[where >= 0])
+    _on_own_worker(program, np.concatenate(found))
+    return found[0], found[1]
+
+
+def _wanted(program: Program, edges: Sequence[Edge]) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of the edges between workers, ascending, and per slot (kind, edge, micro-batch) whether a message must be."""
+    stages, owner = program.topology.num_stages, program.topology.worker_of
+    visits = program.topology.visits(program.num_microbatches)
+    crossing = {edge.source * stages + edge.target: edge for edge in edges if owner[edge.source] != owner[edge.target]}
+    codes = np.array(sorted(crossing), np.int64)
+    backward = not program.schedule.forward_only
+    rows = [(visits[crossing[code].source] & visits[crossing[code].target]) * there
+            for kind in (0, 1) for code in codes.tolist()
+            for there in [crossing[code].gradient and backward if kind else crossing[code].activation]]
+    return codes, np.concatenate(rows).astype(np.int64) if rows else np.zeros(0, np.int64)
+
+
+def _slots(program: Program, lines: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """The slot of each message line, -1 where there is no such edge or micro-batch."""
+    stages, batches = program.topology.num_stages, program.num_microbatches
+    op, stage, microbatch, peer = (column[lines] for column in program.columns)
+    at_source = (op == SA) | (op == RG)
+    code = np.where(at_source, stage, peer).astype(np.int64) * stages + np.where(at_source, peer, stage)
+    if not len(codes):
+        return np.full(len(lines), -1, np.int64)
+    edge = np.minimum(np.searchsorted(codes, code), len(codes) - 1)
+    slot = (((op == SG) | (op == RG)) * len(codes) + edge) * batches + microbatch
+    return np.where((codes[edge] == code) & (microbatch >= 0) & (microbatch < batches), slot, -1)
+
+
+def _on_own_worker(program: Program, lines: np.ndarray) -> None:
     worker = np.searchsorted(program.starts, lines, side="right") - 1
+    stage = program.columns.stage[lines]
     wrong = np.asarray(program.topology.worker_of)[stage] != worker
     if wrong.any():
         i = int(wrong.argmax())
         raise ScheduleError(f"{_at(program, lines[i])}: stage {stage[i]} belongs to worker "
                             f"{program.topology.worker_of[stage[i]]}, not {worker[i]}; move the message")
-    found = []
-    for name, which in (("send", (op == SA) | (op == SG)), ("receive", (op == RA) | (op == RG))):
-        order = np.argsort(keys[which], kind="stable")
-        have = keys[which][order]
-        if len(have) != len(wanted) or (have != wanted).any():
-            raise ScheduleError(_mismatch(program, name, have, wanted, lines[which][order]))
-        found.append(lines[which][order])
-    return found[0], found[1]
 
 
-def _mismatch(program: Program, name: str, have: np.ndarray, wanted: np.ndarray, lines: np.ndarray) -> str:
-    stages, batches = program.topology.num_stages, program.num_microbatches
-    missing = np.setdiff1d(wanted, have)
+def _mismatch(program: Program, name: str, lines: np.ndarray, slot: np.ndarray, count: np.ndarray, wanted: np.ndarray,
+              codes: np.ndarray) -> str:
+    total = f"{len(lines)} {name}s for {int(wanted.sum())} messages"
+    missing = np.flatnonzero(count < wanted)
     if len(missing):
-        edge, microbatch = divmod(int(missing[0]), batches)
-        grad, source, target = edge // stages ** 2, edge // stages % stages, edge % stages
-        what = "gradient" if grad else "activation"
-        return (f"no {name} of the {what} between stages {source} and {target} for micro-batch {microbatch}; "
-                f"{len(have)} {name}s for {len(wanted)} messages")
-    extra = np.flatnonzero(~np.isin(have, wanted) | np.concatenate([[False], have[1:] == have[:-1]]))
-    return (f"{_at(program, lines[extra[0]])}: this {name} is there twice or belongs to no boundary; "
-            f"{len(have)} {name}s for {len(wanted)} messages")
+        edge, microbatch = divmod(int(missing[0]), program.num_microbatches)
+        grad, edge = divmod(edge, len(codes))
+        source, target = divmod(int(codes[edge]), program.topology.num_stages)
+        return (f"no {name} of the {'gradient' if grad else 'activation'} between stages {source} and {target} for "
+                f"micro-batch {microbatch}; {total}")
+    extra = np.flatnonzero((slot < 0) | (count[slot] > wanted[slot]) if len(wanted) else slot < 0)
+    return f"{_at(program, lines[extra[-1]])}: this {name} is there twice or belongs to no boundary; {total}"
 
 
-def _between(program: Program, send: np.ndarray, receive: np.ndarray, edges: Sequence[Edge]) -> None:
-    """A send stands after its producer, a receive before its consumer."""
-    position = np.flatnonzero(program.columns.op < SA)
-    forward, backward, _ = (np.where(t >= 0, position[t], -1) for t in tables(program.schedule))
-    op, stage, microbatch, _ = (column[send] for column in program.columns)
-    producer = np.where(op == SA, forward[stage, microbatch], backward[stage, microbatch])
+def _between(program: Program, send: np.ndarray, receive: np.ndarray) -> np.ndarray:
+    """A send stands after its producer, a receive before its consumer. Returns the lines of the consumers."""
+    position = np.append(np.flatnonzero(program.columns.op < SA), -1)
+    forward, backward, _ = program.schedule.tables
+
+    def partner(lines: np.ndarray, forward_op: int) -> np.ndarray:
+        op, stage, microbatch, _ = (column[lines] for column in program.columns)
+        return position[np.where(op == forward_op, forward[stage, microbatch], backward[stage, microbatch])]
+    producer, consumer = partner(send, SA), partner(receive, RA)
     if (producer > send).any():
         i = int((producer > send).argmax())
         raise ScheduleError(f"{_at(program, send[i])} sends before {_at(program, producer[i])} has made it; swap them")
-    op, stage, microbatch, _ = (column[receive] for column in program.columns)
-    consumer = np.where(op == RA, forward[stage, microbatch], backward[stage, microbatch])
     if (consumer < receive).any():
         i = int((consumer < receive).argmax())
         raise ScheduleError(f"{_at(program, receive[i])} is posted after {_at(program, consumer[i])} needs it; swap them")
+    return consumer
+
+
+def _in_order_of_time(program: Program, send: np.ndarray, receive: np.ndarray, consumer: np.ndarray) -> bool:
+    """Whether ``program.planned`` proves both remaining rules, in a few array operations.
+
+    Give each message one time, each computation another, so that all lanes are in one order of (time, messages
+    first, message number). Then the least unfinished one can always run, whatever blocks. A receive may stand earlier among computations,
+    which only helps, but not among messages.
+    """
+    if program.planned is None:
+        return False
+    time = np.concatenate(program.planned)
+    op = program.columns.op
+    if not np.array_equal(time[send], time[receive]) or (time[consumer] < time[receive]).any():
+        return False
+    number = np.full(len(op), -1, np.int64)
+    number[send] = number[receive] = np.arange(len(send))
+    message = np.flatnonzero(op >= SA)
+    compute_or_send = np.flatnonzero((op < SA) | (op == SA) | (op == SG))
+    return (_ascending(program.starts, time, number, message) and _ascending(program.starts, time, number, compute_or_send)
+            and _after_computations(program, time, receive))
+
+
+def _ascending(starts: np.ndarray, time: np.ndarray, number: np.ndarray, lines: np.ndarray) -> bool:
+    """Whether ``lines`` ascend within each lane: in time, at equal times in number, computations (-1) last and alone."""
+    time = time[lines]
+    ahead = time[1:] > time[:-1]
+    tied = np.flatnonzero(~ahead & (time[1:] == time[:-1]))
+    first, second = number[lines[tied]], number[lines[tied + 1]]
+    ahead[tied] = (first >= 0) & ((second < 0) | (second > first))
+    borders = np.searchsorted(lines, starts[1:-1]) - 1
+    ahead[borders[(borders >= 0) & (borders < len(ahead))]] = True
+    return bool(ahead.all())
+
+
+def _after_computations(program: Program, time: np.ndarray, receive: np.ndarray) -> bool:
+    """Whether every computation before a receive in its lane has an earlier time."""
+    latest = np.maximum.accumulate(np.where(program.columns.op < SA, np.arange(len(time)), -1))[receive]
+    first = program.starts[np.searchsorted(program.starts, receive, side="right") - 1]
+    return bool(((time[latest] < time[receive]) | (latest < first)).all())
 
 
 def _first_in_first_out(program: Program, send: np.ndarray, receive: np.ndarray) -> None:
@@ -231,26 +295,37 @@ def _first_in_first_out(program: Program, send: np.ndarray, receive: np.ndarray)
             "deliver the wrong one; put both sides in the same order")
 
 
-def _no_deadlock(program: Program, send: np.ndarray, receive: np.ndarray) -> None:
+def _no_deadlock(program: Program, send: np.ndarray, receive: np.ndarray, consumer: np.ndarray) -> None:
     """Sends block until received, receives are posted without blocking, all messages of a worker share one channel.
 
-    A send starts when its receive is posted and both workers' earlier messages are through.
+    A send starts when its receive is posted and both workers' earlier messages are through; a computation when the sends
+    of all it receives are.
     """
     n = program.num_actions
     none = np.full(n, -1, np.int64)
     sent_by = none.copy()
     sent_by[receive] = send
-    posted, mine, theirs = none.copy(), none.copy(), none.copy()
-    posted[send] = receive
     earlier = _latest_receive_before(program)
-    mine[send] = np.where(earlier[send] >= 0, sent_by[earlier[send]], -1)
-    theirs[send] = np.where(earlier[receive] >= 0, sent_by[earlier[receive]], -1)
-    columns = [Wait(on, np.zeros(n)) for on in (posted, mine, theirs)]
-    columns += _arrivals(program, send, receive)
+    ons = []
+    for lines, on in ((send, receive), (send, np.where(earlier[send] >= 0, sent_by[earlier[send]], -1)),
+                      (send, np.where(earlier[receive] >= 0, sent_by[earlier[receive]], -1)),
+                      *one_each(consumer, send)):
+        column = none.copy()
+        column[lines] = on
+        ons.append(column)
+    columns = tuple(Wait(on, np.zeros(n)) for on in ons)
     try:
-        solve(program.starts, np.ones(n), tuple(columns))
+        completes(program.starts, columns)
     except Stuck as stuck:
         raise ScheduleError("deadlock when sends block: " + _cycle(program, columns, stuck.position)) from None
+
+
+def one_each(waiter: np.ndarray, on: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The pairs in groups in which no waiter is there twice."""
+    while len(waiter):
+        _, first = np.unique(waiter, return_index=True)
+        yield waiter[first], on[first]
+        waiter, on = np.delete(waiter, first), np.delete(on, first)
 
 
 def _latest_receive_before(program: Program) -> np.ndarray:
@@ -260,21 +335,3 @@ def _latest_receive_before(program: Program) -> np.ndarray:
     latest = np.concatenate([[-1], np.maximum.accumulate(latest)[:-1]]) if len(op) else latest
     lane_start = np.repeat(program.starts[:-1], np.diff(program.starts))
     return np.where(latest >= lane_start, latest, -1)
-
-
-def _arrivals(program: Program, send: np.ndarray, receive: np.ndarray) -> list[Wait]:
-    """Each computation waits for the sends of what it receives."""
-    n = program.num_actions
-    position = np.flatnonzero(program.columns.op < SA)
-    forward, backward, _ = (np.where(t >= 0, position[t], -1) for t in tables(program.schedule))
-    op, stage, microbatch, _ = (column[receive] for column in program.columns)
-    consumer = np.where(op == RA, forward[stage, microbatch], backward[stage, microbatch])
-    columns: list[Wait] = []
-    left = np.arange(len(receive))
-    while len(left):
-        _, first = np.unique(consumer[left], return_index=True)
-        on = np.full(n, -1, np.int64)
-        on[consumer[left[first]]] = send[left[first]]
-        columns.append(Wait(on, np.zeros(n)))
-        left = np.delete(left, first)
-    return columns

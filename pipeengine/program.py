@@ -8,18 +8,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 import numpy as np
 
 from pipeengine.check import check_messages, check_schedule
 from pipeengine.errors import ScheduleError
 from pipeengine.schedules.form import NOT_ACTIONS, Edge, Lane, Schedule, Topology
-from pipeengine.timeline import OPS, RA, RG, SA, SG, Costs, simulate, tables
-
-WINDOW = 2
-"""Receives of one boundary that may be posted before the oldest of them is consumed."""
-
+from pipeengine.timeline import OPS, RA, RG, SA, SG, Costs, Timeline, simulate
 
 class Action(NamedTuple):
     """One line of a program. ``peer`` is the other stage of a message, -1 for computation."""
@@ -116,23 +112,24 @@ def _cell(cell: str) -> tuple[int, int, int, int]:
 
 
 class _Messages(NamedTuple):
-    """All messages of a program, one entry each."""
-    grad: np.ndarray
-    source: np.ndarray
-    target: np.ndarray
+    """The messages of one edge and direction, one entry per micro-batch."""
+    grad: bool
+    source: int
+    target: int
+    sender: int
+    receiver: int
     microbatch: np.ndarray
     time: np.ndarray
-    sender: np.ndarray
-    receiver: np.ndarray
 
 
 def lower(schedule: Schedule, edges: Sequence[Edge] | None = None, costs: Costs | None = None, *,
-          window: int = WINDOW) -> Program:
+          window: int | None = None) -> Program:
     """``schedule`` with a send and a receive for every edge and micro-batch that crosses workers.
 
-    Each message is one event at its producer's end (later when ``window`` earlier ones of its edge still wait to be
-    consumed); each worker's messages are in the order of these events, which is why no channel policy can deadlock.
-    A receive stands one computation ahead of its event, so that it is posted while that computation runs.
+    Each message is one event at its producer's end; each worker's messages are in the order of these events, which is why no channel policy can deadlock.
+    A receive stands one computation ahead of its event, so that it is posted while that computation runs. With
+    ``window``, an event waits until the ``window``-th earlier one of its edge begins to be consumed: fewer buffers at the
+    receiver where a schedule runs far ahead (GPipe), more at the sender.
     """
     edges = tuple(schedule.topology.chain() if edges is None else edges)
     topology, crossing = schedule.topology, []
@@ -143,8 +140,11 @@ def lower(schedule: Schedule, edges: Sequence[Edge] | None = None, costs: Costs 
         if topology.worker_of[edge.source] != topology.worker_of[edge.target]:
             crossing.append(edge)
     timeline = simulate(schedule, _never_free(costs or Costs.uniform(topology)), edges)
-    messages = _events(schedule, crossing, timeline.start, timeline.end, window)
-    lanes, planned = zip(*(_place(schedule, worker, messages, timeline.start)
+    mine: list[list[_Messages]] = [[] for _ in range(topology.num_workers)]
+    for messages in _events(schedule, crossing, timeline, window):
+        mine[messages.sender].append(messages)
+        mine[messages.receiver].append(messages)
+    lanes, planned = zip(*(_place(schedule, worker, mine[worker], timeline.start)
                            for worker in range(topology.num_workers)))
     return Program(schedule.name, topology, schedule.num_microbatches, edges, lanes, planned, schedule.pairs)
 
@@ -157,28 +157,27 @@ def _never_free(costs: Costs) -> Costs:
     return Costs(**times, hop=costs.hop, bandwidth=costs.bandwidth, edge_bytes=costs.edge_bytes)
 
 
-def _events(schedule: Schedule, edges: Sequence[Edge], start: np.ndarray, end: np.ndarray, window: int) -> _Messages:
-    forward, backward, _ = tables(schedule)
-    worker_of, parts = schedule.topology.worker_of, []
-    for grad, table in ((0, forward), (1, backward)):
-        for edge in edges:
-            if not (edge.gradient if grad else edge.activation):
-                continue
-            giver, taker = (edge.target, edge.source) if grad else (edge.source, edge.target)
-            microbatch = np.flatnonzero((table[giver] >= 0) & (table[taker] >= 0))
-            time = _delayed(end[schedule.visible[table[giver][microbatch]]], start[table[taker][microbatch]], window)
-            parts.append((np.full(len(microbatch), grad), edge.source, edge.target, microbatch, time,
-                          worker_of[giver], worker_of[taker]))
-    if not parts:
-        return _Messages(*(np.zeros(0, np.int64) for _ in range(4)), np.zeros(0), *(np.zeros(0, np.int64),) * 2)
-    sizes = [len(part[0]) for part in parts]
-    return _Messages(*(np.concatenate(column) if isinstance(column[0], np.ndarray) else np.repeat(column, sizes)
-                       for column in zip(*parts)))
+def _events(schedule: Schedule, edges: Sequence[Edge], timeline: Timeline,
+            window: int | None) -> Iterator[_Messages]:
+    """All messages with the times of their events, in the order that decides between equal times."""
+    forward, backward, _ = schedule.tables
+    worker_of = schedule.topology.worker_of
+    # Times that differ by rounding alone count as equal, so that the order of these parts decides between them.
+    grain = 1e-6 * float((timeline.end - timeline.start).min(initial=1.0))
+    for grad, table in ((False, forward), (True, backward)):
+        for edge in sorted(edges, key=lambda edge: (edge.source, edge.target)):
+            if edge.gradient if grad else edge.activation:
+                giver, taker = (edge.target, edge.source) if grad else (edge.source, edge.target)
+                microbatch = np.flatnonzero((table[giver] >= 0) & (table[taker] >= 0))
+                made, used = table[giver][microbatch], table[taker][microbatch]
+                time = _delayed(timeline.end[schedule.visible[made]], timeline.start[used], window)
+                yield _Messages(grad, edge.source, edge.target, worker_of[giver], worker_of[taker], microbatch,
+                                (np.floor(time / grain + 0.01) - 0.1) * grain)
 
 
-def _delayed(produced: np.ndarray, consumed: np.ndarray, window: int) -> np.ndarray:
+def _delayed(produced: np.ndarray, consumed: np.ndarray, window: int | None) -> np.ndarray:
     """Event times: when produced, but not before the ``window``-th earlier one of this edge begins to be consumed."""
-    if len(produced) <= window:
+    if window is None or len(produced) <= window:
         return produced
     order = np.argsort(consumed, kind="stable")
     time = produced.copy()
@@ -186,29 +185,39 @@ def _delayed(produced: np.ndarray, consumed: np.ndarray, window: int) -> np.ndar
     return time
 
 
-def _place(schedule: Schedule, worker: int, messages: _Messages, start: np.ndarray) -> tuple[ProgramLane, np.ndarray]:
+def _place(schedule: Schedule, worker: int, messages: Sequence[_Messages],
+           start: np.ndarray) -> tuple[ProgramLane, np.ndarray]:
     """One worker's lane: its computations with its messages put between them, and the planned time of each line."""
     begin = start[schedule.starts[worker]:schedule.starts[worker + 1]]
-    mine = np.flatnonzero((messages.sender == worker) | (messages.receiver == worker))
-    mine = mine[np.argsort(messages.time[mine], kind="stable")]
-    grad, source, target, microbatch, time, sender, _ = (column[mine] for column in messages)
-    sends = sender == worker
+    op, stage, microbatch, peer, time = _lines(messages, worker)
     gap = np.searchsorted(begin, time, side="left")
-    gap = np.maximum.accumulate(np.where(sends, gap, np.maximum(gap - 1, 0))) if len(gap) else gap
-    at_source = sends != (grad == 1)
+    gap = np.where((op == SA) | (op == SG), gap, np.maximum(gap - 1, 0))
+    if len(gap):
+        np.maximum.accumulate(gap, out=gap)
     place = gap + np.arange(len(gap))
     computes = np.ones(len(begin) + len(place), bool)
     computes[place] = False
-    op = np.where(sends, np.where(grad == 1, SG, SA), np.where(grad == 1, RG, RA))
-    columns = [op, np.where(at_source, source, target), microbatch, np.where(at_source, target, source)]
-    lane = []
-    for column, own in zip(columns, (*schedule.lanes[worker], np.full(len(begin), -1))):
-        merged = np.empty(len(computes), np.uint8 if not lane else np.int32)
-        merged[place], merged[computes] = column, own
-        lane.append(merged)
-    planned = np.empty(len(computes))
-    planned[place], planned[computes] = time, begin
-    return ProgramLane(*lane), planned
+    columns = []
+    for kind, line, own in zip((np.uint8, *(np.int32,) * 3, np.float64), (op, stage, microbatch, peer, time),
+                               (*schedule.lanes[worker], -1, begin)):
+        merged = np.empty(len(computes), kind)
+        merged[place], merged[computes] = line, own
+        columns.append(merged)
+    return ProgramLane(*columns[:4]), columns[4]
+
+
+def _lines(messages: Sequence[_Messages], worker: int) -> tuple[np.ndarray, ...]:
+    """Columns op, stage, micro-batch, peer and time of ``worker``'s messages, in order of time."""
+    parts = []
+    for grad, source, target, sender, _, microbatch, time in messages:
+        op = (SG if grad else SA) if sender == worker else (RG if grad else RA)
+        stage, peer = (source, target) if op in (SA, RG) else (target, source)
+        parts.append((np.full(len(time), op), np.full(len(time), stage), microbatch, np.full(len(time), peer), time))
+    if not parts:
+        return tuple(np.zeros(0, kind) for kind in (int, int, int, int, float))
+    columns = [np.concatenate(column) for column in zip(*parts)]
+    order = np.argsort(columns[4], kind="stable")
+    return tuple(column[order] for column in columns)
 
 
 def check(order: Schedule | Program, *, edges: Sequence[Edge] | None = None, max_peak: float | Sequence[float] | None = None,

@@ -206,24 +206,10 @@ class Timeline:
 _COLUMNS = ("worker", "op", "stage", "microbatch", "start", "end")
 
 
-def tables(schedule: Schedule) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where each (stage, micro-batch) has its F, its B or I, and its W: indices into ``columns``, -1 for none."""
-    op, stage, microbatch = schedule.columns
-    shape = schedule.topology.num_stages, schedule.num_microbatches
-    flat = stage.astype(np.int64) * shape[1] + microbatch
-    found = []
-    for which in (op == F, (op == B) | (op == I), op == W):
-        table = np.full(shape[0] * shape[1], -1, np.int64)
-        where = np.flatnonzero(which)
-        table[flat[where]] = where
-        found.append(table.reshape(shape))
-    return tuple(found)
-
-
 def waits(schedule: Schedule, edges: Sequence[Edge], costs: Costs | None = None, *,
           local: bool = False) -> tuple[Wait, ...]:
     """What each action waits for on other workers (``local``: on its own worker instead), as columns."""
-    forward, backward, _ = tables(schedule)
+    forward, backward, _ = schedule.tables
     worker_of = schedule.topology.worker_of
     columns: list[Wait] = []
     used: dict[tuple[str, int], int] = {}

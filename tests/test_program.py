@@ -1,13 +1,15 @@
 """Programs: messages are complete, in one order, and cannot deadlock; the checker finds what breaks that."""
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from pipeengine.channel import simulate_channel
 from pipeengine.errors import ScheduleError
 from pipeengine.program import Edge, Program, ProgramLane, check, lower
 from pipeengine.schedules import SCHEDULES, Schedule, Topology, build
-from pipeengine.timeline import Costs
+from pipeengine.timeline import OPS, Costs, simulate
 
 
 def runs_with_blocking_sends(program: Program) -> bool:
@@ -88,7 +90,8 @@ def test_stages_of_one_worker_hand_over_without_messages():
 
 def test_receives_in_flight_are_bounded():
     """A fast first stage must not make the second one hold every micro-batch's buffer."""
-    program = lower(build("gpipe", num_workers=2, num_microbatches=64), costs=Costs([1, 10], backward=[1, 10]))
+    program = lower(build("gpipe", num_workers=2, num_microbatches=64), costs=Costs([1, 10], backward=[1, 10]), window=2)
+    check(program)
     open_now = most = 0
     for action in program.actions(1):
         open_now += {"RA": 1, "F": -1}.get(action.op, 0)
@@ -150,3 +153,37 @@ def test_a_message_more_or_less_is_found():
         lane = ProgramLane(*(column[keep] for column in program.lanes[1]))
         with pytest.raises(ScheduleError, match=message):
             check(Program("x", program.topology, 3, program.edges, (program.lanes[0], lane)))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_one_shared_channel_loses_at_most_a_hundredth(name):
+    """All messages of a worker in order on one communicator, against messages that never queue."""
+    schedule = build(name, num_workers=8, num_microbatches=16)
+    costs = Costs.uniform(schedule.topology, hop=0.05)
+    program = lower(schedule, costs=costs)
+    free, shared = simulate(program, costs).makespan, simulate_channel(program, costs).makespan
+    assert free * (1 - 1e-9) <= shared <= free * 1.01
+
+
+def test_messages_on_a_shared_channel_follow_each_other():
+    program = lower(build("zb-v", num_workers=4, num_microbatches=8))
+    timeline = simulate_channel(program, Costs.uniform(program.topology, hop=0.3))
+    owner, busy = program.topology.worker_of, {}
+    for i in np.flatnonzero(~timeline.computes):
+        grad, stage = timeline.op[i] == OPS.index("SG"), timeline.stage[i]
+        for worker in (timeline.worker[i], owner[stage - 1 if grad else stage + 1]):
+            busy.setdefault(worker, []).append((timeline.start[i], timeline.end[i]))
+    for spans in busy.values():
+        spans.sort()
+        assert all(end <= start + 1e-9 for (_, end), (start, _) in zip(spans, spans[1:]))
+
+
+@pytest.mark.parametrize("name", ["1f1b", "interleaved-1f1b", "zb-v"])
+def test_a_planned_order_is_verified_not_believed(name):
+    """Without the planned times, or with wrong ones, the checker finds the same by stepping."""
+    program = lower(build(name, num_workers=4, num_microbatches=9))
+    check(replace(program, planned=None))
+    check(replace(program, planned=tuple(np.zeros_like(times) for times in program.planned)))
+    receives = [i for i, a in enumerate(program.actions(1)) if a.op == "RA" and a.stage == 1]
+    with pytest.raises(ScheduleError):
+        check(replace(swapped(program, 1, *receives[:2]), planned=program.planned))

@@ -186,6 +186,17 @@ class Schedule:
         return own + np.concatenate(self.pairs) if self.pairs else own
 
     @cached_property
+    def tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where each (stage, micro-batch) has its F, its B or I, and its W: indices into ``columns``, -1 for none."""
+        op, stage, microbatch = self.columns
+        shape, found = (self.topology.num_stages, self.num_microbatches), []
+        for which in (op == F, (op == B) | (op == I), op == W):
+            table, where = np.full(shape, -1, np.int64), np.flatnonzero(which)
+            table[stage[where], microbatch[where]] = where
+            found.append(table)
+        return tuple(found)
+
+    @cached_property
     def forward_only(self) -> bool:
         return all(not lane.op.any() for lane in self.lanes)
 
