@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
@@ -70,6 +71,7 @@ class Pipeline:
 
     def _construct(self, example, target, num_microbatches, num_stages, plan, costs, weights, check) -> None:
         world = self._world
+        plan = self._read_plan(plan)
         world.together(lambda: self._check_options(example, num_microbatches, num_stages, plan))
         self._num_stages = self._count_stages(num_stages, plan)
         self._worker_of = tuple(stage % world.size for stage in range(self._num_stages))
@@ -82,6 +84,17 @@ class Pipeline:
         self._graph = graph
         world.together(lambda: self._place(flow, weights, check))
         self._connect_workers(flow)
+
+    def _read_plan(self, plan: Plan | str | Path | None) -> Plan | None:
+        """The plan that the first worker was given, on every worker."""
+        world = self._world
+
+        def read() -> dict | None:
+            if plan is None or world.rank:
+                return None
+            return (plan if isinstance(plan, Plan) else Plan.load(plan)).to_json()
+        found = world.share(world.together(read))
+        return None if found is None else Plan.from_json(found)
 
     def _check_options(self, example, num_microbatches, num_stages, plan) -> None:
         if not isinstance(self._model, torch.nn.Module):
@@ -103,7 +116,7 @@ class Pipeline:
     def _count_stages(self, num_stages, plan) -> int:
         if num_stages is not None:
             return num_stages
-        return plan.num_stages if isinstance(plan, Plan) else self._world.size
+        return self._world.size if plan is None else plan.num_stages
 
     def _record(self, example, target) -> Dataflow:
         self._names = argument_names(self._model)
@@ -153,8 +166,13 @@ class Pipeline:
             return costs
         if costs not in (None, "measured", "analytic"):
             raise InputError(f'costs is {costs!r}; give "measured", "analytic" or a cost graph')
-        seconds = analytic(flow) if costs == "analytic" else measure(flow, self._model, self._device).seconds
+        seconds = analytic(flow) if costs == "analytic" else measure(flow, self._model, self._device, progress=self._tell).seconds
         return cost_graph(flow, seconds)
+
+    def _tell(self, line: str) -> None:
+        """Progress on what takes more than two seconds, from one worker."""
+        if self._world.rank == 0:
+            print(f"pipeengine: {line}", file=sys.stderr, flush=True)
 
     def _make_plan(self, graph: networkx.DiGraph, plan) -> Plan:
         """Rank 0 plans, everybody gets that plan: measured costs differ from worker to worker."""
@@ -178,10 +196,9 @@ class Pipeline:
         return partitioners.partition(graph, self._num_stages, bandwidth=None if self._world.size == 1 else 1e9,
                                       num_microbatches=self._num_microbatches, prefer_single_tensor=tolerance,
                                       stages_per_worker=max(1, self._num_stages // self._world.size)
-                                      if self._world.size > 1 else 1)
+                                      if self._world.size > 1 else 1, progress=self._tell)
 
-    def _given_plan(self, plan, graph: networkx.DiGraph) -> Plan:
-        plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+    def _given_plan(self, plan: Plan, graph: networkx.DiGraph) -> Plan:
         if plan.num_stages != self._num_stages:
             raise PlanError(f"the plan has {plan.num_stages} stages, the pipeline {self._num_stages}; make a plan for "
                             f"{self._num_stages} stages or pass num_stages={plan.num_stages}")

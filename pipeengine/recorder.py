@@ -590,7 +590,8 @@ class Recorder(TorchFunctionMode):
         storage = _storage(tensor)
         if storage not in self._attribute_storage:
             self._saved[storage] = max(self._saved.get(storage, 0), _bytes(tensor))
-        return tensor
+        # A step that saves its own output would hold itself alive for ever through it.
+        return tensor if id(tensor) in self._value_of else tensor.detach()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -614,6 +615,7 @@ class Recorder(TorchFunctionMode):
         """Let go of all tensors: autograd's own references to this recorder would keep them for ever."""
         for held in (self._values, self._alive, self._real, self._constants, self._fake_constant, self._value_of, self._pending_real):
             held.clear()
+        self._run_for_real = None
 
     def traces(self) -> list[weakref.ref]:
         """Weak references to every fake that was made: whoever still holds one afterwards has taken it out of the run."""
