@@ -441,6 +441,12 @@ class Pipeline:
         if self._closed is not None:
             raise WorkerError(f"the pipeline is closed ({self._closed}); make a new Pipeline")
 
+    def close(self) -> None:
+        """Give up the connections to the other workers; every worker calls it. Model, weights and gradients stay."""
+        if self._closed is None:
+            self._guarded(lambda: self._world.gather(None))         # nobody leaves while another is still at work
+            self._close("closed by its owner")
+
     def _close(self, why: str) -> None:
         self._closed = why
         for part in ("_transport", "_shared", "_world"):

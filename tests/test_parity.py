@@ -1,0 +1,113 @@
+"""A pipeline is invisible: loss and every gradient are those of one plain process."""
+import copy
+import traceback
+import warnings
+from functools import cache
+
+import pytest
+import torch
+import zoo
+from distributed import launch
+from reference import assert_same_step, gradients, reference_step
+
+import pipeengine as pe
+
+NAMED = ("gpt2", "llama", "bert", "t5", "vit")
+CASES = {case.name: case for case in (*zoo.AWKWARD.values(), *zoo.hugging_face_cases())}
+SPREAD = [name for name in CASES if name in zoo.AWKWARD or name.split("-")[0] in NAMED]
+MICROBATCHES = 4
+SCHEDULES = ("gpipe", "1f1b")
+# Attention does not depend on the bias of its keys: the exact gradient is 0, what is computed is rounding alone.
+NOISE = {"bart": 1e-3, "whisper": 1e-3}
+
+
+def make(name: str, schedule: str, num_stages: int | None = None) -> tuple[torch.nn.Module, pe.Pipeline]:
+    case = CASES[name]
+    model = case.build()
+    example, target = case.split_target(case.batches[0])
+    return model, pe.Pipeline(model, example, target=target, loss_fn=case.loss_fn, num_microbatches=MICROBATCHES,
+                              schedule=schedule, num_stages=num_stages, costs="analytic")
+
+
+def step(pipe: pe.Pipeline, name: str, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """One step from no gradients: the loss, and the gradients that this worker holds."""
+    for parameter in pipe.parameters():
+        parameter.grad = None
+    inputs, target = CASES[name].split_target(copy.deepcopy(batch))
+    loss = pipe.step(**inputs, target=target) if isinstance(inputs, dict) else pipe.step(*inputs, target=target)
+    return loss, {n: p.grad.clone() for n, p in pipe.named_parameters() if p.grad is not None}
+
+
+def train(report, names) -> None:
+    """On every worker: each case under each schedule, all batches. A case that fails does not end the others."""
+    warnings.simplefilter("ignore")
+    for name in names:
+        for schedule in SCHEDULES:
+            try:
+                model, pipe = make(name, schedule)
+                report((name, schedule), (pipe.plan.to_json(), [n for n, _ in pipe.named_parameters()],
+                                          [step(pipe, name, batch) for batch in CASES[name].batches]))
+                pipe.close()
+            except Exception:
+                report((name, schedule), traceback.format_exc())
+
+
+@cache
+def spread(num_workers: int) -> list[dict]:
+    return launch(num_workers, train, SPREAD, limit=150)
+
+
+@cache
+def truth(name: str) -> list[tuple]:
+    case, found = CASES[name], []
+    model = case.build()
+    for batch in case.batches:
+        inputs, target = case.split_target(copy.deepcopy(batch))
+        loss, grads = reference_step(model, inputs, MICROBATCHES, loss_fn=case.loss_fn, target=target)
+        found.append((loss, {n: grad.clone() for n, grad in grads.items()}))
+    return found
+
+
+def tolerance(plan: pe.Plan) -> float:
+    """Bit for bit, unless gradients of a value meet from several stages: their order of summation is another."""
+    targets = [value for boundary in plan.boundaries for value in boundary.gradients]
+    return 1e-6 if plan.ties or len(targets) != len(set(targets)) else 0.0
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    torch.set_num_threads(1)        # as the workers have: more threads add up in another order
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", [name for name in SPREAD if not CASES[name].random])
+@pytest.mark.parametrize("num_workers", (2, 3, 4))
+def test_workers_are_invisible(num_workers, name, schedule):
+    found = [worker.get((name, schedule), "this worker never got here") for worker in spread(num_workers)]
+    assert not any(isinstance(one, str) for one in found), "\n".join(map(str, found))
+    plan = pe.Plan.from_json(found[0][0])
+    assert all(pe.Plan.from_json(other[0]) == plan for other in found)
+    assert all(held for _, held, _ in found), "every worker holds a stage"
+    assert {n for _, held, _ in found for n in held} == {n for n, _ in CASES[name].build().named_parameters()}
+    for number, expected in enumerate(truth(name)):
+        merged: dict[str, torch.Tensor] = {}
+        for _, _, steps in found:
+            loss, grads = steps[number]
+            assert torch.equal(loss, found[0][2][number][0]), "one loss on every worker"
+            assert all(torch.equal(merged[n], grad) for n, grad in grads.items() if n in merged), "copies differ"
+            merged |= grads
+        assert_same_step(expected, (loss, merged), tolerance(plan))
+
+
+@pytest.mark.parametrize("num_stages", (2, 4))
+@pytest.mark.parametrize("name", [name for name in CASES if not CASES[name].random and name not in SPREAD])
+def test_one_process_is_invisible(name, num_stages):
+    """The other architectures, all stages in one process."""
+    model, pipe = make(name, "1f1b", num_stages)
+    for batch, expected in zip(CASES[name].batches, truth(name), strict=True):
+        found = step(pipe, name, batch)
+        assert found[1].keys() == gradients(model).keys()
+        assert_same_step(expected, found, max(tolerance(pipe.plan), 1e-6 if name in NOISE else 0), NOISE.get(name, 0.0))
