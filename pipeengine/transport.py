@@ -169,9 +169,11 @@ class DistributedTransport:
             self.post(*key, form)
         buffer, work = self._posted.pop(key)
         self._waiter.wait(work)
+        orders = None
         if self._tagged:
-            wire.check_header(buffer, wire.header(self._step, microbatch, kind, source, target, form.bytes, self._digest))
-        return wire.unpack(buffer, form)
+            head = wire.header(self._step, microbatch, kind, source, target, form.bytes, self._digest)
+            orders = wire.check_header(buffer, form, head)
+        return wire.unpack(buffer, form, orders)
 
     def finish(self) -> None:
         """Wait until everything sent has been received."""

@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+import torch.distributed as dist
 import zoo
 from distributed import launch
 from reference import assert_same_step, gradients, reference_step
@@ -19,6 +20,11 @@ MICROBATCHES = 4
 SCHEDULES = ("gpipe", "1f1b")
 # Attention does not depend on the bias of its keys: the exact gradient is 0, what is computed is rounding alone.
 NOISE = {"bart": 1e-3, "whisper": 1e-3}
+
+
+def schedules(num_workers: int, name: str) -> tuple[str, ...]:
+    """Both for the models everybody uses, one for the awkward ones."""
+    return SCHEDULES[num_workers % 2:][:1] if name in zoo.AWKWARD else SCHEDULES
 
 
 def make(name: str, schedule: str, num_stages: int | None = None) -> tuple[torch.nn.Module, pe.Pipeline]:
@@ -42,7 +48,7 @@ def train(report, names) -> None:
     """On every worker: each case under each schedule, all batches. A case that fails does not end the others."""
     warnings.simplefilter("ignore")
     for name in names:
-        for schedule in SCHEDULES:
+        for schedule in schedules(dist.get_world_size(), name):
             try:
                 model, pipe = make(name, schedule)
                 report((name, schedule), (pipe.plan.to_json(), [n for n, _ in pipe.named_parameters()],
@@ -69,9 +75,10 @@ def truth(name: str) -> list[tuple]:
 
 
 def tolerance(plan: pe.Plan) -> float:
-    """Bit for bit, unless gradients of a value meet from several stages: their order of summation is another."""
-    targets = [value for boundary in plan.boundaries for value in boundary.gradients]
-    return 1e-6 if plan.ties or len(targets) != len(set(targets)) else 0.0
+    """Bit for bit, unless gradients of one value meet from several stages: they are added in another order."""
+    gradients = [value for boundary in plan.boundaries for value in boundary.gradients]
+    skips = any(boundary.target != boundary.source + 1 for boundary in plan.boundaries)
+    return 1e-6 if plan.ties or skips or len(gradients) != len(set(gradients)) else 0.0
 
 
 @pytest.fixture(autouse=True)
@@ -82,9 +89,9 @@ def quiet():
         yield
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("name", [name for name in SPREAD if not CASES[name].random])
-@pytest.mark.parametrize("num_workers", (2, 3, 4))
+@pytest.mark.parametrize(("num_workers", "name", "schedule"), [
+    (num_workers, name, schedule) for num_workers in (2, 3, 4) for name in SPREAD if not CASES[name].random
+    for schedule in schedules(num_workers, name)])
 def test_workers_are_invisible(num_workers, name, schedule):
     found = [worker.get((name, schedule), "this worker never got here") for worker in spread(num_workers)]
     assert not any(isinstance(one, str) for one in found), "\n".join(map(str, found))
