@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -92,7 +93,10 @@ class Pipeline:
         def read() -> dict | None:
             if plan is None or world.rank:
                 return None
-            return (plan if isinstance(plan, Plan) else Plan.load(plan)).to_json()
+            try:
+                return (plan if isinstance(plan, Plan) else Plan.load(plan)).to_json()
+            except OSError as error:
+                raise PlanError(f"cannot read the plan: {error}") from error
         found = world.share(world.together(read))
         return None if found is None else Plan.from_json(found)
 
@@ -119,6 +123,7 @@ class Pipeline:
         return self._world.size if plan is None else plan.num_stages
 
     def _record(self, example, target) -> Dataflow:
+        self._signature = inspect.signature(self._model.forward)
         self._names = argument_names(self._model)
         batch = self._take_apart(Inputs.of(example, target))
         inputs = self._first_microbatch(batch)
@@ -192,7 +197,7 @@ class Pipeline:
 
     def _partition(self, graph: networkx.DiGraph) -> Plan:
         total = sum(data.get("forward", 0) + data.get("backward", 0) for _, data in graph.nodes(data=True))
-        tolerance = max(0.05, min(1.0, _NOISE_SECONDS * self._num_stages / max(total, 1e-12)))
+        tolerance = max(0.05, min(0.5, _NOISE_SECONDS * self._num_stages / max(total, 1e-12)))
         return partitioners.partition(graph, self._num_stages, bandwidth=None if self._world.size == 1 else 1e9,
                                       num_microbatches=self._num_microbatches, prefer_single_tensor=tolerance,
                                       stages_per_worker=max(1, self._num_stages // self._world.size)
@@ -357,6 +362,11 @@ class Pipeline:
         return self._world.share(merged, last) if gather and self._world.size > 1 else merged
 
     def _take_apart(self, inputs: Inputs) -> Batch:
+        try:
+            self._signature.bind(*inputs.args, **inputs.kwargs)
+        except TypeError as error:
+            raise InputError(f"the model does not take these inputs: {error}; its forward is "
+                             f"{type(self._model).__name__}.forward{self._signature}") from None
         return take_apart(inputs, names=self._names, batch_dims=self._batch_dims)
 
     def _prepare(self, inputs: Inputs, *, training: bool) -> tuple[list[Task], list[Variant], int]:
