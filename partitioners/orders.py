@@ -77,6 +77,14 @@ def _start(item: int, nets_of: list[list[int]], begun: list[bool], left: list[in
         left[net] -= 1
 
 
+def through(problem: Problem, chain: list[frozenset[int]]) -> list[int]:
+    """The order of the smallest cut, made to pass through every ideal of ``chain``."""
+    stage = {}
+    for number, ideal in reversed(list(enumerate(chain))):
+        stage.update(dict.fromkeys(ideal, number))
+    return sorted(smallest_cut(problem), key=lambda item: stage.get(item, len(chain)))
+
+
 def candidate_orders(problem: Problem) -> Iterator[list[int]]:
     """The recorded order first, then others, without repeats."""
     seen = set()

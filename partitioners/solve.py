@@ -15,15 +15,17 @@ from partitioners.devices import Cluster, Device, Link, MemoryModel
 from partitioners.errors import InfeasibleError, PartitionError
 from partitioners.graph import Node, check
 from partitioners.ideals import TooMany, best_chain
-from partitioners.orders import candidate_orders
-from partitioners.plan import Plan, Setting
+from partitioners.orders import candidate_orders, through
+from partitioners.plan import Plan, Setting, format_seconds
 from partitioners.problem import Kind, Problem, build_problem, reorder
 from partitioners.reduction import reduce_problem
 from partitioners.segments import Cuts, best_cuts, segment_loads
+from partitioners.sweeps import NoSolver, can_sweep, narrow
 
 OBJECTIVES = ("sum", "overlap")
 SAME = 1 + 1e-12
 MOST_IDEALS = 400_000
+EFFORT = 55.0       # seconds that sweeps may take where no time limit is given
 LONG = 2000      # items of which all n^2 segments are still cheap
 WINDOWS = 1200   # cuttable positions kept of a longer order
 
@@ -59,7 +61,7 @@ def partition(graph: nx.DiGraph, num_stages: int | None = None, *, devices: Clus
     problem = build_problem(graph, cluster=cluster, num_stages=wanted, objective=objective, memory_model=memory_model,
                             num_microbatches=num_microbatches, allow_empty=allow_empty)
     _check_size(graph, problem)
-    solution = _solve(problem, prefer_single_tensor, gap, time_limit)
+    solution = _solve(problem, prefer_single_tensor, gap, time_limit, progress)
     used = [stage for stage, items in enumerate(solution.stages) if items]
     setting = Setting(objective=objective, cluster=cluster, memory_model=memory_model,
                       num_microbatches=num_microbatches, stages_per_worker=stages_per_worker, allow_empty=allow_empty,
@@ -115,10 +117,11 @@ def _check_size(graph: nx.DiGraph, problem: Problem) -> None:
                              f"try num_stages={max(have, 1)}" + ("" if have > 1 else " (or allow_empty=True)"))
 
 
-def _solve(problem: Problem, prefer_single_tensor: float, gap: float, time_limit: float | None) -> Solution:
+def _solve(problem: Problem, prefer_single_tensor: float, gap: float, time_limit: float | None,
+           progress: Callable[[str], None] | None) -> Solution:
     """The best solution found, with the best bound; then the one nearby that carries the fewest tensors."""
     deadline = time.monotonic() + (np.inf if time_limit is None else time_limit)
-    solution = _relaxed(problem, gap, deadline) or _optimise(problem, gap, deadline)
+    solution = _relaxed(problem, gap, deadline, progress) or _optimise(problem, gap, deadline, progress)
     if solution is None:
         raise InfeasibleError(f"no cut into {problem.num_stages} stages fits; try more stages or more memory")
     if prefer_single_tensor > 0:
@@ -130,11 +133,12 @@ def _solve(problem: Problem, prefer_single_tensor: float, gap: float, time_limit
     return solution
 
 
-def _relaxed(problem: Problem, gap: float, deadline: float) -> Solution | None:
+def _relaxed(problem: Problem, gap: float, deadline: float,
+             progress: Callable[[str], None] | None) -> Solution | None:
     """The optimum if stages might be empty, where it happens to fill them all; it is easier to find."""
     if problem.allow_empty:
         return None
-    solution = _optimise(replace(problem, allow_empty=True), gap, deadline)
+    solution = _optimise(replace(problem, allow_empty=True), gap, deadline, progress)
     if solution is None:
         return None
     must = {node for index in np.flatnonzero(problem.must_hold) for node in problem.items[index]}
@@ -155,7 +159,8 @@ def _runs(ordered: Problem, cuts: Cuts) -> tuple[tuple[Node, ...], ...]:
     return tuple(sum(ordered.items[a:b], ()) for a, b in zip(cuts.positions, cuts.positions[1:]))
 
 
-def _optimise(problem: Problem, gap: float, deadline: float) -> Solution | None:
+def _optimise(problem: Problem, gap: float, deadline: float,
+              progress: Callable[[str], None] | None) -> Solution | None:
     """Orders from above, bounds and ideals from below; None if nothing fits."""
     bound, proof = simple_bound(problem)
     reduced = reduce_problem(problem)
@@ -166,20 +171,57 @@ def _optimise(problem: Problem, gap: float, deadline: float) -> Solution | None:
             best = Solution(_runs(ordered, cuts), cuts.levels, cuts.bottleneck, bound, proof)
         if best is not None and best.bottleneck * (1 - gap) <= bound * SAME:
             return best
-    return _by_ideals(reduced, best, deadline)
+    return _by_ideals(reduced, best, gap, deadline, progress)
 
 
-def _by_ideals(problem: Problem, best: Solution | None, deadline: float) -> Solution | None:
-    """Improve ``best`` to the proven optimum, if the ideals can be counted."""
+def _by_ideals(problem: Problem, best: Solution | None, gap: float, deadline: float,
+               progress: Callable[[str], None] | None) -> Solution | None:
+    """Improve ``best`` to the proven optimum if the ideals can be counted, else narrow the gap by sweeps."""
     try:
         chain = best_chain(problem, best.bottleneck if best else np.inf, limit=MOST_IDEALS, deadline=deadline)
-    except TooMany:
-        return best
+    except TooMany as reason:
+        if best is None or not can_sweep(problem):
+            return best
+        if progress:
+            progress(f"{reason}; sweeping with integer programmes, gap {_gap(best):.2%}")
+        return _by_sweeps(problem, best, gap, deadline, progress)
     proof = "every chain of ideals that could be better was priced"
     if chain is not None:
         stages = tuple(tuple(node for item in stage for node in problem.items[item]) for stage in chain.stages)
         return Solution(stages, chain.levels, chain.bottleneck, chain.bottleneck, proof)
     return None if best is None else replace(best, lower_bound=best.bottleneck, proof=proof)
+
+
+def _gap(solution: Solution) -> float:
+    return (solution.bottleneck - solution.lower_bound) / solution.bottleneck if solution.bottleneck else 0.0
+
+
+def _by_sweeps(problem: Problem, best: Solution, gap: float, deadline: float,
+               progress: Callable[[str], None] | None) -> Solution:
+    """Narrow the gap with integer programmes; without scipy, ``best`` as it is."""
+    found: dict[float, tuple[Problem, Cuts]] = {}
+
+    def evaluate(chain: list[frozenset[int]]) -> float:
+        ordered = reorder(problem, through(problem, chain))
+        cuts = best_cuts(ordered, {kind: segment_loads(ordered, kind) for kind in problem.levels})
+        if cuts is None:
+            return np.inf
+        found[cuts.bottleneck] = ordered, cuts
+        return cuts.bottleneck
+    try:
+        for bracket in narrow(problem, best.bottleneck, best.lower_bound, evaluate, gap=gap,
+                              deadline=min(deadline, time.monotonic() + EFFORT)):
+            if bracket.upper < best.bottleneck:
+                ordered, cuts = found[bracket.upper]
+                best = replace(best, stages=_runs(ordered, cuts), levels=cuts.levels, bottleneck=bracket.upper)
+            if bracket.lower > best.lower_bound:
+                best = replace(best, lower_bound=bracket.lower, proof="integer programmes, one per stage, find no better")
+            if progress:
+                progress(f"bottleneck {format_seconds(best.bottleneck)}, gap {_gap(best):.2%}")
+    except NoSolver as error:
+        if progress:
+            progress(f"no sweeps: {error}")
+    return best
 
 
 def _fewest_tensors(tables: list, limit: float) -> tuple[Problem, Cuts] | None:
