@@ -8,7 +8,9 @@ such points, and bits are kept per block only.
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import numpy as np
 
@@ -95,15 +97,19 @@ class Ideals:
         return ItemSet(tuple(sorted(masks.items(), key=lambda pair: pair[0])))
 
     def without(self, items: ItemSet, ideal: int) -> ItemSet:
-        """``items`` that the ideal does not hold."""
-        block = self.block[ideal]
-        left = []
-        for number, mask in items.masks:
-            if number == block:
-                mask = mask & ~self.bits[ideal]
-            if number >= block and mask.any():
-                left.append((number, mask))
-        return ItemSet(tuple(left))
+        """The first and the last of ``items`` that the ideal does not hold; enough for ``any_all`` of its supersets."""
+        block = int(self.block[ideal])
+        masks = items.masks
+        place = bisect_left(masks, block, key=itemgetter(0))
+        if place < len(masks) and masks[place][0] == block:
+            mask = masks[place][1] & ~self.bits[ideal]
+            if not mask.any():
+                place += 1
+            elif place + 1 == len(masks):
+                return ItemSet(((block, mask),))
+            else:
+                return ItemSet(((block, mask), masks[-1]))
+        return ItemSet((masks[place], masks[-1]) if place + 1 < len(masks) else masks[place:])
 
     def any_all(self, items: ItemSet, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
         """For the ideals ``low .. high``: whether they hold any, and all, of ``items`` (not empty)."""
@@ -359,6 +365,7 @@ class _Search:
             self.must = ideals.sums(problem.must_hold.astype(float))
         self.rates = [_rate(problem, kind) for kind in problem.levels]
         self.total = float(ideals.work[-1])
+        self.alike = self._alike_windows()
         self.reach: dict = {self.order[0]: np.full(len(ideals), np.inf)}
         self.reach[self.order[0]][0] = 0.0
         self.parent: dict = {}
@@ -366,10 +373,12 @@ class _Search:
         self.known: dict = {}
         self.room = REMEMBERED if len(self.order) > 3 else 0
 
-    def capacity(self, state: tuple[int, ...], rest: bool) -> tuple[float, bool]:
-        """Reference work that the devices used in ``state`` (or the ``rest``) can do, and whether all of them pay."""
-        total, pay = 0.0, True
-        for level, kind in enumerate(self.problem.levels):
+    def capacity(self, state: tuple[int, ...], rest: bool) -> float:
+        """Reference work that the devices used in ``state`` (or the ``rest``) can do below the target."""
+        total = 0.0
+        if not np.isfinite(self.target):
+            return np.inf
+        for level in range(len(self.problem.levels)):
             if self.problem.counts is None:
                 used = int(level < state[0])
                 number = 1 - used if rest else used
@@ -377,25 +386,48 @@ class _Search:
                 number = self.problem.counts[level] - state[level] if rest else state[level]
             if number:
                 total += number * self.rates[level]
-                pay &= kind.device.pays_link
-        return total * self.target, pay
+        return total * self.target
 
     def window(self, state: tuple[int, ...]) -> np.ndarray:
         """Ideals that a better solution may pass with the devices of ``state`` used."""
+        if self.alike is not None:
+            return self.alike[sum(state)]
         work = self.ideals.work
-        spent, pay_before = self.capacity(state, rest=False)
-        left, pay_after = self.capacity(state, rest=True)
-        pricer = self.pricers[self.problem.levels[0]]
-        cut = np.zeros(len(work))
-        if pricer.pays and self.problem.objective == "sum" and pricer.symmetric and self._uniform():
-            cut = pricer.cut_in
+        spent, left = self.capacity(state, rest=False), self.capacity(state, rest=True)
         slack = 1e-12 * self.total
-        return ((work + (cut if pay_before else 0.0) <= spent + slack)
-                & (self.total - work + (cut if pay_after else 0.0) <= left + slack))
+        return (work <= spent + slack) & (self.total - work <= left + slack)
 
-    def _uniform(self) -> bool:
-        return len({(kind.link_in, kind.link_out) for kind in self.problem.levels}) == 1 and all(
-            rate == 1.0 or not kind.device.pays_link for rate, kind in zip(self.rates, self.problem.levels))
+    def _alike_windows(self) -> list[np.ndarray] | None:
+        """Windows by number of stages, where all pay the same prices for the same work.
+
+        The first j stages together pay at least their work, the cut of the last ideal, and twice that of each before;
+        the i-th of those is itself in the i-th window. So do the stages to come.
+        """
+        kinds = list(self.pricers)
+        pricer = self.pricers[kinds[0]]
+        links = {(kind.link_in, kind.link_out) for kind in kinds}
+        if (len(links) > 1 or not pricer.symmetric or not all(kind.device.pays_link for kind in kinds)
+                or any(rate != 1.0 for rate in self.rates) or not np.isfinite(self.target)
+                or (self.problem.counts is None and self.problem.allow_empty)):
+            return None
+        work, stages = self.ideals.work, self.problem.num_stages
+        cut = pricer.cut_in if pricer.pays else np.zeros(len(work))
+        spent, left = work + cut, self.total - work + cut
+        slack, smallest = 1e-12 * self.total, np.zeros(stages + 1)
+        proper = (np.arange(len(work)) > 0) & (np.arange(len(work)) < len(work) - 1)
+        windows: list[np.ndarray] = []
+        for _ in range(2):
+            paid = np.concatenate(([0.0, 0.0], 2 * np.cumsum(smallest[1:stages])))
+            windows = []
+            for used in range(stages + 1):
+                # Not every device need be used, so the roomiest number of stages counts.
+                room = np.arange(stages + 1) * self.target - paid
+                rest = max((more * self.target - 2 * smallest[used + 1:used + more].sum()
+                            for more in range(stages - used + 1)), default=0.0)
+                windows.append((spent <= room[used] + slack) & (left <= rest + slack))
+            smallest = np.array([cut[window & proper].min(initial=np.inf) for window in windows])
+            smallest[~np.isfinite(smallest)] = 0.0
+        return windows
 
     def width(self) -> int:
         """How many ideals one stage from the empty one reaches."""
@@ -478,7 +510,7 @@ class _Search:
         if self.room > 0:
             high = len(ideals)
         start, rate = low, self.rates[level]
-        low = max(low, int(ideals.first[ideals.block[ideal]]))
+        low = max(low, ideal + 1)
         stop = high
         if np.isfinite(rate):
             reachable = ideals.work[ideal] + self.target * rate + 1e-12 * self.total

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import time
+from itertools import islice
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,10 @@ from partitioners.sweeps import NoSolver, can_sweep, narrow
 OBJECTIVES = ("sum", "overlap")
 SAME = 1 + 1e-12
 MOST_IDEALS = 400_000
+MOST_SWEPT = 1500   # items beyond which integer programmes are too slow to help
 EFFORT = 55.0       # seconds that sweeps may take where no time limit is given
+MANY_ORDERS, FEW_ORDERS = 4, 2    # of short and of long problems
+HUGE = 20_000       # items beyond which only orders are cut, and the gap told
 LONG = 2000      # items of which all n^2 segments are still cheap
 WINDOWS = 1200   # cuttable positions kept of a longer order
 
@@ -148,11 +152,29 @@ def _relaxed(problem: Problem, gap: float, deadline: float,
 
 def _tables(problem: Problem) -> Iterator[tuple[Problem, dict[Kind, np.ndarray]]]:
     """The problem in several orders, each with the loads of its segments."""
-    for order in candidate_orders(problem):
+    for order in islice(candidate_orders(problem), MANY_ORDERS if len(problem) <= 600 else FEW_ORDERS):
         ordered = reorder(problem, order)
         if len(ordered) > LONG:
-            ordered = merge_runs(ordered, promising_positions(ordered, WINDOWS))
-        yield ordered, {kind: segment_loads(ordered, kind) for kind in dict.fromkeys(problem.levels)}
+            ordered = _focus(ordered)
+        yield ordered, _loads(ordered)
+
+
+def _loads(problem: Problem) -> dict[Kind, np.ndarray]:
+    return {kind: segment_loads(problem, kind) for kind in dict.fromkeys(problem.levels)}
+
+
+def _focus(ordered: Problem) -> Problem:
+    """A long order made short: cuttable where a rough solution cuts and near by, and at the promising positions."""
+    rough = promising_positions(ordered, WINDOWS)
+    merged = merge_runs(ordered, rough)
+    cuts = best_cuts(merged, _loads(merged))
+    if cuts is None:
+        return merged
+    ends = np.append(rough, len(ordered))
+    places = {int(ends[cut - 1]) for cut in cuts.positions if cut > 0}
+    reach = max(2, WINDOWS // (2 * len(places)))
+    near = np.unique([np.clip(place + np.arange(-reach, reach + 1), 1, len(ordered)) for place in places])
+    return merge_runs(ordered, np.unique(np.concatenate((near, rough[::2]))))
 
 
 def _runs(ordered: Problem, cuts: Cuts) -> tuple[tuple[Node, ...], ...]:
@@ -163,7 +185,7 @@ def _optimise(problem: Problem, gap: float, deadline: float,
               progress: Callable[[str], None] | None) -> Solution | None:
     """Orders from above, bounds and ideals from below; None if nothing fits."""
     bound, proof = simple_bound(problem)
-    reduced = reduce_problem(problem)
+    reduced = reduce_problem(problem) if len(problem) <= HUGE else problem
     best = None
     for ordered, loads in _tables(reduced):
         cuts = best_cuts(ordered, loads)
@@ -171,6 +193,8 @@ def _optimise(problem: Problem, gap: float, deadline: float,
             best = Solution(_runs(ordered, cuts), cuts.levels, cuts.bottleneck, bound, proof)
         if best is not None and best.bottleneck * (1 - gap) <= bound * SAME:
             return best
+    if len(reduced) > HUGE:
+        return best
     return _by_ideals(reduced, best, gap, deadline, progress)
 
 
@@ -180,7 +204,7 @@ def _by_ideals(problem: Problem, best: Solution | None, gap: float, deadline: fl
     try:
         chain = best_chain(problem, best.bottleneck if best else np.inf, limit=MOST_IDEALS, deadline=deadline)
     except TooMany as reason:
-        if best is None or not can_sweep(problem):
+        if best is None or not can_sweep(problem) or len(problem) > MOST_SWEPT:
             return best
         if progress:
             progress(f"{reason}; sweeping with integer programmes, gap {_gap(best):.2%}")

@@ -294,11 +294,11 @@ def narrow(problem: Problem, upper: float, lower: float, evaluate: Callable[[lis
 
 def _from_above(sweeper: Sweeper, bracket: Bracket, evaluate: Callable[[list[frozenset[int]]], float],
                 floors: dict[float, list[float]], deadline: float) -> Iterator[Bracket]:
-    """Primal sweeps at targets ever closer below the best load; with more and with less thrift where it gets hard."""
-    stages, step = sweeper.problem.num_stages, 0.03
-    while time.monotonic() < deadline and step > 2.5e-3:
-        target, before = max(bracket.upper * (1 - step), bracket.lower), bracket.upper
-        for thrift in THRIFTS if step < 0.01 else THRIFTS[:1]:
+    """Bisect on the target with primal sweeps, each with more and with less thrift."""
+    stages, failed = sweeper.problem.num_stages, max(bracket.lower, 0.88 * bracket.upper)
+    while time.monotonic() < deadline and bracket.upper - failed > 2.5e-3 * bracket.upper:
+        target, before = 0.5 * (failed + bracket.upper), bracket.upper
+        for thrift in THRIFTS:
             chain = sweeper.primal(target, stages, thrift, deadline)
             held = sweeper.held(chain)
             floors[target] = [max(pair) for pair in zip_longest(held, floors.get(target, []), fillvalue=0.0)]
@@ -310,7 +310,7 @@ def _from_above(sweeper: Sweeper, bracket: Bracket, evaluate: Callable[[list[fro
                 yield bracket
                 break
         if bracket.upper == before:
-            step /= 2
+            failed = target
 
 
 def _from_below(sweeper: Sweeper, bracket: Bracket, floors: dict[float, list[float]], gap: float,
