@@ -1,4 +1,5 @@
 """Optimal pipeline stages from a cost graph; networkx and numpy only."""
+from partitioners.chains import split_sequence
 from partitioners.devices import Cluster, Device, Link, MemoryModel
 from partitioners.draw import draw
 from partitioners.errors import GraphError, InfeasibleError, PartitionError, PipeEngineError, PlanError
@@ -9,6 +10,5 @@ from partitioners.solve import partition
 from partitioners.verify import verify
 
 __all__ = ["Boundary", "Cluster", "Device", "GraphError", "InfeasibleError", "Link", "MemoryModel", "PartitionError",
-           "PipeEngineError", "Plan", "PlanError", "Setting", "StageCost", "Tie", "check", "digest", "draw",
-           "explain", "from_json",
-           "partition", "read_pipedream", "read_workload", "to_json", "verify"]
+           "PipeEngineError", "Plan", "PlanError", "Setting", "StageCost", "Tie", "check", "digest", "draw", "explain",
+           "from_json", "partition", "read_pipedream", "read_workload", "split_sequence", "to_json", "verify"]

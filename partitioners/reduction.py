@@ -7,6 +7,8 @@ both together. The same holds backwards for the only item right after ``u``.
 """
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from partitioners.coarse import merge_items
@@ -17,7 +19,7 @@ from partitioners.problem import Problem
 class _Merger:
     """Items with their costs, nets and reachability, while pairs are merged."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, careful: bool) -> None:
         size = len(problem)
         self.problem = problem
         self.leader = list(range(size))
@@ -29,7 +31,9 @@ class _Merger:
         for pins, weight in problem.shared:
             for pin in pins:
                 self.bytes[pin] += weight
-        self.tight = problem.memory_may_bind()
+        self.tight = careful and problem.memory_may_bind()
+        self.moved: set[int] = set()
+        self.members = [[item] for item in range(size)]
         must = problem.must_hold
         self.keep = [False] * size if must is None else must.tolist()
         self.before, self.after = _reachability(problem)
@@ -66,6 +70,8 @@ class _Merger:
     def merge(self, item: int, into: int) -> None:
         """``into`` takes over everything of ``item``."""
         self.leader[item] = into
+        self.moved |= set(self.members[item])
+        self.members[into] += self.members[item]
         self.alive &= ~(1 << item)
         for device in self.times:
             self.times[device][into] += self.times[device][item]
@@ -107,7 +113,9 @@ class _Merger:
         """Merge ``u`` and its follower ``v`` if a move is harmless; the item that disappeared, or -1."""
         back = self.may_move(v, u) if onto_u else (False, False)
         ahead = self.may_move(u, v) if onto_v else (False, False)
-        if all(back) or (onto_u and all(back[:1]) and ahead[0]):
+        if all(back) or (back[0] and ahead[0]):
+            if not all(back):
+                self.moved |= set(self.members[u])
             self.merge(v, u)
             return v
         if all(ahead):
@@ -141,9 +149,28 @@ def can_reduce(problem: Problem) -> bool:
 
 def reduce_problem(problem: Problem) -> Problem:
     """A smaller problem with the same optimum; every solution of it is one of ``problem``."""
-    if not can_reduce(problem):
-        return problem
-    merger = _Merger(problem)
+    return merge_items(problem, _merged(problem, careful=True).leader) if can_reduce(problem) else problem
+
+
+def reduce_around_memory(problem: Problem) -> tuple[Problem, Problem]:
+    """Two smaller problems where memory binds: one of fewer solutions, and one that forgets the bytes of moved items.
+
+    Moving an item may then exceed a memory limit, so the optimum lies between theirs.
+    """
+    merger = _merged(problem, careful=False)
+    moved = sorted(merger.moved)
+    bare = [array.copy() for array in (problem.fixed_bytes, problem.activation_bytes, problem.workspace_bytes)]
+    for array in bare:
+        array[moved] = 0.0
+    shared = tuple((tuple(pin for pin in pins if pin not in merger.moved), size) for pins, size in problem.shared)
+    relaxed = replace(problem, fixed_bytes=bare[0], activation_bytes=bare[1], workspace_bytes=bare[2],
+                      shared=tuple((pins, size) for pins, size in shared if pins))
+    return merge_items(problem, merger.leader), merge_items(relaxed, merger.leader)
+
+
+def _merged(problem: Problem, careful: bool) -> _Merger:
+    """Merge until no pair can be; ``leader`` then points straight to the survivors."""
+    merger = _Merger(problem, careful)
     work = set(range(len(problem)))
     while work:
         again: set[int] = set()
@@ -159,7 +186,7 @@ def reduce_problem(problem: Problem) -> Problem:
     for item in range(len(leader)):
         while leader[leader[item]] != leader[item]:
             leader[item] = leader[leader[item]]
-    return merge_items(problem, leader)
+    return merger
 
 
 def _merge_around(merger: _Merger, item: int) -> int:

@@ -15,17 +15,19 @@ from partitioners.costs import build_plan
 from partitioners.devices import Cluster, Device, Link, MemoryModel
 from partitioners.errors import InfeasibleError, PartitionError
 from partitioners.graph import Node, check
-from partitioners.ideals import TooMany, best_chain
+from partitioners.ideals import Chain, TooMany, best_chain
+from partitioners.memory import fewest_stages, hopeless, memory_problem
 from partitioners.orders import candidate_orders, through
 from partitioners.plan import Plan, Setting, format_seconds
 from partitioners.problem import Kind, Problem, build_problem, reorder
-from partitioners.reduction import reduce_problem
+from partitioners.reduction import can_reduce, reduce_around_memory, reduce_problem
 from partitioners.segments import Cuts, best_cuts, segment_loads
 from partitioners.sweeps import NoSolver, can_sweep, narrow
 
 OBJECTIVES = ("sum", "overlap")
 SAME = 1 + 1e-12
-MOST_IDEALS = 400_000
+FEW_IDEALS = 30_000         # tried before anything that is not exact, where memory binds
+MOST_STATES = 6_000_000      # ideals times stages whose loads are kept at once
 MOST_SWEPT = 1500   # items beyond which integer programmes are too slow to help
 EFFORT = 55.0       # seconds that sweeps may take where no time limit is given
 MANY_ORDERS, FEW_ORDERS = 4, 2    # of short and of long problems
@@ -127,7 +129,7 @@ def _solve(problem: Problem, prefer_single_tensor: float, gap: float, time_limit
     deadline = time.monotonic() + (np.inf if time_limit is None else time_limit)
     solution = _relaxed(problem, gap, deadline, progress) or _optimise(problem, gap, deadline, progress)
     if solution is None:
-        raise InfeasibleError(f"no cut into {problem.num_stages} stages fits; try more stages or more memory")
+        raise InfeasibleError(_why_infeasible(problem, deadline))
     if prefer_single_tensor > 0:
         limit = solution.bottleneck * (1 + prefer_single_tensor)
         fewest = _fewest_tensors(list(_tables(problem)), limit)
@@ -195,16 +197,64 @@ def _optimise(problem: Problem, gap: float, deadline: float,
             return best
     if len(reduced) > HUGE:
         return best
-    return _by_ideals(reduced, best, gap, deadline, progress)
+    if best is None and reduced.memory_may_bind():
+        best, possible = _fit(reduced, bound, proof, deadline)
+        if not possible:
+            return None
+    return _by_ideals(reduced, problem, best, gap, deadline, progress)
 
 
-def _by_ideals(problem: Problem, best: Solution | None, gap: float, deadline: float,
+def _fit(problem: Problem, bound: float, proof: str, deadline: float) -> tuple[Solution | None, bool]:
+    """A solution that fits, from the one that uses memory most evenly; and whether there can be one at all."""
+    even = _optimise(memory_problem(problem), 0.0, deadline, None)
+    if even is None or even.lower_bound > 1 + 1e-9:
+        return None, False
+    place = {node: number for number, stage in enumerate(even.stages) for node in stage}
+    order = sorted(range(len(problem)), key=lambda item: place[problem.items[item][0]])
+    ordered = reorder(problem, order)
+    cuts = best_cuts(ordered, _loads(ordered))
+    return cuts and Solution(_runs(ordered, cuts), cuts.levels, cuts.bottleneck, bound, proof), True
+
+
+def _why_infeasible(problem: Problem, deadline: float) -> str:
+    """What does not fit, and what would."""
+    text = f"no cut into {problem.num_stages} stages is possible"
+    if not problem.memory_may_bind():
+        return (f"{text}: order, co-location, allowed classes and the parameters that each stage needs leave none; "
+                "try fewer stages or allow_empty=True")
+    reason = hopeless(problem)
+    if reason:
+        return f"{text}: {reason}; try more memory per device or smaller micro-batches"
+    caps = [kind.device.memory for kind in problem.levels if kind.device.memory is not None]
+    even = _optimise(memory_problem(problem), 0.0, deadline, None)
+    ordered = [reorder(problem, order) for order in islice(candidate_orders(problem), FEW_ORDERS)]
+    counts = [count for count in map(fewest_stages, ordered) if count] if len(problem) <= LONG else []
+    advice = []
+    if even is not None and len(set(caps)) == 1:
+        least = even.bottleneck * caps[0]
+        held = sum(size for _, size in problem.shared) + problem.workspace_bytes.max(initial=0.0)
+        advice.append(f"memory of {least + held:,.0f} bytes per device" + (" or less" if held else ""))
+    if counts and min(counts) > problem.num_stages:
+        advice.append(f"{min(counts)} stages")
+    total = problem.fixed_bytes.sum() + problem.levels[0].in_flight * problem.activation_bytes.sum()
+    return (f"{text}: the model needs {total:,.0f} bytes in all and a device has {min(caps):,.0f}; "
+            f"try {' or '.join(advice or ['more memory per device'])}")
+
+
+def _by_ideals(problem: Problem, whole: Problem, best: Solution | None, gap: float, deadline: float,
                progress: Callable[[str], None] | None) -> Solution | None:
     """Improve ``best`` to the proven optimum if the ideals can be counted, else narrow the gap by sweeps."""
     try:
-        chain = best_chain(problem, best.bottleneck if best else np.inf, limit=MOST_IDEALS, deadline=deadline)
+        chain = None
+        if problem.memory_may_bind():
+            chain, best, done = _few_ideals(problem, whole, best, deadline)
+            if done:
+                return best
+        if chain is None:
+            chain = best_chain(problem, best.bottleneck if best else np.inf, limit=_most_ideals(problem),
+                               deadline=deadline)
     except TooMany as reason:
-        if best is None or not can_sweep(problem) or len(problem) > MOST_SWEPT:
+        if best is None or not can_sweep(problem) or len(problem) > MOST_SWEPT or _gap(best) <= gap:
             return best
         if progress:
             progress(f"{reason}; sweeping with integer programmes, gap {_gap(best):.2%}")
@@ -214,6 +264,46 @@ def _by_ideals(problem: Problem, best: Solution | None, gap: float, deadline: fl
         stages = tuple(tuple(node for item in stage for node in problem.items[item]) for stage in chain.stages)
         return Solution(stages, chain.levels, chain.bottleneck, chain.bottleneck, proof)
     return None if best is None else replace(best, lower_bound=best.bottleneck, proof=proof)
+
+
+def _few_ideals(problem: Problem, whole: Problem, best: Solution | None,
+                deadline: float) -> tuple[Chain | None, Solution | None, bool]:
+    """Where memory binds: the exact search if ideals are few, else bounds from both sides; and whether that settles it."""
+    try:
+        chain = best_chain(problem, best.bottleneck if best else np.inf, limit=FEW_IDEALS, deadline=deadline)
+    except TooMany:
+        best = _around_memory(whole, best, deadline) or best
+        return None, best, best is not None and _gap(best) <= 1e-12
+    if chain is None:
+        proof = "every chain of ideals that could be better was priced"
+        return None, best and replace(best, lower_bound=best.bottleneck, proof=proof), True
+    return chain, best, False
+
+
+def _around_memory(problem: Problem, best: Solution | None, deadline: float) -> Solution | None:
+    """Bounds from both sides where only memory keeps the ideals from being few."""
+    if not problem.memory_may_bind() or not can_reduce(problem):
+        return None
+    try:
+        for side in reduce_around_memory(problem):
+            known = best.bottleneck if best else np.inf
+            chain = best_chain(side, known, limit=_most_ideals(side), deadline=deadline)
+            below = side.fixed_bytes.sum() < problem.fixed_bytes.sum()
+            stages = chain and tuple(tuple(node for item in stage for node in side.items[item]) for stage in chain.stages)
+            if chain is not None and not below:
+                best = Solution(stages, chain.levels, chain.bottleneck, best.lower_bound if best else 0.0,
+                                best.proof if best else "")
+    except TooMany:
+        return best
+    if best is None:
+        return None
+    bound = chain.bottleneck if chain is not None else best.bottleneck
+    return replace(best, lower_bound=max(best.lower_bound, bound),
+                   proof="every chain of ideals that could be better was priced, leaving out bytes of light items")
+
+
+def _most_ideals(problem: Problem) -> int:
+    return min(1_200_000, MOST_STATES // (problem.num_stages + 1))
 
 
 def _gap(solution: Solution) -> float:

@@ -198,7 +198,7 @@ class Sweeper:
                 break
         return chain[1:]
 
-    def dual(self, target: float, stages: int, floors: list[float], deadline: float) -> bool:
+    def dual(self, target: float, stages: int, floors: list[float], deadline: float, step_gap: float = STEP_GAP) -> bool:
         """Whether no ``stages`` stages have loads of ``target`` or less. False also where time was too short.
 
         ``floors[j]``: work that ``j + 1`` stages are known to reach at this target.
@@ -211,7 +211,7 @@ class Sweeper:
             floor = min(floors[stage] if stage < len(floors) else 0.0, reached + target) - 1e-7
             ends = Window(max(floor, 0.0), min(1.0, reached + target))
             starts = Window(max(ends.low - target, 0.0), reached)
-            reached, _ = self.step(target, None, starts, ends, STEP_GAP, left / (stages - stage) * 1.5)
+            reached, _ = self.step(target, None, starts, ends, step_gap, left / (stages - stage) * 1.5)
             if reached >= 1.0 - 1e-6:
                 return False
         return True
@@ -289,7 +289,7 @@ def narrow(problem: Problem, upper: float, lower: float, evaluate: Callable[[lis
     begin, floors = time.monotonic(), {}
     for bracket in _from_above(sweeper, bracket, evaluate, floors, begin + 0.4 * (deadline - begin)):
         yield bracket
-    yield from _from_below(sweeper, bracket, floors, max(gap, 1e-4), deadline)
+    yield from _from_below(sweeper, bracket, floors, gap, deadline)
 
 
 def _from_above(sweeper: Sweeper, bracket: Bracket, evaluate: Callable[[list[frozenset[int]]], float],
@@ -318,13 +318,19 @@ def _from_below(sweeper: Sweeper, bracket: Bracket, floors: dict[float, list[flo
     """Dual sweeps, first at the gap wanted, then closer or further away."""
     stages, unproved = sweeper.problem.num_stages, bracket.upper
     target = max(bracket.upper * (1 - max(gap, 0.01) * 0.98), bracket.lower)
-    while time.monotonic() < deadline and target > bracket.lower and unproved - bracket.lower > 2e-4 * bracket.upper:
+    while time.monotonic() < deadline and bracket.upper - bracket.lower > gap * bracket.upper:
+        close = bracket.upper - bracket.lower < 4e-3 * bracket.upper
         floor = max((held for known, held in floors.items() if known <= target), key=sum, default=[])
-        if sweeper.dual(target, stages, floor, deadline):
+        if sweeper.dual(target, stages, floor, deadline, 1e-7 if close else STEP_GAP):
             bracket = Bracket(bracket.upper, target, bracket.chain)
             yield bracket
-            if bracket.upper - target <= gap * bracket.upper:
-                return
         else:
             unproved = target
+        if unproved - bracket.lower < 2e-4 * bracket.upper:
+            break
         target = 0.5 * (bracket.lower + unproved)
+    if unproved == bracket.upper and time.monotonic() < deadline and gap < 2e-4:
+        # Nothing failed on the way, so the best load may well be the optimum itself.
+        target = bracket.upper * (1 - 2e-10)
+        if sweeper.dual(target, stages, [], deadline, 1e-10):
+            yield Bracket(bracket.upper, bracket.upper, bracket.chain)
