@@ -8,6 +8,8 @@ from time import perf_counter
 import torch
 
 from pipeengine import wire
+from pipeengine.deferral import Deferral, Queue
+from pipeengine.deferral import run as run_deferred
 from pipeengine.recording import Recording
 from pipeengine.split import Link, Part, Split
 from pipeengine.stage import Compiled, Draw
@@ -41,6 +43,7 @@ class Runnable:
     loss_root: int | None
     random: bool
     keeps: tuple[int, ...]                      # positions of the returns that are kept as the model's output
+    deferral: Deferral | None                   # where weight gradients wait, when the schedule splits backward
 
 
 def make_runnable(compiled: Compiled, split: Split, *, outputs: tuple[int, ...] | None = None) -> Runnable:
@@ -61,7 +64,7 @@ def make_runnable(compiled: Compiled, split: Split, *, outputs: tuple[int, ...] 
         tuple(_route(recording, link, starts, arrived, at, True) for link in part.sends), compiled.needs_gradient,
         tuple(at[v] for v in roots), tuple(arrived.index(v) for v in relays), at[recording.loss] if has_loss else None,
         roots.index(recording.loss) if has_loss and training else None, compiled.random,
-        tuple(at[v] for v in outputs or () if v in at))
+        tuple(at[v] for v in outputs or () if v in at), compiled.deferral)
 
 
 def _route(recording: Recording, link: Link, starts: list[int], arrived: list[int], at: dict[int, int], outgoing: bool) -> Route:
@@ -88,7 +91,8 @@ class Executor:
 
     def __init__(self, transport, draw: Draw):
         self._transport, self._draw = transport, draw
-        self._do = {"F": self._forward, "B": self._backward, "SA": self._send_activation, "RA": self._post_activation,
+        self._do = {"F": self._forward, "B": self._backward, "I": self._input_gradient, "W": self._weight_gradient,
+                    "SA": self._send_activation, "RA": self._post_activation,
                     "SG": self._send_gradient, "RG": self._post_gradient}
         self.records: list[tuple[str, int, int, float, float]] = []
         self.position: tuple = ()
@@ -98,6 +102,7 @@ class Executor:
         self._tasks = tasks
         self._ready: dict[tuple, list] = {}         # what a send will carry
         self._saved: dict[tuple[int, int], tuple] = {}
+        self._waiting: dict[tuple[int, int], Queue] = {}     # weight gradients that were put off
         self.loss: torch.Tensor | None = None
         self.outputs: dict[int, list] = {}
         self.records.clear()
@@ -110,6 +115,7 @@ class Executor:
             self._transport.finish()
         finally:
             self._saved.clear()
+            self._waiting.clear()
             self._ready.clear()
             self._tasks = ()
 
@@ -128,6 +134,8 @@ class Executor:
             if wants and grad:
                 tensor.requires_grad_()
         inputs = task.inputs
+        if runnable.deferral is not None:
+            self._waiting[stage, microbatch] = runnable.deferral.begin()
         if runnable.random:
             states = self._draw.enter(task.key)
             try:
@@ -156,6 +164,14 @@ class Executor:
         self._hand_over(runnable, microbatch)
 
     def _backward(self, stage: int, microbatch: int, peer: int) -> None:
+        self._input_gradient(stage, microbatch, peer, "B")
+
+    def _weight_gradient(self, stage: int, microbatch: int, peer: int) -> None:
+        start = perf_counter()
+        run_deferred(self._waiting.pop((stage, microbatch), []))
+        self.records.append(("W", stage, microbatch, start, perf_counter()))
+
+    def _input_gradient(self, stage: int, microbatch: int, peer: int, op: str = "I") -> None:
         task = self._tasks[microbatch]
         runnable = task.stages[stage]
         edges, leaves, loss = self._saved.pop((stage, microbatch))
@@ -175,7 +191,9 @@ class Executor:
             if route.received:
                 self._ready[wire.GRADIENT, route.source, route.target, microbatch] = \
                     [_take_gradient(leaves[i]) for i in route.received], route
-        self.records.append(("B", stage, microbatch, start, perf_counter()))
+        if op == "B" and runnable.deferral is not None:
+            run_deferred(self._waiting.pop((stage, microbatch)))
+        self.records.append((op, stage, microbatch, start, perf_counter()))
         self._hand_back(runnable, microbatch)
 
     # -- messages ---------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from pipeengine.batching import Batch, argument_names, take_apart
 from pipeengine.capture import Inputs, capture
 from pipeengine.costs import analytic, cost_graph
 from pipeengine.dataflow import Dataflow, analyse
-from pipeengine.errors import InputError, PipeEngineError, PlanError, WorkerError
+from pipeengine.errors import InputError, PipeEngineError, PlanError, ScheduleError, WorkerError
 from pipeengine.executor import Executor, Task
 from pipeengine.measure import measure
 from pipeengine.program import Program, lower
@@ -28,7 +28,8 @@ from pipeengine.recorder import current_modes
 from pipeengine.recording import fill, refs
 from pipeengine.report import RunReport, report_text
 from pipeengine.schedules import build, forward_schedule
-from pipeengine.schedules.form import Edge
+from pipeengine.schedules.form import Edge, I, Schedule, Topology
+from pipeengine.schedules.linear import forward_then_backward
 from pipeengine.shared import Shared, SharedParameters
 from pipeengine.stage import Draw
 from pipeengine.structure import replace
@@ -75,7 +76,8 @@ class Pipeline:
         plan = self._read_plan(plan)
         world.together(lambda: self._check_options(example, num_microbatches, num_stages, plan))
         self._num_stages = self._count_stages(num_stages, plan)
-        self._worker_of = tuple(stage % world.size for stage in range(self._num_stages))
+        shape = self._schedule(self._num_stages, num_microbatches)
+        self._worker_of = shape.topology.worker_of if world.size > 1 else (0,) * self._num_stages
         self._own = tuple(s for s in range(self._num_stages) if self._worker_of[s] == world.rank)
         flow = world.together(lambda: self._record(example, target))
         world.agree([_number(self._identity(flow)), self._num_stages, num_microbatches], None,
@@ -226,7 +228,7 @@ class Pipeline:
             check_recording(self._model, flow, stage_of, self._num_stages, self._example, self._loss_fn)
         load_stage(self._model, self._held, self._device, weights=weights, seed=self._seed)
         self._variants = Variants(self._model, self._placement, self._own, loss_fn=self._loss_fn, device=self._device,
-                                  draw=self._draw)
+                                  draw=self._draw, defer=self._splits_backward)
         variant = self._variants.make(flow.recording, outputs=False)
         self._example_links = variant.links
         self._example_split = variant.split
@@ -277,11 +279,29 @@ class Pipeline:
 
     # -- programs ---------------------------------------------------------------------------------------------------
 
-    def _schedule(self, num_stages: int, num_microbatches: int):
-        # In one process every stage acts as a worker of its own, so that the order is the schedule's.
-        workers = self._world.size if self._world.size > 1 else num_stages
-        return build(self._schedule_name, num_workers=workers, num_microbatches=num_microbatches,
-                     stages_per_worker=num_stages // workers)
+    def _schedule(self, num_stages: int, num_microbatches: int) -> Schedule:
+        """The order of a step. In one process every stage acts as a worker of its own, if the schedule can do that."""
+        if self._world.size > 1:
+            choices = [self._world.size]
+        else:
+            choices = [n for n in (num_stages, num_stages // 2, *range(num_stages // 2, 0, -1)) if n and num_stages % n == 0]
+        problem: ScheduleError | None = None
+        for workers in choices:
+            try:
+                made = build(self._schedule_name, num_workers=workers, num_microbatches=num_microbatches,
+                             stages_per_worker=num_stages // workers)
+                if made.topology.num_stages == num_stages:
+                    return made
+                problem = problem or ScheduleError(
+                    f"schedule {made.name} holds {made.topology.num_stages} stages on {workers} workers, {num_stages} were asked "
+                    f"for; try num_stages={made.topology.num_stages}")
+            except ScheduleError as error:
+                problem = problem or error
+        raise problem
+
+    @property
+    def _splits_backward(self) -> bool:
+        return any((lane.op == I).any() for lane in self._schedule(self._num_stages, self._num_microbatches).lanes)
 
     def _program(self, num_microbatches: int, links: frozenset, training: bool) -> list[tuple]:
         """This worker's actions for a batch of so many micro-batches."""
@@ -289,13 +309,21 @@ class Pipeline:
         if key not in self._programs:
             edges = tuple(Edge(source, target, activation, gradient and training)
                           for source, target, activation, gradient in sorted(_merge(links)) if activation or training)
-            if training:
-                schedule = self._schedule(self._num_stages, num_microbatches)
-            else:
-                shape = self._schedule(self._num_stages, num_microbatches).topology
-                schedule = forward_schedule(shape.num_workers, num_microbatches, shape)
+            shape = self._schedule(self._num_stages, self._num_microbatches).topology
+            schedule = self._order(shape, num_microbatches) if training else \
+                forward_schedule(shape.num_workers, num_microbatches, shape)
             self._programs[key] = self._actions(schedule, edges)
         return self._programs[key]
+
+    def _order(self, shape: Topology, num_microbatches: int) -> Schedule:
+        """The schedule for so many micro-batches; a last batch may have fewer than it is made for."""
+        try:
+            made = self._schedule(self._num_stages, num_microbatches)
+        except ScheduleError:
+            made = None
+        if made is None or made.topology != shape:
+            return forward_then_backward(shape, num_microbatches)
+        return made
 
     def _actions(self, schedule, edges) -> list[tuple]:
         if self._world.size > 1:

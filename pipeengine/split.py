@@ -5,7 +5,7 @@ Modules that lie whole in one stage stay one call of the user's module; only tho
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pipeengine.dataflow import Dataflow
@@ -54,17 +54,20 @@ class Split:
     output_stage: int
 
 
-def split(flow: Dataflow, stage_of: Mapping[int, int], num_stages: int, *, outputs: bool) -> Split:
+def split(flow: Dataflow, stage_of: Mapping[int, int], num_stages: int, *, outputs: bool,
+          keep_apart: Callable[[Node], bool] = lambda node: False) -> Split:
     """Cut ``flow`` so that placed node n runs on stage ``stage_of[n]``.
 
-    With ``outputs`` the last stage gets the whole output of the model, else only the loss is kept.
+    With ``outputs`` the last stage gets the whole output of the model, else only the loss is kept. Modules around a node for which
+    ``keep_apart`` holds are opened.
     """
     recording = flow.recording
     made_on = {value: stage_of[n] for n in flow.placed for value in recording.nodes[n].results}
     wanted = _wanted(flow, stage_of, made_on, num_stages, outputs)
     links = _links(flow, wanted, made_on)
     loss_stage = made_on.get(recording.loss) if recording.loss is not None else None
-    parts = tuple(_part(flow, stage, stage_of, links, loss_stage, num_stages, outputs) for stage in range(num_stages))
+    apart = frozenset(n for n in flow.placed if keep_apart(recording.nodes[n]))
+    parts = tuple(_part(flow, stage, stage_of, links, loss_stage, num_stages, outputs, apart) for stage in range(num_stages))
     return Split(recording, parts, links, loss_stage, num_stages - 1)
 
 
@@ -118,7 +121,8 @@ def _links(flow, wanted: dict[int, set[int]], made_on) -> tuple[Link, ...]:
                  for pair in sorted({*values, *gradients}))
 
 
-def _part(flow, stage: int, stage_of, links, loss_stage, num_stages: int, outputs: bool) -> Part:
+def _part(flow, stage: int, stage_of, links, loss_stage, num_stages: int, outputs: bool,
+          apart: frozenset[int]) -> Part:
     recording = flow.recording
     own = {n for n in flow.placed if stage_of[n] == stage}
     sends = tuple(link for link in links if link.source == stage)
@@ -129,7 +133,7 @@ def _part(flow, stage: int, stage_of, links, loss_stage, num_stages: int, output
     if outputs and stage == num_stages - 1:
         returns.update(dict.fromkeys(refs(recording.output)))
     arrived = {v for link in receives for v in link.values}
-    nodes = _fuse(flow, own, set(returns), arrived)
+    nodes = _fuse(flow, own, set(returns), arrived, apart)
     read = {v for node in nodes for v in node_refs(node)} | set(returns)
     free = closure(flow, read)
     inside = {v for node in nodes for v in node.results}
@@ -152,7 +156,7 @@ class _Fused(Node):
     """A whole module call in the place of its nodes; ``call`` is the index of the first of them."""
 
 
-def _fuse(flow: Dataflow, own: set[int], returns: set[int], arrived: set[int]) -> list[Node]:
+def _fuse(flow: Dataflow, own: set[int], returns: set[int], arrived: set[int], apart: frozenset[int]) -> list[Node]:
     """The stage's nodes, with every module call that lies whole among them as one node."""
     recording = flow.recording
     live = set(flow.live)
@@ -171,7 +175,7 @@ def _fuse(flow: Dataflow, own: set[int], returns: set[int], arrived: set[int]) -
         span = range(call.start, call.end)
         if not any(n in own for n in span):
             return
-        if call.parent >= 0 and _is_whole(flow, call, own, live, readers, returns, arrived):
+        if call.parent >= 0 and apart.isdisjoint(span) and _is_whole(flow, call, own, live, readers, returns, arrived):
             nodes.append(_as_node(recording, call))
             covered.update(span)
             return

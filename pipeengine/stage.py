@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from pipeengine.deferral import Deferral, replacement
 from pipeengine.randomness import generators, mix, place_number
 from pipeengine.recording import Modes, Node, Rebuilt, Recording, Ref, node_refs
 from pipeengine.split import Part
@@ -47,11 +48,13 @@ class Compiled:
     random: bool
     inputs: tuple[int, ...]                     # positions among the recording's inputs
     needs_gradient: tuple[bool, ...]            # of each received value
+    deferral: Deferral | None
 
 
-def compile_part(part: Part, recording: Recording, model: torch.nn.Module, draw: Draw) -> Compiled:
-    """Write and compile the function of one stage; modules are the user's own."""
-    writer = _Writer(part, recording, model, draw)
+def compile_part(part: Part, recording: Recording, model: torch.nn.Module, draw: Draw, *, defer: bool = False) -> Compiled:
+    """Write and compile the function of one stage; modules are the user's own. With ``defer``, weight gradients can wait."""
+    deferral = Deferral() if defer else None
+    writer = _Writer(part, recording, model, draw, deferral)
     source = writer.write()
     scope = writer.scope
     exec(compile(source, f"<stage {part.stage}>", "exec"), scope)
@@ -59,14 +62,15 @@ def compile_part(part: Part, recording: Recording, model: torch.nn.Module, draw:
     received = [(v, v in returned) for link in part.receives for v in link.values]
     position = {value: index for index, value in reversed(list(enumerate(recording.inputs)))}
     return Compiled(part, scope["run"], source, writer.random, tuple(position[v] for v in part.inputs),
-                    tuple(wants for _, wants in received))
+                    tuple(wants for _, wants in received), deferral)
 
 
 class _Writer:
     """Turns nodes into lines of Python."""
 
-    def __init__(self, part: Part, recording: Recording, model: torch.nn.Module, draw: Draw):
-        self._part, self._recording, self._model = part, recording, model
+    def __init__(self, part: Part, recording: Recording, model: torch.nn.Module, draw: Draw,
+                 deferral: Deferral | None):
+        self._part, self._recording, self._model, self._deferral = part, recording, model, deferral
         self.scope: dict[str, object] = {"draw": draw, "leaves": leaves, "recomputed": _recomputed}
         self._globals: dict[int, str] = {}
         self._keep: list[object] = []
@@ -117,6 +121,11 @@ class _Writer:
         return [*lines, "del t"]
 
     def _call(self, node: Node) -> str:
+        deferred = replacement(node, self._recording, self._model) if self._deferral is not None else None
+        if deferred is not None:
+            method, given = deferred
+            self.scope["deferral"] = self._deferral
+            return f"deferral.{method}({', '.join(map(self._expression, given))})"
         if node.is_module:
             target = self._name(self._model.get_submodule(node.target), "module")
         else:

@@ -15,6 +15,7 @@ import torch
 
 from pipeengine.capture import Inputs, capture
 from pipeengine.dataflow import Dataflow, analyse
+from pipeengine.deferral import replacement
 from pipeengine.errors import PlanError
 from pipeengine.executor import Runnable, make_runnable
 from pipeengine.recording import Node, Recording, Ref, fill, node_refs, refs
@@ -43,7 +44,8 @@ class Variants:
     """Finds or makes the variant for a micro-batch."""
 
     def __init__(self, model: torch.nn.Module, placement: Placement, own: Sequence[int], *, loss_fn: Callable | None,
-                 device: torch.device, draw: Draw):
+                 device: torch.device, draw: Draw, defer: bool = False):
+        self._defer = defer
         self._model, self._placement, self._own = model, placement, tuple(own)
         self._loss_fn, self._device, self._draw = loss_fn, device, draw
         self._known: OrderedDict[tuple, list[Variant]] = OrderedDict()
@@ -72,9 +74,11 @@ class Variants:
         """Cut and compile a recording."""
         flow = analyse(recording, outputs=outputs)
         stage_of = self._placement.assign(flow)
-        cut = split(flow, stage_of, self._placement.num_stages, outputs=outputs)
+        defer = self._defer and not outputs
+        cut = split(flow, stage_of, self._placement.num_stages, outputs=outputs,
+                    keep_apart=lambda node: defer and replacement(node, recording, self._model) is not None)
         wanted = tuple(dict.fromkeys(refs(recording.output))) if outputs else ()
-        stages = {stage: make_runnable(compile_part(cut.parts[stage], recording, self._model, self._draw), cut,
+        stages = {stage: make_runnable(compile_part(cut.parts[stage], recording, self._model, self._draw, defer=defer), cut,
                                        outputs=wanted if outputs else None) for stage in self._own}
         written = {storage for node in recording.nodes for storage in node.writes}
         cloned = tuple(i for i, v in enumerate(recording.inputs) if recording.values[v].storage in written)
