@@ -133,6 +133,8 @@ class _Piece:
     def _module(self, model: torch.nn.Module) -> torch.nn.Module:
         """A copy, so that the user's gradients and buffers stay as they are."""
         module = model.get_submodule(self._node.target)
+        if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+            raise TypeError("a TorchScript module shares its tensors with its copies")
         memo: dict = {}
         for tensor in (*module.parameters(), *module.buffers()):
             made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device)
