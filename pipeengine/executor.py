@@ -1,11 +1,12 @@
 """Run a program on one worker: the only place that acts on the order of a schedule."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from pipeengine import wire
 from pipeengine.deferral import Deferral, Queue
@@ -44,9 +45,11 @@ class Runnable:
     random: bool
     keeps: tuple[int, ...]                      # positions of the returns that are kept as the model's output
     deferral: Deferral | None                   # where weight gradients wait, when the schedule splits backward
+    recompute: bool = False                     # run the forward again in backward instead of keeping its activations
 
 
-def make_runnable(compiled: Compiled, split: Split, *, outputs: tuple[int, ...] | None = None) -> Runnable:
+def make_runnable(compiled: Compiled, split: Split, *, outputs: tuple[int, ...] | None = None,
+                  recompute: bool = False) -> Runnable:
     """Work out every position that running the part will need."""
     part, recording = compiled.part, split.recording
     at = {value: index for index, value in enumerate(part.returns)}
@@ -64,7 +67,8 @@ def make_runnable(compiled: Compiled, split: Split, *, outputs: tuple[int, ...] 
         tuple(_route(recording, link, starts, arrived, at, True) for link in part.sends), compiled.needs_gradient,
         tuple(at[v] for v in roots), tuple(arrived.index(v) for v in relays), at[recording.loss] if has_loss else None,
         roots.index(recording.loss) if has_loss and training else None, compiled.random,
-        tuple(at[v] for v in outputs or () if v in at), compiled.deferral)
+        tuple(at[v] for v in outputs or () if v in at), compiled.deferral,
+        recompute and training)
 
 
 def _route(recording: Recording, link: Link, starts: list[int], arrived: list[int], at: dict[int, int], outgoing: bool) -> Route:
@@ -136,14 +140,7 @@ class Executor:
         inputs = task.inputs
         if runnable.deferral is not None:
             self._waiting[stage, microbatch] = runnable.deferral.begin()
-        if runnable.random:
-            states = self._draw.enter(task.key)
-            try:
-                made = runnable.run(*[inputs[i] for i in runnable.inputs], *received)
-            finally:
-                self._draw.leave(states)
-        else:
-            made = runnable.run(*[inputs[i] for i in runnable.inputs], *received)
+        made = self._run(runnable, task.key, [inputs[i] for i in runnable.inputs], received)
         for route in runnable.sends:
             if route.positions:
                 self._ready[wire.ACTIVATION, route.source, route.target, microbatch] = \
@@ -162,6 +159,23 @@ class Executor:
             self.outputs[microbatch] = [made[i] for i in runnable.keeps]
         self.records.append(("F", stage, microbatch, start, perf_counter()))
         self._hand_over(runnable, microbatch)
+
+    def _run(self, runnable: Runnable, key: int | None, inputs: list, received: list) -> tuple:
+        """The stage's function, with its random numbers, and again in backward if asked."""
+        run = self._with_random(runnable, key) if runnable.random else runnable.run
+        if not runnable.recompute:
+            return run(*inputs, *received)
+        # A recomputed forward draws the same random numbers, since every place in the model has its own stream.
+        return checkpoint(run, *inputs, *received, use_reentrant=False, preserve_rng_state=False)
+
+    def _with_random(self, runnable: Runnable, key: int | None) -> Callable:
+        def run(*arguments):
+            states = self._draw.enter(key)
+            try:
+                return runnable.run(*arguments)
+            finally:
+                self._draw.leave(states)
+        return run
 
     def _backward(self, stage: int, microbatch: int, peer: int) -> None:
         self._input_gradient(stage, microbatch, peer, "B")

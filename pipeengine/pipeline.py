@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
 
@@ -47,6 +47,7 @@ class Pipeline:
 
     ``example`` holds the model's inputs for a whole batch: a dict of keyword arguments or a tuple of positional ones. Under
     torchrun every process is a worker; in plain Python all stages run in this process. See the README for every option.
+    ``recompute`` (all stages, or those named) keeps only a stage's inputs for backward and runs its forward again there.
 
     Raises ``CaptureError`` when the model cannot be recorded, ``PartitionError`` when it cannot be cut as asked, ``InputError``
     for options and batches of the wrong kind; the same error on every worker.
@@ -57,11 +58,12 @@ class Pipeline:
                  costs: str | networkx.DiGraph | None = None, loss_fn: Callable | None = None, target: object = None,
                  loss_weight: Callable | None = None, batch_dims: Mapping[str, int | None] | None = None,
                  weights: str | Path | None = None, device: torch.device | str | None = None, mesh: object = None,
-                 seed: int = 0, check: bool = True):
+                 seed: int = 0, check: bool = True, recompute: bool | Collection[int] = False):
         self._closed: str | None = None
         self._model, self._loss_fn, self._loss_weight = model, loss_fn, loss_weight
         self._batch_dims, self._seed, self._schedule_name = batch_dims, seed, schedule
         self._device = _device(model, device)
+        self._recompute = recompute
         self._world: Alone | World = connect(mesh, self._device)
         try:
             self._construct(example, target, num_microbatches, num_stages, plan, costs, weights, check)
@@ -228,10 +230,18 @@ class Pipeline:
             check_recording(self._model, flow, stage_of, self._num_stages, self._example, self._loss_fn)
         load_stage(self._model, self._held, self._device, weights=weights, seed=self._seed)
         self._variants = Variants(self._model, self._placement, self._own, loss_fn=self._loss_fn, device=self._device,
-                                  draw=self._draw, defer=self._splits_backward)
+                                  draw=self._draw, defer=self._splits_backward, recompute=self._recomputed_stages())
         variant = self._variants.make(flow.recording, outputs=False)
         self._example_links = variant.links
         self._example_split = variant.split
+
+    def _recomputed_stages(self) -> frozenset[int]:
+        if isinstance(self._recompute, bool):
+            return frozenset(range(self._num_stages) if self._recompute else ())
+        unknown = set(self._recompute) - set(range(self._num_stages))
+        if unknown:
+            raise InputError(f"recompute names stages {sorted(unknown)}; there are stages 0 to {self._num_stages - 1}")
+        return frozenset(self._recompute)
 
     def _held_names(self, flow: Dataflow) -> frozenset[str]:
         """Parameters of the own stages, and the small buffers that every worker needs to follow the inputs."""

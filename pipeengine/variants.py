@@ -44,8 +44,9 @@ class Variants:
     """Finds or makes the variant for a micro-batch."""
 
     def __init__(self, model: torch.nn.Module, placement: Placement, own: Sequence[int], *, loss_fn: Callable | None,
-                 device: torch.device, draw: Draw, defer: bool = False):
-        self._defer = defer
+                 device: torch.device, draw: Draw, defer: bool = False,
+                 recompute: frozenset[int] = frozenset()):
+        self._defer, self._recompute = defer, recompute
         self._model, self._placement, self._own = model, placement, tuple(own)
         self._loss_fn, self._device, self._draw = loss_fn, device, draw
         self._known: OrderedDict[tuple, list[Variant]] = OrderedDict()
@@ -79,7 +80,8 @@ class Variants:
                     keep_apart=lambda node: defer and replacement(node, recording, self._model) is not None)
         wanted = tuple(dict.fromkeys(refs(recording.output))) if outputs else ()
         stages = {stage: make_runnable(compile_part(cut.parts[stage], recording, self._model, self._draw, defer=defer), cut,
-                                       outputs=wanted if outputs else None) for stage in self._own}
+                                       outputs=wanted if outputs else None, recompute=stage in self._recompute)
+                  for stage in self._own}
         written = {storage for node in recording.nodes for storage in node.writes}
         cloned = tuple(i for i, v in enumerate(recording.inputs) if recording.values[v].storage in written)
         links = frozenset((link.source, link.target, bool(link.values), bool(link.gradients)) for link in cut.links)
