@@ -43,8 +43,9 @@ def _in_range(schedule: Schedule) -> None:
         microbatch >= schedule.num_microbatches)
     if outside.any():
         i = int(outside.argmax())
-        raise ScheduleError(f"worker line {i}: action ({op[i]}, stage {stage[i]}, micro-batch {microbatch[i]}) is outside "
-                            f"{len(LETTERS)} letters, {topology.num_stages} stages, {schedule.num_microbatches} micro-batches")
+        raise ScheduleError(f"entry {i} has operation {op[i]}, stage {stage[i]} and micro-batch {microbatch[i]}, outside the "
+                            f"{len(LETTERS)} letters, {topology.num_stages} stages and {schedule.num_microbatches} "
+                            "micro-batches; number all from 0")
     worker = np.repeat(np.arange(topology.num_workers), np.diff(schedule.starts))
     wrong = np.asarray(topology.worker_of)[stage] != worker
     if wrong.any():
@@ -90,13 +91,14 @@ def _local_order(schedule: Schedule, edges: Sequence[Edge]) -> None:
         wrong = (before >= 0) & (after >= 0) & (before > after)
         if wrong.any():
             s, m = np.argwhere(wrong)[0]
-            raise ScheduleError(f"{_at(schedule, after[s, m])} comes before {what}, {_at(schedule, before[s, m])}; swap them")
+            raise ScheduleError(f"{_at(schedule, after[s, m])} comes before {what}, {_at(schedule, before[s, m])}; "
+                                "swap them")
     for on, _ in waits(schedule, edges, local=True):
         late = np.flatnonzero(on > np.arange(len(on)))
         if len(late):
             i = int(late[0])
-            raise ScheduleError(f"{_at(schedule, i)} needs what {_at(schedule, int(on[i]))} makes, later on the same worker; "
-                                "swap them")
+            raise ScheduleError(f"{_at(schedule, i)} needs what {_at(schedule, int(on[i]))} makes, later on the same "
+                                "worker; swap them")
 
 
 def _completes(schedule: Schedule, edges: Sequence[Edge]) -> None:
@@ -243,8 +245,8 @@ def _between(program: Program, send: np.ndarray, receive: np.ndarray) -> np.ndar
 def _in_order_of_time(program: Program, send: np.ndarray, receive: np.ndarray, consumer: np.ndarray) -> bool:
     """Whether ``program.planned`` proves both remaining rules, in a few array operations.
 
-    Give each message one time, each computation another, so that all lanes are in one order of (time, messages
-    first, message number). Then the least unfinished one can always run, whatever blocks. A receive may stand earlier among computations,
+    When one time per message and per computation puts all lanes in one order of (time, messages first, message
+    number), the least unfinished one can always run, whatever blocks. A receive may stand earlier among computations,
     which only helps, but not among messages.
     """
     if program.planned is None:
@@ -257,7 +259,8 @@ def _in_order_of_time(program: Program, send: np.ndarray, receive: np.ndarray, c
     number[send] = number[receive] = np.arange(len(send))
     message = np.flatnonzero(op >= SA)
     compute_or_send = np.flatnonzero((op < SA) | (op == SA) | (op == SG))
-    return (_ascending(program.starts, time, number, message) and _ascending(program.starts, time, number, compute_or_send)
+    return (_ascending(program.starts, time, number, message)
+            and _ascending(program.starts, time, number, compute_or_send)
             and _after_computations(program, time, receive))
 
 

@@ -84,10 +84,11 @@ class _Frame:
 
 
 def timeline_svg(panels: Sequence[tuple[str, Timeline]], *, width: float = 960, unit: str = "s",
-                 standalone: bool = True) -> str:
+                 standalone: bool = True, hover: bool = True) -> str:
     """Timelines under each other on one scale, such as predicted over measured; a legend above, an axis below.
 
-    ``unit`` names the unit on the axis. Not ``standalone``: without the XML name space, for use inside HTML.
+    ``unit`` names the unit on the axis. Not ``standalone``: without the XML name space, for use inside HTML. With ``hover``
+    each action tells its times under the pointer, unless there are many; without it files are a quarter as large.
     """
     panels = [(title, timeline) for title, timeline in panels if len(timeline.end)]
     if not panels:
@@ -99,7 +100,7 @@ def timeline_svg(panels: Sequence[tuple[str, Timeline]], *, width: float = 960, 
     parts, letters = [], []
     for title, timeline in panels:
         frame = _Frame(left, top + 20, width - left - right, lane, float(timeline.start.min()), seconds)
-        parts.append(_panel(title, timeline, frame, width, unit))
+        parts.append(_panel(title, timeline, frame, width, unit, hover))
         letters += [OPS[op] for op in np.unique(timeline.op[timeline.computes])]
         top = frame.top + timeline.num_workers * lane + 44
     head = f'viewBox="0 0 {width:g} {top - 4:g}" width="{width:g}" height="{top - 4:g}" class="timeline"'
@@ -118,7 +119,7 @@ def _legend(letters: Iterable[str], left: float) -> str:
     return "".join(parts)
 
 
-def _panel(title: str, timeline: Timeline, frame: _Frame, width: float, unit: str) -> str:
+def _panel(title: str, timeline: Timeline, frame: _Frame, width: float, unit: str, hover: bool) -> str:
     bottom = frame.top + timeline.num_workers * frame.lane
     lines = [f'<text x="{frame.left:g}" y="{frame.top - 6:g}" font-weight="bold">{escape(title)}</text>',
              f'<text x="{width - 4:g}" y="{frame.top - 6:g}" text-anchor="end" fill="#666">idle</text>']
@@ -131,7 +132,7 @@ def _panel(title: str, timeline: Timeline, frame: _Frame, width: float, unit: st
             middle = y + frame.lane / 2 + 4
             lines.append(f'<text x="{frame.left - 8:g}" y="{middle:g}" text-anchor="end">worker {worker}</text>'
                          f'<text x="{width - 4:g}" y="{middle:g}" text-anchor="end" fill="#666">{100 * idle:.1f} %</text>')
-    return "".join(lines) + _blocks(timeline, frame) + _axis(timeline, frame, bottom, unit)
+    return "".join(lines) + _blocks(timeline, frame, hover) + _axis(timeline, frame, bottom, unit)
 
 
 def _axis(timeline: Timeline, frame: _Frame, bottom: float, unit: str) -> str:
@@ -172,7 +173,7 @@ def _shade(colour: str, rank: int, ranks: int) -> str:
     return "#" + "".join(f"{round(int(colour[i:i + 2], 16) * (1 - part) + 255 * part):02x}" for i in (1, 3, 5))
 
 
-def _blocks(timeline: Timeline, frame: _Frame) -> str:
+def _blocks(timeline: Timeline, frame: _Frame, hover: bool) -> str:
     keep = np.flatnonzero(timeline.computes & (timeline.end > timeline.start))
     low, high = frame.x(timeline.start[keep]), frame.x(timeline.end[keep])
     if len(keep) > _MANY:
@@ -182,7 +183,7 @@ def _blocks(timeline: Timeline, frame: _Frame) -> str:
     rank = _shades(timeline)[keep]
     ranks = int(rank.max(initial=0)) + 1
     top = frame.top + timeline.worker[keep] * frame.lane + 2
-    draw = _rectangles if len(keep) <= _HOVER else _paths
+    draw = _rectangles if hover and len(keep) <= _HOVER else _paths
     fills = [_shade(COLOURS[OPS[op]], int(r), ranks) for op, r in zip(timeline.op[keep], rank)]
     return draw(timeline, keep, low, high, top, frame.lane - 4, fills) + _numbers(timeline, keep, low, high, top, frame, rank, ranks)
 

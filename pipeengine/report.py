@@ -169,8 +169,8 @@ def _advice(report: RunReport) -> list[str]:
         return []
     busy, idle = timeline.busy, timeline.idle_share
     worst, least = int(busy.argmax()), int(busy.argmin())
-    lines = [f"busiest: worker {worst} with {seconds_text(busy[worst])} s of the {name} {seconds_text(timeline.makespan)} s; "
-             f"least busy: worker {least} with {seconds_text(busy[least])} s"]
+    lines = [f"busiest: worker {worst} with {seconds_text(busy[worst])} s of the {name} "
+             f"{seconds_text(timeline.makespan)} s; least busy: worker {least} with {seconds_text(busy[least])} s"]
     if busy[worst] > 1.1 * busy.mean():
         lines.append(f"worker {worst} has {busy[worst] / busy.mean():.2f} times the mean work: plan again with measured "
                      "costs, or open the modules of its stage")

@@ -180,7 +180,7 @@ def _json(args: argparse.Namespace, results: list[_Result], refused: object) -> 
 
 def _svg(args: argparse.Namespace, results: list[_Result], refused: object) -> str:
     panels = [(f"{r.schedule.name}   bubble {100 * r.bubble:.1f} %, peak {max(r.peaks):.4g}", r.timeline) for r in results]
-    return timeline_svg(panels, unit="s" if args.plan else "")
+    return timeline_svg(panels, unit="s" if args.plan else "", hover=False)
 
 
 def _chrome(args: argparse.Namespace, results: list[_Result], refused: object) -> str:

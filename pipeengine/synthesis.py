@@ -27,7 +27,7 @@ OBJECTIVES = ("makespan", "span")
 
 @dataclass(frozen=True)
 class _Task:
-    """What to order. Actions are numbers: ``(op * num_stages + stage) * microbatches + k`` with op 0, 1, 2 for F, I, W."""
+    """What to order. Actions are numbers: ``(op * num_stages + stage) * microbatches + k``, op 0, 1, 2 for F, I, W."""
     topology: Topology
     microbatches: int
     seconds: tuple[tuple[float, ...], ...]
@@ -82,62 +82,83 @@ def _task(topology: Topology, microbatches: int, costs: Costs, max_peak: float |
 
 # ---------------------------------------------------------------- dealing
 
-def _dealt(task: _Task, warmup: Sequence[int], patience: Sequence[float]) -> tuple[float, list[list[int]]] | None:
+class _Deal:
     """One order for one stage per worker, made in time: at each free moment I, else F, else W, else wait.
 
     Worker r takes F while fewer than ``warmup[r]`` micro-batches are between its F and I, and fills a wait
-    with W when the wait is at least ``patience[r]`` of it. None when memory blocks.
+    with W when the wait is at least ``patience[r]`` of it.
     """
-    p, m, never = task.num_workers, task.microbatches, float("inf")
-    forward, inputs, weights = task.seconds
-    arrived = [[[0.0 if r == 0 else never] * m for r in range(p)], [[never] * m for _ in range(p)]]
-    done = [[0] * p for _ in range(3)]
-    kept, first, free = [0.0] * p, [0.0] * p, [0.0] * p
-    lanes: list[list[int]] = [[] for _ in range(p)]
-    heap = [(0.0, r) for r in range(p)]
 
-    def arrive(op: int, r: int, k: int, time: float) -> None:
-        arrived[op][r][k] = time
-        if free[r] <= time:
-            heapq.heappush(heap, (time, r))
+    def __init__(self, task: _Task, warmup: Sequence[int], patience: Sequence[float]) -> None:
+        p, m, never = task.num_workers, task.microbatches, float("inf")
+        self.task, self.warmup = task, warmup
+        self.waits_for_w = [share * seconds for share, seconds in zip(patience, task.seconds[2])]
+        self.arrived = [[[0.0 if r == 0 else never] * m for r in range(p)], [[never] * m for _ in range(p)]]
+        self.done = [[0] * p for _ in range(3)]
+        self.kept, self.first, self.free = [0.0] * p, [0.0] * p, [0.0] * p
+        self.room = [task.cap[r] * (1 + _SLACK) - task.held[r] for r in range(p)]
+        self.lanes: list[list[int]] = [[] for _ in range(p)]
+        self.heap = [(0.0, r) for r in range(p)]
 
-    def run(op: int, r: int, k: int, now: float) -> None:
-        end = free[r] = now + task.seconds[op][r]
-        done[op][r] += 1
-        lanes[r].append(task.action(op, r, k))
-        heapq.heappush(heap, (end, r))
-        if op == 0:
-            kept[r] += task.held[r]
-            arrive(*((0, r + 1, k, end + task.hop[r + 1]) if r + 1 < p else (1, r, k, end)))
-        elif op == 1:
-            kept[r] -= task.held[r] - task.kept[r]
-            if r:
-                arrive(1, r - 1, k, end + task.hop[r])
-        else:
-            kept[r] -= task.kept[r]
+    def play(self) -> float | None:
+        """The objective's value, in seconds; None when memory blocks."""
+        while self.heap:
+            now, r = heapq.heappop(self.heap)
+            if now >= self.free[r]:
+                self._choose(now, r)
+        if min(self.done[2]) < self.task.microbatches:
+            return None
+        if self.task.objective == "makespan":
+            return max(self.free)
+        return max(end - start for end, start in zip(self.free, self.first))
 
-    while heap:
-        now, r = heapq.heappop(heap)
-        if now < free[r] or done[2][r] == m:
-            continue
-        f, i, w = done[0][r], done[1][r], done[2][r]
-        room = kept[r] + task.held[r] <= task.cap[r] * (1 + _SLACK)
-        next_f = arrived[0][r][f] if f < m and f - i < warmup[r] else never
-        next_i = arrived[1][r][i] if i < f else never
-        if f + i == 0:
-            first[r] = max(now, next_f)
+    def _choose(self, now: float, r: int) -> None:
+        never, m = float("inf"), self.task.microbatches
+        f, i, w = self.done[0][r], self.done[1][r], self.done[2][r]
+        next_f = self.arrived[0][r][f] if f < m and f - i < self.warmup[r] else never
+        next_i = self.arrived[1][r][i] if i < f else never
+        room = self.kept[r] <= self.room[r]
         wait = min(next_i, next_f if room else never)
+        if f + i == 0:
+            self.first[r] = max(now, next_f)
         if next_i <= now:
-            run(1, r, i, now)
+            self._run(1, r, i, now)
         elif next_f <= now and room:
-            run(0, r, f, now)
-        elif w < i and (next_f <= now or wait - now >= patience[r] * weights[r]):
-            run(2, r, w, now)
+            self._run(0, r, f, now)
+        elif w < i and (next_f <= now or wait - now >= self.waits_for_w[r]):
+            self._run(2, r, w, now)
         elif wait < never:
-            heapq.heappush(heap, (wait, r))
-    if min(done[2]) < m:
-        return None
-    return (max(free) if task.objective == "makespan" else max(e - s for e, s in zip(free, first))), lanes
+            heapq.heappush(self.heap, (wait, r))
+
+    def _run(self, op: int, r: int, k: int, now: float) -> None:
+        task = self.task
+        end = self.free[r] = now + task.seconds[op][r]
+        self.done[op][r] += 1
+        self.lanes[r].append(task.action(op, r, k))
+        heapq.heappush(self.heap, (end, r))
+        if op == 0:
+            self.kept[r] += task.held[r]
+            if r + 1 < task.num_workers:
+                self._arrive(0, r + 1, k, end + task.hop[r + 1])
+            else:
+                self._arrive(1, r, k, end)
+        elif op == 1:
+            self.kept[r] -= task.held[r] - task.kept[r]
+            if r:
+                self._arrive(1, r - 1, k, end + task.hop[r])
+        else:
+            self.kept[r] -= task.kept[r]
+
+    def _arrive(self, op: int, r: int, k: int, time: float) -> None:
+        self.arrived[op][r][k] = time
+        if self.free[r] <= time:
+            heapq.heappush(self.heap, (time, r))
+
+
+def _dealt(task: _Task, warmup: Sequence[int], patience: Sequence[float]) -> list[list[int]]:
+    deal = _Deal(task, warmup, patience)
+    deal.play()
+    return deal.lanes
 
 
 def _warmups(task: _Task) -> Iterable[list[int]]:
@@ -167,8 +188,8 @@ class _Dealer:
             if self.left <= 0:
                 return float("inf")
             self.left -= 1
-            dealt = _dealt(self.task, *key)
-            self.known[key] = float("inf") if dealt is None else dealt[0]
+            price = _Deal(self.task, *key).play()
+            self.known[key] = float("inf") if price is None else price
         return self.known[key]
 
     def reached(self, bound: float) -> bool:
@@ -389,7 +410,7 @@ def auto(num_workers: int, num_microbatches: int, stages_per_worker: int = 1, co
         return float("inf")
 
     ranked = sorted(((offer(rival), number) for number, rival in enumerate(rivals)))
-    starts = [_split(rivals[number]) for price, number in ranked[:3] if price < float("inf")]
+    starts = [_split(rivals[number]) for price, number in ranked[:1] if price < float("inf")]
     for schedule in _searched(task, costs, starts):
         offer(schedule)
         offer(_fused(schedule, costs))
@@ -426,8 +447,8 @@ def _searched(task: _Task, costs: Costs, starts: Sequence[Schedule]) -> Iterable
                 dealer.price(warmup, [patience] * task.num_workers)
             if dealer.reached(bound):
                 break
-        for key in dealer.best(4):
-            lanes.append((task.topology, _dealt(task, *(key if dealer.reached(bound) else dealer.refine(key)))[1]))
+        for key in dealer.best(3):
+            lanes.append((task.topology, _dealt(task, *(key if dealer.reached(bound) else dealer.refine(key)))))
     lanes += [(start.topology, _numbers(task, start)) for start in starts]
     rounds = min(220, 160_000 // task.size) if task.objective == "makespan" else 0
     for topology, order in lanes:

@@ -7,7 +7,7 @@ import pytest
 
 from pipeengine.errors import ScheduleError
 from pipeengine.program import Program, check
-from pipeengine.schedules import SCHEDULES, Schedule, Topology, build
+from pipeengine.schedules import SCHEDULES, Schedule, Topology, build, build_short
 from pipeengine.timeline import Costs, peak_activations, simulate
 
 TABLE = json.loads((Path(__file__).parent / "data" / "zero_bubble.json").read_text())["rows"]
@@ -170,3 +170,13 @@ def test_a_smaller_batch_keeps_the_order():
         if schedule.topology.num_routes == 1:
             for fewer in (1, 3, 7):
                 check(schedule.keep(fewer))
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "dualpipe"])
+def test_a_short_batch_has_an_order_too(name):
+    for m in (1, 2, 5):
+        schedule = build_short(name, num_workers=4, num_microbatches=m)
+        assert schedule.num_microbatches == m
+        check(schedule)
+    with pytest.raises(ScheduleError, match="unknown schedule"):
+        build_short("nope", num_workers=4, num_microbatches=2)

@@ -68,6 +68,20 @@ def build(schedule: str | Callable[..., Schedule] | Schedule, *, num_workers: in
     return built
 
 
+def build_short(schedule: str | Callable[..., Schedule] | Schedule, *, num_workers: int, num_microbatches: int,
+                **options: object) -> Schedule:
+    """``build`` for a batch that may be shorter than the schedule is made for, such as the last one of an epoch.
+
+    The order for the nearest larger number of micro-batches that works, without those that are not there.
+    """
+    for more in range(num_microbatches, num_microbatches + 4 * num_workers + 1):
+        try:
+            return build(schedule, num_workers=num_workers, num_microbatches=more, **options).keep(num_microbatches)
+        except ScheduleError as error:
+            first = error if more == num_microbatches else first
+    raise first
+
+
 def _named(name: str) -> Callable[..., Schedule]:
     if name not in SCHEDULES:
         nearest = get_close_matches(name.lower(), SCHEDULES, 1, 0.3)
@@ -89,5 +103,5 @@ def _same_numbers(schedule: Schedule, num_workers: int, num_microbatches: int) -
     return schedule
 
 
-__all__ = ["B", "Edge", "F", "I", "LETTERS", "Lane", "SCHEDULES", "Schedule", "Topology", "W", "auto", "build",
+__all__ = ["B", "Edge", "F", "I", "LETTERS", "Lane", "SCHEDULES", "Schedule", "Topology", "W", "auto", "build", "build_short",
            "forward_schedule", "gpipe", "one_f_one_b"]
