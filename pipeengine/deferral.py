@@ -59,13 +59,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, queue):
         ctx.save_for_backward(x, weight)
-        ctx.bias, ctx.queue = bias, queue
+        # What a checkpoint gives back for a saved parameter is not the parameter, so that is kept by itself.
+        ctx.weight, ctx.bias, ctx.queue = weight, bias, queue
         return torch.nn.functional.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
-        bias = ctx.bias
+        x, value = ctx.saved_tensors
+        weight, bias = ctx.weight, ctx.bias
         rows = gradient.reshape(-1, gradient.shape[-1])
 
         def later() -> None:
@@ -73,7 +74,7 @@ class _Linear(torch.autograd.Function):
             if bias is not None and bias.requires_grad:
                 _accumulate(bias, rows.sum(0))
         ctx.queue.append(later)
-        wanted = rows.mm(weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        wanted = rows.mm(value).view(x.shape) if ctx.needs_input_grad[0] else None
         return wanted, None, None, None
 
 
@@ -81,20 +82,20 @@ class _Addmm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, queue):
         ctx.save_for_backward(x, weight)
-        ctx.bias, ctx.queue = bias, queue
+        ctx.weight, ctx.bias, ctx.queue = weight, bias, queue
         return torch.addmm(bias, x, weight)
 
     @staticmethod
     def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
-        bias = ctx.bias
+        x, value = ctx.saved_tensors
+        weight, bias = ctx.weight, ctx.bias
 
         def later() -> None:
             _accumulate(weight, x.t().mm(gradient))
             if bias.requires_grad:
                 _accumulate(bias, gradient.sum(0))
         ctx.queue.append(later)
-        return gradient.mm(weight.t()) if ctx.needs_input_grad[0] else None, None, None, None
+        return gradient.mm(value.t()) if ctx.needs_input_grad[0] else None, None, None, None
 
 
 class _Embedding(torch.autograd.Function):
