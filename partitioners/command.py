@@ -83,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parameter-factor", type=_fraction, default=4.0,
                         help="weights, gradients and optimizer state, in units of the weights")
     parser.add_argument("--stages-per-worker", type=_count, default=1)
+    parser.add_argument("--recompute", action="store_true", help="compute activations again where memory would not do")
     parser.add_argument("--prefer-single-tensor", type=_fraction, default=None, metavar="FRACTION",
                         help="take a cut with fewer tensors if it is within this fraction of the best")
     parser.add_argument("--gap", type=_fraction, default=0.0, help="stop within this fraction of the best")
@@ -117,7 +118,7 @@ def plan_graph(graph: nx.DiGraph, args: argparse.Namespace) -> Plan:
         memory=args.memory, memory_model=MemoryModel(args.parameter_factor, args.schedule),
         num_microbatches=args.microbatches, stages_per_worker=args.stages_per_worker, allow_empty=given,
         prefer_single_tensor=prefer, gap=args.gap, time_limit=args.time_limit,
-        progress=lambda line: print(line, file=sys.stderr))
+        progress=lambda line: print(line, file=sys.stderr), recompute=args.recompute)
     verify(plan, graph)
     return plan
 

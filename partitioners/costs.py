@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import networkx as nx
 
 from partitioners.graph import Node, digest, seconds, topological_order
+from partitioners.period import period
 from partitioners.plan import Boundary, Plan, Setting, StageCost, Tie
 from partitioners.problem import transfer
+from partitioners.recompute import choose_recomputed
 
 
 def build_plan(graph: nx.DiGraph, stage_of: Mapping[Node, int], setting: Setting, *, lower_bound: float,
@@ -17,20 +19,22 @@ def build_plan(graph: nx.DiGraph, stage_of: Mapping[Node, int], setting: Setting
     order = topological_order(graph)
     num_stages = len(setting.stage_devices)
     traffic = link_seconds(graph, order, stage_of, setting)
-    ties = find_ties(graph, stage_of)
     members: list[list[Node]] = [[] for _ in range(num_stages)]
     for node in order:
         members[stage_of[node]].append(node)
     sent = _sent_bytes(graph, stage_of, num_stages)
     stages = tuple(_stage_cost(graph, members[stage], stage, setting, traffic[stage], sent[stage])
                    for stage in range(num_stages))
-    bottleneck = worker_bottleneck([stage.load for stage in stages], setting)
+    if setting.objective == "1f1b":
+        bottleneck = period([stage.load for stage in stages], round_trips(graph, stage_of, setting))
+    else:
+        bottleneck = worker_bottleneck([stage.load for stage in stages], setting)
     lower_bound = min(lower_bound, bottleneck)
     gap = (bottleneck - lower_bound) / bottleneck if bottleneck else 0.0
     if gap <= 1e-9:
         gap, lower_bound = 0.0, bottleneck
     return Plan(num_stages=num_stages, stage_of={str(node): stage_of[node] for node in order}, stages=stages,
-                boundaries=find_boundaries(graph, order, stage_of), ties=ties, bottleneck=bottleneck,
+                boundaries=find_boundaries(graph, order, stage_of), ties=find_ties(graph, stage_of), bottleneck=bottleneck,
                 lower_bound=lower_bound, gap=gap, proof=proof, objective=setting.objective,
                 graph_digest=digest(graph), setting=setting)
 
@@ -70,18 +74,46 @@ def _stage_cost(graph: nx.DiGraph, nodes: list[Node], stage: int, setting: Setti
     device, data = setting.device(stage), [graph.nodes[node] for node in nodes]
     forward = math.fsum(seconds(each, "forward", device) for each in data)
     backward = math.fsum(seconds(each, "backward", device) for each in data)
+    again = _recomputed(data, stage, setting)
     shared = {name: size for each in data for name, size in (each.get("shared") or {}).items()}
     parameters = math.fsum(each.get("param_bytes", 0.0) for each in data) + math.fsum(shared.values())
     activations = math.fsum(each.get("activation_bytes", 0.0) for each in data)
     model, count = setting.memory_model, len(setting.stage_devices)
+    kept = activations - math.fsum(data[index].get("activation_bytes", 0.0) for index in again)
     memory = (model.parameter_factor * parameters + math.fsum(each.get("memory_bytes", 0.0) for each in data)
-              + model.in_flight(stage, count, setting.num_microbatches) * activations
+              + model.in_flight(stage, count, setting.num_microbatches) * kept
               + max((each.get("workspace_bytes", 0.0) for each in data), default=0.0))
-    load = (math.fsum((forward, backward, *traffic)) if setting.objective != "overlap"
-            else max(forward + backward, *traffic))
+    forward += math.fsum(seconds(data[index], "forward", device) for index in again)
+    load = {"sum": math.fsum((forward, backward, *traffic)), "overlap": max(forward + backward, *traffic),
+            "1f1b": forward + backward}[setting.objective]
     return StageCost(forward=forward, backward=backward, communication=math.fsum(traffic), load=load,
                      param_bytes=parameters, activation_bytes=activations, memory_bytes=memory,
-                     sent_bytes=sent, num_nodes=len(nodes), device=device.name)
+                     sent_bytes=sent, num_nodes=len(nodes), device=device.name,
+                     recomputed=tuple(str(nodes[index]) for index in again))
+
+
+def _recomputed(data: list[dict], stage: int, setting: Setting) -> list[int]:
+    """Which of the stage's nodes compute their activations again so that it fits."""
+    device, model = setting.device(stage), setting.memory_model
+    if not setting.recompute or device.memory is None:
+        return []
+    depth = model.in_flight(stage, len(setting.stage_devices), setting.num_microbatches)
+    shared = {name: size for each in data for name, size in (each.get("shared") or {}).items()}
+    need = (model.parameter_factor * (math.fsum(each.get("param_bytes", 0.0) for each in data) + math.fsum(shared.values()))
+            + math.fsum(each.get("memory_bytes", 0.0) + depth * each.get("activation_bytes", 0.0) for each in data)
+            + max((each.get("workspace_bytes", 0.0) for each in data), default=0.0))
+    return choose_recomputed(data, [seconds(each, "forward", device) for each in data], depth, need - device.memory)
+
+
+def round_trips(graph: nx.DiGraph, stage_of: Mapping[Node, int], setting: Setting) -> list[float]:
+    """Per cut: seconds that the values across it take there and back."""
+    trips: list[list[float]] = [[] for _ in setting.stage_devices[1:]]
+    for node, data in graph.nodes(data=True):
+        stages = [stage_of[node], *(stage_of[reader] for reader in graph.successors(node))]
+        fixed, messages, size = transfer(data)
+        for cut in range(min(stages), max(stages)):
+            trips[cut].append(fixed + setting.links(cut)[1].seconds(size, messages))
+    return list(map(math.fsum, trips))
 
 
 def _sent_bytes(graph: nx.DiGraph, stage_of: Mapping[Node, int], num_stages: int) -> list[float]:

@@ -42,7 +42,7 @@ def _ordered_problem(plan: Plan, graph: nx.DiGraph) -> tuple[Problem, list[int],
     """The problem with its items in an order that the plan cuts into runs, where it cuts, and the level per stage."""
     setting = plan.setting
     problem = build_problem(graph, cluster=setting.cluster, num_stages=plan.num_stages,
-                            objective="overlap" if setting.objective == "overlap" else "sum",
+                            objective=setting.objective,
                             memory_model=setting.memory_model, num_microbatches=setting.num_microbatches,
                             allow_empty=setting.allow_empty)
     stage = [plan.stage_of[str(nodes[0])] for nodes in problem.items]
@@ -73,9 +73,18 @@ def _sweeps(problem: Problem, levels: list[int]) -> tuple[list[np.ndarray], list
     return ahead, back[::-1]
 
 
+def _by_stage(plan: Plan) -> bool:
+    """Whether the bottleneck is the largest load of a single stage, so that other cuts are easily priced."""
+    setting = plan.setting
+    return setting.objective != "1f1b" and setting.stages_per_worker == 1 and not setting.recompute
+
+
 def cut_stories(plan: Plan, graph: nx.DiGraph) -> tuple[CutStory, ...]:
     """One story per cut, from the inputs to the outputs."""
     problem, cuts, levels = _ordered_problem(plan, graph)
+    if not _by_stage(plan):
+        return tuple(CutStory(stage, _last(graph, problem.items[:cut]), str(problem.items[cut][0]), None, None)
+                     for stage, cut in enumerate(cuts))
     ahead, back = _sweeps(problem, levels)
     stories = []
     for stage, cut in enumerate(cuts):
@@ -102,6 +111,8 @@ def limits(plan: Plan, graph: nx.DiGraph) -> Limits:
     """What the bottleneck would be, in this plan's order, without links and without memory limits."""
     problem, _, levels = _ordered_problem(plan, graph)
     bound, reason = simple_bound(problem)
+    if not _by_stage(plan):
+        return Limits(plan.bottleneck, plan.bottleneck, plan.lower_bound, plan.proof)
 
     def bottleneck(changed: Problem) -> float:
         return float(_sweeps(changed, levels)[0][-1][-1])
@@ -140,7 +151,7 @@ def _tell(plan: Plan, graph: nx.DiGraph, names: dict[str, object], story: CutSto
              f"{_title(graph, names, story.first)}: loads {format_seconds(load[0])} | {format_seconds(load[1])}, "
              f"{len(values)} tensor{'s' * (len(values) != 1)} of {format_bytes(sum(_size(graph, names, v) for v in values))}"]
     if story.second is None:
-        lines.append("    there is no other place for it")
+        lines += ["    there is no other place for it"] if _by_stage(plan) else []
     else:
         change = _change(story.second_bottleneck, plan.bottleneck)
         lines.append(f"    second choice: after {_title(graph, names, story.second)}; bottleneck "

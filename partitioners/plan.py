@@ -66,6 +66,7 @@ class Setting:
     num_microbatches: int = 1
     stages_per_worker: int = 1
     allow_empty: bool = False
+    recompute: bool = False
 
     def device(self, stage: int) -> Device:
         """The device class of ``stage``."""

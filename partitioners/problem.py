@@ -52,12 +52,14 @@ class Problem:
     """Items in a topological order, with their costs, nets and limits.
 
     ``levels``: for ordered stages one ``Kind`` each; otherwise the classes, of which ``counts`` devices may be used.
+    ``times`` and ``forward``: seconds of forward and backward, and of forward alone (to compute it again).
     """
     items: tuple[tuple[Node, ...], ...]
     edges: tuple[tuple[int, int], ...]
     nets: tuple[Net, ...]
     shared: tuple[tuple[tuple[int, ...], float], ...]
     times: dict[Device, np.ndarray]
+    forward: dict[Device, np.ndarray]
     fixed_bytes: np.ndarray
     activation_bytes: np.ndarray
     workspace_bytes: np.ndarray
@@ -67,7 +69,6 @@ class Problem:
     counts: tuple[int, ...] | None
     objective: str
     allow_empty: bool
-    recompute: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -119,7 +120,8 @@ def build_problem(graph: nx.DiGraph, *, cluster: Cluster, num_stages: int, objec
     groups, edges = _contract(graph, order)
     item_of = {node: index for index, group in enumerate(groups) for node in group}
     levels, counts = _levels(cluster, num_stages, memory_model, num_microbatches)
-    times = {kind.device: _times(graph, groups, kind.device) for kind in levels}
+    times = {kind.device: _times(graph, groups, kind.device, ("forward", "backward")) for kind in levels}
+    forward = {kind.device: _times(graph, groups, kind.device, ("forward",)) for kind in levels}
     _check_homes(groups, times)
 
     def total(name: str) -> np.ndarray:
@@ -130,7 +132,7 @@ def build_problem(graph: nx.DiGraph, *, cluster: Cluster, num_stages: int, objec
                          float)
     return Problem(
         items=groups, edges=edges, nets=_nets(graph, order, item_of, num_microbatches),
-        shared=tuple((pins, factor * size) for pins, size in _shared(graph, item_of).values()), times=times,
+        shared=tuple((pins, factor * size) for pins, size in _shared(graph, item_of).values()), times=times, forward=forward,
         fixed_bytes=factor * total("param_bytes") + total("memory_bytes"), activation_bytes=total("activation_bytes"),
         workspace_bytes=workspace, crossing=_crossing(graph, item_of),
         has_parameters=np.array([any(has_parameters(graph.nodes[node]) for node in group) for group in groups], bool),
@@ -159,12 +161,13 @@ def _levels(cluster: Cluster, num_stages: int, memory_model: MemoryModel,
             tuple(device.count for device in used))
 
 
-def _times(graph: nx.DiGraph, groups: tuple[tuple[Node, ...], ...], device: Device) -> np.ndarray:
+def _times(graph: nx.DiGraph, groups: tuple[tuple[Node, ...], ...], device: Device,
+           names: tuple[str, ...]) -> np.ndarray:
     def cost(node: Node) -> float:
         data = graph.nodes[node]
         if data.get("allowed") is not None and device.name not in data["allowed"]:
             return np.inf
-        return seconds(data, "forward", device) + seconds(data, "backward", device)
+        return sum(seconds(data, name, device) for name in names)
     return np.array([sum(map(cost, group)) for group in groups])
 
 
@@ -275,6 +278,7 @@ def reorder(problem: Problem, order: list[int]) -> Problem:
                    for net in problem.nets),
         shared=tuple((moved(pins), size) for pins, size in problem.shared),
         times={device: values[order] for device, values in problem.times.items()},
+        forward={device: values[order] for device, values in problem.forward.items()},
         fixed_bytes=problem.fixed_bytes[order], activation_bytes=problem.activation_bytes[order],
         workspace_bytes=problem.workspace_bytes[order], crossing=tuple(map(moved, problem.crossing)),
         has_parameters=problem.has_parameters[order])

@@ -24,11 +24,15 @@ def verify(plan: Plan, graph: nx.DiGraph) -> None:
     _check_rules(plan, graph, stage)
     _check_stages(plan, graph, stage)
     _check_boundaries(plan, graph, stage)
+    _check_workers(plan)
     workers = -(-plan.num_stages // plan.setting.stages_per_worker)
     loads: dict[int, float] = defaultdict(float)
     for number, cost in enumerate(plan.stages):
         loads[number % workers] += cost.load
-    _same("bottleneck", plan.bottleneck, max(loads.values()))
+    if plan.objective == "1f1b":
+        _same("period", plan.bottleneck, _period(plan, graph, stage))
+    else:
+        _same("bottleneck", plan.bottleneck, max(loads.values()))
     if plan.lower_bound > plan.bottleneck * (1 + TOLERANCE):
         raise PlanError(f"lower bound {plan.lower_bound} exceeds the bottleneck {plan.bottleneck}")
     _same("gap", plan.gap * plan.bottleneck, max(0.0, plan.bottleneck - plan.lower_bound), scale=plan.bottleneck)
@@ -67,12 +71,36 @@ def _check_stages(plan: Plan, graph: nx.DiGraph, stage: dict) -> None:
         compute = sum(_compute(graph.nodes[node], device) for node in mine)
         into, out = _traffic(plan, graph, stage, number)
         again = sum(_again(graph.nodes[node], device) for node in mine if str(node) in set(cost.recomputed))
-        load = max(compute + again, into, out) if plan.objective == "overlap" else compute + again + into + out
+        load = compute + again
+        if plan.objective != "1f1b":
+            load = max(load, into, out) if plan.objective == "overlap" else load + into + out
         _same(f"load of stage {number}", cost.load, load)
         memory = _memory(plan, graph, mine, number)
         _same(f"memory of stage {number}", cost.memory_bytes, memory)
         if device.memory is not None and memory > device.memory * (1 + TOLERANCE):
             raise PlanError(f"stage {number} needs {memory:,.0f} bytes, its device has {device.memory:,.0f}")
+
+
+def _period(plan: Plan, graph: nx.DiGraph, stage: dict) -> float:
+    """Period of 1F1B: over all runs of stages, their work and the round trips between them per stage."""
+    trips = [0.0] * plan.num_stages
+    for node, data in graph.nodes(data=True):
+        places = {stage[node]} | {stage[reader] for reader in graph.successors(node)}
+        for cut in range(min(places), max(places)):
+            link, times = plan.setting.links(cut)[1], 2 if data.get("gradient") else 1
+            trips[cut] += (data["transfer"] if data.get("transfer") is not None else times * (
+                link.latency + (data.get("output_bytes", 0.0) / link.bandwidth if link.bandwidth else 0.0)))
+    return max((sum(cost.load for cost in plan.stages[i:j + 1]) + sum(trips[i:j])) / (j + 1 - i)
+               for i in range(plan.num_stages) for j in range(i, plan.num_stages))
+
+
+def _check_workers(plan: Plan) -> None:
+    """Together, the stages of one worker fit its memory."""
+    workers = -(-plan.num_stages // plan.setting.stages_per_worker)
+    for worker in range(workers):
+        need, room = sum(cost.memory_bytes for cost in plan.stages[worker::workers]), plan.setting.device(worker).memory
+        if room is not None and need > room * (1 + TOLERANCE):
+            raise PlanError(f"worker {worker} needs {need:,.0f} bytes for its stages, its device has {room:,.0f}")
 
 
 def _compute(data: dict, device) -> float:

@@ -1,0 +1,109 @@
+"""The period of 1F1B, several stages per worker, recomputation: small truths by brute force."""
+import itertools
+import random
+
+import networkx as nx
+import pytest
+
+from partitioners import InfeasibleError, MemoryModel, PartitionError, partition, read_workload, verify
+from partitioners.period import period
+from test_partition import DATA
+
+
+def chain(times, **more):
+    graph = nx.path_graph(len(times), create_using=nx.DiGraph)
+    for node, cost in zip(graph, times):
+        graph.nodes[node].update(forward=cost, output_bytes=1, gradient=True, param_bytes=1, order=node, **more)
+    return graph
+
+
+def cuts_of(length, stages):
+    return ((0, *inner, length) for inner in itertools.combinations(range(1, length), stages - 1))
+
+
+def test_period_of_published_examples():
+    assert period([3.0] * 8, [0.5] * 7) == pytest.approx(3.4375)      # 3.44 for latency 0.25
+    assert period([3.0] * 8, [1.5] * 7) == pytest.approx(4.3125)      # 4.31 for latency 0.75
+    assert period([1.0, 5.0, 1.0], [0.0, 0.0]) == 5.0
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_shortest_period_of_chains(seed):
+    chance = random.Random(seed)
+    times = [chance.choice([1, 2, 3, 5, 0.5]) for _ in range(chance.randint(3, 8))]
+    stages, latency = chance.randint(2, min(4, len(times))), chance.choice([0.0, 0.2, 1.0])
+    plan = partition(chain(times), stages, objective="1f1b", latency=latency, prefer_single_tensor=0)
+    verify(plan, chain(times))
+    best = min(period([sum(times[a:b]) for a, b in zip(cuts, cuts[1:])], [2 * latency] * (stages - 1))
+               for cuts in cuts_of(len(times), stages))
+    assert plan.bottleneck == pytest.approx(best, rel=1e-6)
+    assert plan.lower_bound <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_several_stages_per_worker_on_chains(seed):
+    chance = random.Random(seed)
+    times = [chance.choice([1, 2, 3, 5, 0.5]) for _ in range(chance.randint(4, 8))]
+    plan = partition(chain(times), 4, stages_per_worker=2, latency=0.1, prefer_single_tensor=0)
+    verify(plan, chain(times))
+
+    def worst(cuts):
+        loads = [sum(times[a:b]) + 0.2 * ((a > 0) + (b < len(times))) for a, b in zip(cuts, cuts[1:])]
+        return max(loads[0] + loads[2], loads[1] + loads[3])
+    assert plan.bottleneck == pytest.approx(min(map(worst, cuts_of(len(times), 4))))
+
+
+def test_two_stages_per_worker_beat_one():
+    graph = read_workload(DATA / "L_gnmt_training.json")
+    plan = partition(graph, 12, stages_per_worker=2, allow_empty=True, prefer_single_tensor=0)
+    verify(plan, graph)
+    assert plan.bottleneck < 0.9 * 107.0044e-3
+    assert plan.gap < 0.04
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_recomputation_on_chains(seed):
+    chance = random.Random(seed)
+    graph = chain([chance.choice([1, 2, 3]) for _ in range(chance.randint(3, 6))])
+    for node in graph:
+        graph.nodes[node].update(backward=2.0, activation_bytes=chance.choice([0, 4, 4, 8]))
+    stages, memory = 2, chance.choice([16, 24, 32])
+    best = min((max(_cheapest(graph, range(a, b), memory) for a, b in zip(cuts, cuts[1:]))
+                for cuts in cuts_of(len(graph), stages)), default=float("inf"))
+    options = dict(memory=memory, num_microbatches=2, recompute=True, prefer_single_tensor=0,
+                   memory_model=MemoryModel(1.0, "gpipe"))
+    if best == float("inf"):
+        with pytest.raises(InfeasibleError):
+            partition(graph, stages, **options)
+        return
+    plan = partition(graph, stages, **options)
+    verify(plan, graph)
+    assert plan.lower_bound <= best * (1 + 1e-9) and best * (1 - 1e-9) <= plan.bottleneck <= best + 3.0
+
+
+def _cheapest(graph, nodes, memory):
+    """Least load of one stage over every choice of what to recompute."""
+    best, nodes = float("inf"), list(nodes)
+    for flags in itertools.product((False, True), repeat=len(nodes)):
+        need = sum(graph.nodes[node]["param_bytes"] + 2 * graph.nodes[node]["activation_bytes"] * (not flag)
+                   for node, flag in zip(nodes, flags))
+        if need <= memory:
+            best = min(best, sum(graph.nodes[node]["forward"] * (1 + flag) + 2.0 for node, flag in zip(nodes, flags)))
+    return best
+
+
+def test_recomputation_only_where_memory_needs_it():
+    graph = chain([1.0, 1.0, 1.0, 1.0], backward=2.0, activation_bytes=10)
+    roomy = partition(graph, 2, memory=1000, recompute=True)
+    tight = partition(graph, 2, memory=18, recompute=True)
+    assert all(not stage.recomputed for stage in roomy.stages) and roomy.bottleneck == 6.0
+    assert [stage.recomputed for stage in tight.stages] != [(), ()] and tight.bottleneck == 7.0
+    with pytest.raises(InfeasibleError):
+        partition(graph, 2, memory=18)
+
+
+def test_what_cannot_be_combined_is_refused():
+    with pytest.raises(PartitionError, match="cannot be combined"):
+        partition(chain([1, 2, 3, 4]), 4, objective="1f1b", stages_per_worker=2)
+    with pytest.raises(PartitionError, match="none of sum, overlap, 1f1b"):
+        partition(chain([1, 2]), 2, objective="fastest")
