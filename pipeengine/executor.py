@@ -12,7 +12,7 @@ from pipeengine import wire
 from pipeengine.deferral import Deferral, Queue
 from pipeengine.deferral import run as run_deferred
 from pipeengine.recording import Recording
-from pipeengine.split import Link, Part, Split
+from pipeengine.split import Link, Split
 from pipeengine.stage import Compiled, Draw
 
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from pipeengine.capture import Inputs, find_loss, undisturbed
+from pipeengine.capture import Inputs, find_loss
 from pipeengine.dataflow import Dataflow
 from pipeengine.errors import CaptureError
 from pipeengine.recording import Recording, fill, refs
 from pipeengine.split import split
 from pipeengine.stage import Draw, compile_part, switch
+from pipeengine.state import undisturbed
 from pipeengine.structure import leaves, replace, tensors
 from pipeengine.variants import guard_check, guard_nodes
 

@@ -22,7 +22,7 @@ from pipeengine.dataflow import Dataflow, analyse
 from pipeengine.errors import InputError, PipeEngineError, PlanError, ScheduleError, WorkerError
 from pipeengine.executor import Executor, Task
 from pipeengine.measure import measure
-from pipeengine.program import Program, lower
+from pipeengine.program import lower
 from pipeengine.randomness import mix
 from pipeengine.recorder import current_modes
 from pipeengine.recording import fill, refs
@@ -541,11 +541,6 @@ class Pipeline:
         if norm_type == float("inf"):
             return self._world.total(stacked.max(), largest=True).float()
         return (self._world.total(stacked.pow(norm_type).sum()) ** (1 / norm_type)).float()
-
-    def close(self) -> None:
-        """Give up the connections to the other workers; the model keeps its weights. Every worker calls it."""
-        if self._closed is None:
-            self._close("closed by the user")
 
     def train(self, mode: bool = True) -> Pipeline:
         """Set the model to training mode."""
