@@ -144,7 +144,7 @@ def check_messages(program: Program, edges: Sequence[Edge]) -> None:
     """Rules on messages: each sent and received once where it belongs, first in first out per pair, no deadlock."""
     send, receive = _matched(program, edges)
     consumer = _between(program, send, receive)
-    if not _in_order_of_time(program, send, receive, consumer):
+    if not _in_order_of_time(program, send, receive):
         _first_in_first_out(program, send, receive)
         _no_deadlock(program, send, receive, consumer)
 
@@ -242,45 +242,32 @@ def _between(program: Program, send: np.ndarray, receive: np.ndarray) -> np.ndar
     return consumer
 
 
-def _in_order_of_time(program: Program, send: np.ndarray, receive: np.ndarray, consumer: np.ndarray) -> bool:
+def _in_order_of_time(program: Program, send: np.ndarray, receive: np.ndarray) -> bool:
     """Whether ``program.planned`` proves both remaining rules, in a few array operations.
 
-    When one time per message and per computation puts all lanes in one order of (time, messages first, message
-    number), the least unfinished one can always run, whatever blocks. A receive may stand earlier among computations,
-    which only helps, but not among messages.
+    It does when each message has one time, and every worker's messages ascend in (time, number): the least message
+    that is not through has on both sides only smaller ones before it, and what is computed before it needs only these. So
+    it can go through, whatever blocks.
     """
     if program.planned is None:
         return False
     time = np.concatenate(program.planned)
-    op = program.columns.op
-    if not np.array_equal(time[send], time[receive]) or (time[consumer] < time[receive]).any():
+    if not np.array_equal(time[send], time[receive]):
         return False
-    number = np.full(len(op), -1, np.int64)
+    number = np.full(len(time), -1, np.int64)
     number[send] = number[receive] = np.arange(len(send))
-    message = np.flatnonzero(op >= SA)
-    compute_or_send = np.flatnonzero((op < SA) | (op == SA) | (op == SG))
-    return (_ascending(program.starts, time, number, message)
-            and _ascending(program.starts, time, number, compute_or_send)
-            and _after_computations(program, time, receive))
+    return _ascending(program.starts, time, number, np.flatnonzero(program.columns.op >= SA))
 
 
 def _ascending(starts: np.ndarray, time: np.ndarray, number: np.ndarray, lines: np.ndarray) -> bool:
-    """Whether ``lines`` ascend within each lane: in time, at equal times in number, computations (-1) last and alone."""
+    """Whether ``lines`` ascend within each lane: in time, at equal times in number."""
     time = time[lines]
     ahead = time[1:] > time[:-1]
     tied = np.flatnonzero(~ahead & (time[1:] == time[:-1]))
-    first, second = number[lines[tied]], number[lines[tied + 1]]
-    ahead[tied] = (first >= 0) & ((second < 0) | (second > first))
+    ahead[tied] = number[lines[tied + 1]] > number[lines[tied]]
     borders = np.searchsorted(lines, starts[1:-1]) - 1
     ahead[borders[(borders >= 0) & (borders < len(ahead))]] = True
     return bool(ahead.all())
-
-
-def _after_computations(program: Program, time: np.ndarray, receive: np.ndarray) -> bool:
-    """Whether every computation before a receive in its lane has an earlier time."""
-    latest = np.maximum.accumulate(np.where(program.columns.op < SA, np.arange(len(time)), -1))[receive]
-    first = program.starts[np.searchsorted(program.starts, receive, side="right") - 1]
-    return bool(((time[latest] < time[receive]) | (latest < first)).all())
 
 
 def _first_in_first_out(program: Program, send: np.ndarray, receive: np.ndarray) -> None:

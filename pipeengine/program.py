@@ -40,8 +40,7 @@ class ProgramLane(NamedTuple):
 class Program:
     """A schedule with its messages: per worker, what to compute, send and post a receive for, in order.
 
-    ``planned`` may hold a time per line under which the order is one order of events in time; ``check`` verifies it
-    and is then faster.
+    ``planned`` may hold a time per line that puts all messages in one order; ``check`` verifies that and is then faster.
     """
     name: str
     topology: Topology
@@ -126,8 +125,8 @@ def lower(schedule: Schedule, edges: Sequence[Edge] | None = None, costs: Costs 
           window: int | None = None) -> Program:
     """``schedule`` with a send and a receive for every edge and micro-batch that crosses workers.
 
-    Each message is one event at its producer's end; each worker's messages are in the order of these events, which is why no channel policy can deadlock.
-    A receive stands one computation ahead of its event, so that it is posted while that computation runs. With
+    Each message is one event at its producer's end, and all workers have their messages in the order of these events:
+    the first that is not through can always go, so no way of sharing channels can deadlock. A receive stands one computation ahead of its event, so that it is posted while that computation runs. With
     ``window``, an event waits until the ``window``-th earlier one of its edge begins to be consumed: fewer buffers at the
     receiver where a schedule runs far ahead (GPipe), more at the sender.
     """

@@ -187,3 +187,45 @@ def test_a_planned_order_is_verified_not_believed(name):
     receives = [i for i, a in enumerate(program.actions(1)) if a.op == "RA" and a.stage == 1]
     with pytest.raises(ScheduleError):
         check(replace(swapped(program, 1, *receives[:2]), planned=program.planned))
+
+
+def moved(draw, program):
+    """``program`` with one message elsewhere in both lanes, its planned time that of its new place in one of them."""
+    lanes, times = [list(zip(*lane)) for lane in program.lanes], [list(t) for t in program.planned]
+    giver = draw.choice([w for w, lane in enumerate(lanes) if any(line[0] in (4, 6) for line in lane)])
+    op, stage, microbatch, peer = line = draw.choice([line for line in lanes[giver] if line[0] in (4, 6)])
+    taker = program.topology.worker_of[peer]
+    places = {giver: lanes[giver].index(line), taker: lanes[taker].index((op + 1, peer, microbatch, stage))}
+    time = None
+    for worker in draw.sample(sorted(places), 2):
+        lane, at = lanes[worker], places[worker]
+        taken, old = lane.pop(at), times[worker].pop(at)
+        at = min(max(at + draw.choice((0, 0, -2, -1, 1, 2, 3)), 0), len(lane))
+        if time is None or draw.random() < 0.2:
+            near = times[worker][max(at - 1, 0):at + 1]
+            time = draw.choice([old, sum(near) / len(near), near[0] + 1e-3, near[-1] - 1e-3])
+        lane.insert(at, taken)
+        times[worker].insert(at, time)
+    lanes = tuple(ProgramLane(*(np.array(column, kind) for column, kind in zip(zip(*lane), (np.uint8, *(np.int32,) * 3))))
+                  for lane in lanes)
+    return replace(program, lanes=lanes, planned=tuple(map(np.array, times)))
+
+
+def test_planned_times_prove_nothing_false():
+    """Wherever messages are moved to and whatever times are claimed: what the quick proof accepts, stepping accepts."""
+    draw, accepted, refused = random.Random(0), 0, 0
+    programs = [lower(build(name, num_workers=p, num_microbatches=6)) for name in ("1f1b", "interleaved-1f1b", "zb-v", "gpipe")
+                for p in (2, 3)]
+    for _ in range(4000):
+        program = draw.choice(programs)
+        for _ in range(draw.choice((1, 2))):
+            program = moved(draw, program)
+        try:
+            check(program)
+        except ScheduleError:
+            refused += 1
+            continue
+        accepted += 1
+        assert runs_with_blocking_sends(program), program.to_text()
+        check(replace(program, planned=None))
+    assert accepted > 500 and refused > 500
