@@ -1,6 +1,7 @@
 """The user's object: hand over a model, get it trained over stages."""
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import json
@@ -19,26 +20,25 @@ from pipeengine.batching import Batch, argument_names, take_apart
 from pipeengine.capture import Inputs, capture
 from pipeengine.costs import analytic, cost_graph
 from pipeengine.dataflow import Dataflow, analyse
-from pipeengine.errors import InputError, PipeEngineError, PlanError, ScheduleError, WorkerError
+from pipeengine.errors import InputError, PipeEngineError, PlanError, WorkerError
 from pipeengine.executor import Executor, Task
+from pipeengine.fidelity import check_recording
 from pipeengine.measure import measure
-from pipeengine.program import lower
+from pipeengine.orders import Orders
+from pipeengine.outputs import merge_outputs
 from pipeengine.randomness import mix
 from pipeengine.recorder import current_modes
-from pipeengine.recording import fill, refs
+from pipeengine.recording import node_refs, refs
 from pipeengine.report import RunReport, report_text
-from pipeengine.schedules import build, forward_schedule
-from pipeengine.schedules.form import Edge, I, Schedule, Topology
-from pipeengine.schedules.linear import forward_then_backward
 from pipeengine.shared import Shared, SharedParameters
 from pipeengine.stage import Draw
-from pipeengine.structure import replace
-from pipeengine.timeline import Timeline, simulate
+from pipeengine.timeline import Timeline
 from pipeengine.transport import DistributedTransport, LocalTransport
 from pipeengine.variants import Placement, Variant, Variants
 from pipeengine.weights import load_stage, save_weights
 from pipeengine.world import Alone, World, connect
 
+_HOP_SECONDS, _LINK_BYTES_PER_SECOND = 1e-4, 1e9        # a message between processes of one machine
 _NOISE_SECONDS = 5e-4       # differences between stages below this are not worth a second tensor across a cut
 
 
@@ -61,7 +61,7 @@ class Pipeline:
                  seed: int = 0, check: bool = True, recompute: bool | Collection[int] = False):
         self._closed: str | None = None
         self._model, self._loss_fn, self._loss_weight = model, loss_fn, loss_weight
-        self._batch_dims, self._seed, self._schedule_name = batch_dims, seed, schedule
+        self._batch_dims, self._seed, self._schedule = batch_dims, seed, schedule
         self._device = _device(model, device)
         self._recompute = recompute
         self._world: Alone | World = connect(mesh, self._device)
@@ -78,8 +78,8 @@ class Pipeline:
         plan = self._read_plan(plan)
         world.together(lambda: self._check_options(example, num_microbatches, num_stages, plan))
         self._num_stages = self._count_stages(num_stages, plan)
-        shape = self._schedule(self._num_stages, num_microbatches)
-        self._worker_of = shape.topology.worker_of if world.size > 1 else (0,) * self._num_stages
+        self._orders = Orders(self._schedule, self._num_stages, num_microbatches, world.size, world.rank)
+        self._worker_of = self._orders.worker_of
         self._own = tuple(s for s in range(self._num_stages) if self._worker_of[s] == world.rank)
         flow = world.together(lambda: self._record(example, target))
         world.agree([_number(self._identity(flow)), self._num_stages, num_microbatches], None,
@@ -87,6 +87,8 @@ class Pipeline:
         graph = world.together(lambda: self._price(flow, costs))
         self._plan: Plan = self._make_plan(graph, plan)
         self._graph = graph
+        self._orders = dataclasses.replace(self._orders, costs=observe.costs_of(self._plan, **self._link),
+                                           _known={})
         world.together(lambda: self._place(flow, weights, check))
         self._connect_workers(flow)
 
@@ -119,7 +121,8 @@ class Pipeline:
             raise InputError(f"{count} stages on {self._world.size} workers; every worker holds the same number of stages: try "
                              f"num_stages={self._world.size * max(1, round(count / self._world.size))}")
         self._num_microbatches = num_microbatches
-        self._schedule(count, num_microbatches)         # an unknown schedule is refused before anything else is done
+        # An unknown schedule is refused before anything else is done.
+        Orders(self._schedule, count, num_microbatches, self._world.size, self._world.rank).build()
 
     def _count_stages(self, num_stages, plan) -> int:
         if num_stages is not None:
@@ -167,7 +170,7 @@ class Pipeline:
         """The model and the example, as text: what workers must agree on."""
         parameters = [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in self._model.named_parameters()]
         nodes = [(node.name, [flow.recording.values[v].spec.shape for v in node.results]) for node in flow.recording.nodes]
-        return repr((parameters, nodes, str(self._schedule_name)))
+        return repr((parameters, nodes, str(self._schedule)))
 
     def _price(self, flow: Dataflow, costs) -> networkx.DiGraph:
         if isinstance(costs, networkx.DiGraph):
@@ -202,7 +205,7 @@ class Pipeline:
     def _partition(self, graph: networkx.DiGraph) -> Plan:
         total = sum(data.get("forward", 0) + data.get("backward", 0) for _, data in graph.nodes(data=True))
         tolerance = max(0.05, min(0.5, _NOISE_SECONDS * self._num_stages / max(total, 1e-12)))
-        return partitioners.partition(graph, self._num_stages, bandwidth=None if self._world.size == 1 else 1e9,
+        return partitioners.partition(graph, self._num_stages, bandwidth=self._link["bandwidth"],
                                       num_microbatches=self._num_microbatches, prefer_single_tensor=tolerance,
                                       stages_per_worker=max(1, self._num_stages // self._world.size)
                                       if self._world.size > 1 else 1, progress=self._tell)
@@ -226,11 +229,10 @@ class Pipeline:
         self._placement.settle(flow, stage_of, list(dict.fromkeys(self._names_of.values())))
         self._held = self._held_names(flow)
         if check and all(p.device.type != "meta" for p in (*self._model.parameters(), *self._model.buffers())):
-            from pipeengine.fidelity import check_recording
             check_recording(self._model, flow, stage_of, self._num_stages, self._example, self._loss_fn)
         load_stage(self._model, self._held, self._device, weights=weights, seed=self._seed)
         self._variants = Variants(self._model, self._placement, self._own, loss_fn=self._loss_fn, device=self._device,
-                                  draw=self._draw, defer=self._splits_backward, recompute=self._recomputed_stages())
+                                  draw=self._draw, defer=self._orders.splits_backward, recompute=self._recomputed_stages())
         variant = self._variants.make(flow.recording, outputs=False)
         self._example_links = variant.links
         self._example_split = variant.split
@@ -247,7 +249,6 @@ class Pipeline:
         """Parameters of the own stages, and the small buffers that every worker needs to follow the inputs."""
         own = {name for name, stages in self._placement.holders.items() if stages & set(self._own)}
         values = flow.recording.values
-        from pipeengine.recording import node_refs
         given = {values[v].name for n in flow.free for v in node_refs(flow.recording.nodes[n]) if values[v].kind == "attribute"}
         given |= {values[v].name for guard in flow.recording.guards for v in (*refs(guard.args), *refs(guard.kwargs))
                   if values[v].kind == "attribute"}
@@ -270,7 +271,6 @@ class Pipeline:
                                             world.rank, world.ranks, backend, world.timeout, world.waiter)
             self._shared.equalise()
         self._executor = Executor(self._transport, self._draw)
-        self._programs: dict[tuple, list] = {}
         self._step_number = 0
         self._calls = 0
         self.loss: torch.Tensor | None = None
@@ -286,62 +286,6 @@ class Pipeline:
 
     def _owner(self, name: str) -> int:
         return min((self._worker_of[s] for s in self._placement.holders.get(name, ())), default=-1)
-
-    # -- programs ---------------------------------------------------------------------------------------------------
-
-    def _schedule(self, num_stages: int, num_microbatches: int) -> Schedule:
-        """The order of a step. In one process every stage acts as a worker of its own, if the schedule can do that."""
-        if self._world.size > 1:
-            choices = [self._world.size]
-        else:
-            choices = [n for n in (num_stages, num_stages // 2, *range(num_stages // 2, 0, -1)) if n and num_stages % n == 0]
-        problem: ScheduleError | None = None
-        for workers in choices:
-            try:
-                made = build(self._schedule_name, num_workers=workers, num_microbatches=num_microbatches,
-                             stages_per_worker=num_stages // workers)
-                if made.topology.num_stages == num_stages:
-                    return made
-                problem = problem or ScheduleError(
-                    f"schedule {made.name} holds {made.topology.num_stages} stages on {workers} workers, {num_stages} were asked "
-                    f"for; try num_stages={made.topology.num_stages}")
-            except ScheduleError as error:
-                problem = problem or error
-        raise problem
-
-    @property
-    def _splits_backward(self) -> bool:
-        return any((lane.op == I).any() for lane in self._schedule(self._num_stages, self._num_microbatches).lanes)
-
-    def _program(self, num_microbatches: int, links: frozenset, training: bool) -> list[tuple]:
-        """This worker's actions for a batch of so many micro-batches."""
-        key = num_microbatches, links, training
-        if key not in self._programs:
-            edges = tuple(Edge(source, target, activation, gradient and training)
-                          for source, target, activation, gradient in sorted(_merge(links)) if activation or training)
-            shape = self._schedule(self._num_stages, self._num_microbatches).topology
-            schedule = self._order(shape, num_microbatches) if training else \
-                forward_schedule(shape.num_workers, num_microbatches, shape)
-            self._programs[key] = self._actions(schedule, edges)
-        return self._programs[key]
-
-    def _order(self, shape: Topology, num_microbatches: int) -> Schedule:
-        """The schedule for so many micro-batches; a last batch may have fewer than it is made for."""
-        try:
-            made = self._schedule(self._num_stages, num_microbatches)
-        except ScheduleError:
-            made = None
-        if made is None or made.topology != shape:
-            return forward_then_backward(shape, num_microbatches)
-        return made
-
-    def _actions(self, schedule, edges) -> list[tuple]:
-        if self._world.size > 1:
-            return [tuple(action) for action in lower(schedule, edges).actions(self._world.rank)]
-        timeline = simulate(schedule, None, edges)
-        order = sorted(range(len(timeline.start)), key=lambda i: (timeline.start[i], timeline.stage[i]))
-        names = "FBIW"
-        return [(names[timeline.op[i]], int(timeline.stage[i]), int(timeline.microbatch[i]), -1) for i in order]
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
@@ -359,7 +303,7 @@ class Pipeline:
         return self.loss
 
     def _run_step(self, tasks, variants, digest, links) -> None:
-        actions = self._program(len(tasks), links, True)
+        actions = self._orders.actions(len(tasks), links, training=True)
         if self._shared is not None:
             self._shared.begin()
         self._transport.begin(self._calls, digest)
@@ -392,11 +336,11 @@ class Pipeline:
 
     def _run_evaluation(self, tasks, variants, digest, links, gather: bool) -> object:
         self._transport.begin(self._calls, digest)
-        self._executor.run(self._program(len(tasks), links, False), tasks)
+        self._executor.run(self._orders.actions(len(tasks), links, training=False), tasks)
         self.loss = self._spread_loss(variants[0], self._executor.loss)
         last = self._worker_of[variants[0].split.output_stage]
         outputs = [self._executor.outputs.get(m) for m in range(len(tasks))]
-        merged = _merge_outputs(variants, outputs if self._world.rank == last else None, tasks, self.loss)
+        merged = merge_outputs(variants, outputs if self._world.rank == last else None, tasks, self.loss)
         return self._world.share(merged, last) if gather and self._world.size > 1 else merged
 
     def _take_apart(self, inputs: Inputs) -> Batch:
@@ -576,22 +520,22 @@ class Pipeline:
         for rank, text in self._world.published().items():
             for record in json.loads(text)["records"]:
                 lanes.setdefault(record[1] if self._world.size == 1 else rank, []).append(tuple(record))
-        return observe.measured(lanes, schedule=self._schedule_text, num_workers=self._num_lanes)
+        return observe.measured(lanes, schedule=self._orders.name, num_workers=self._num_lanes)
 
     @property
     def _num_lanes(self) -> int:
         return self._world.size if self._world.size > 1 else self._num_stages
 
-    @property
-    def _schedule_text(self) -> str:
-        return self._schedule_name if isinstance(self._schedule_name, str) else \
-            getattr(self._schedule_name, "name", getattr(self._schedule_name, "__name__", "custom"))
-
     def predicted_timeline(self) -> Timeline:
         """One step as the plan's costs predict it."""
-        link = (1e-4, 1e9) if self._world.size > 1 else (0.0, None)
-        return observe.predict(self._plan, self._schedule(self._num_stages, self._num_microbatches), hop=link[0],
-                               bandwidth=link[1])
+        return observe.predict(self._plan, self._orders.build(), **self._link)
+
+    @property
+    def _link(self) -> dict[str, float | None]:
+        """What a message between two stages takes."""
+        if self._world.size == 1:
+            return {"hop": 0.0, "bandwidth": None}
+        return {"hop": _HOP_SECONDS, "bandwidth": _LINK_BYTES_PER_SECOND}
 
     def run_report(self) -> RunReport:
         """Per stage: predicted and measured time, idle share, memory, what it sends. Any worker may call it alone."""
@@ -600,7 +544,7 @@ class Pipeline:
         parameters = {stage: sum(size for name, size in sizes.items() if stage in self._placement.holders.get(name, ()))
                       for stage in range(self._num_stages)}
         rows = tuple(observe.rows(self._plan, lanes, parameters, self._num_microbatches))
-        return RunReport(type(self._model).__name__, self._schedule_text, self._num_microbatches, rows,
+        return RunReport(type(self._model).__name__, self._orders.name, self._num_microbatches, rows,
                          self.predicted_timeline(), self.timeline(), None if self.loss is None else float(self.loss))
 
     def report(self) -> str:
@@ -655,52 +599,8 @@ def _all_names(model: torch.nn.Module) -> dict[str, str]:
     return found
 
 
-def _merge(links: frozenset) -> frozenset:
-    """One entry per pair of stages; with a message that way when any micro-batch has one."""
-    pairs: dict[tuple[int, int], tuple[bool, bool]] = {}
-    for source, target, activation, gradient in links:
-        before = pairs.get((source, target), (False, False))
-        pairs[source, target] = activation or before[0], gradient or before[1]
-    return frozenset((*pair, *kinds) for pair, kinds in pairs.items())
-
-
 def _action_text(position: tuple) -> str:
     op, stage, microbatch, _ = position
     what = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient", "SA": "sending an activation",
             "RA": "receiving an activation", "SG": "sending a gradient", "RG": "receiving a gradient"}[op]
     return f"stage {stage}, {what} of micro-batch {microbatch}"
-
-
-def _merge_outputs(variants, outputs, tasks, loss) -> object:
-    """One output for the whole batch from those of the micro-batches; without ``outputs`` the structure with the loss alone."""
-    first = variants[0].recording
-    if outputs is None:
-        return fill(first.output, lambda value: loss if value == first.loss else None)
-    made = [fill(variant.recording.output, dict(zip(variant.outputs, values)).__getitem__)
-            for variant, values in zip(variants, outputs)]
-    from pipeengine.structure import tensors
-    columns = iter(zip(*(tensors(output) for output in made)))
-    order = [value for value in refs(first.output)]
-    position = iter(order)
-
-    def merge(leaf: object) -> object:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        parts, value = next(columns), next(position)
-        if value == first.loss:
-            return loss
-        return _join(parts, tasks)
-    return replace(made[0], merge)
-
-
-def _join(parts: tuple, tasks) -> torch.Tensor:
-    """Micro-batches' tensors as one: rows one after another; scalars by weight; what is the same for all, once."""
-    if len(parts) == 1:
-        return parts[0]
-    if parts[0].dim() == 0:
-        if not parts[0].is_floating_point():
-            return parts[0]
-        return sum(part * task.weight for part, task in zip(parts, tasks))
-    if all(part.shape[1:] == parts[0].shape[1:] for part in parts):
-        return torch.cat(parts)
-    return parts[0]

@@ -1,0 +1,101 @@
+"""Which actions a worker runs for a batch: schedule and boundaries in, a list of actions out."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pipeengine.errors import ScheduleError
+from pipeengine.program import lower
+from pipeengine.schedules import build, forward_schedule
+from pipeengine.schedules.form import Edge, I, Schedule, Topology
+from pipeengine.schedules.linear import forward_then_backward
+from pipeengine.timeline import OPS, Costs, simulate
+
+Links = frozenset[tuple[int, int, bool, bool]]          # (source, target, activation, gradient)
+
+
+@dataclass(frozen=True)
+class Orders:
+    """The orders of one pipeline: ``num_stages`` stages on ``num_workers`` processes, seen from process ``worker``.
+
+    ``costs`` are the plan's, once there is one: schedules that are made for given times, and the places of messages, follow them.
+    """
+
+    schedule: str | Callable[..., Schedule] | Schedule
+    num_stages: int
+    num_microbatches: int
+    num_workers: int
+    worker: int
+    costs: Costs | None = None
+    _known: dict[tuple, list[tuple]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        return self.schedule if isinstance(self.schedule, str) else \
+            getattr(self.schedule, "name", getattr(self.schedule, "__name__", "custom"))
+
+    def build(self, num_microbatches: int | None = None) -> Schedule:
+        """The schedule itself. In one process every stage acts as a worker of its own, if the schedule can do that."""
+        half = self.num_stages // 2
+        choices = [self.num_workers] if self.num_workers > 1 else \
+            [n for n in (self.num_stages, *range(half, 0, -1)) if self.num_stages % n == 0]
+        problem: ScheduleError | None = None
+        for workers in choices:
+            try:
+                made = build(self.schedule, num_workers=workers, num_microbatches=num_microbatches or self.num_microbatches,
+                             stages_per_worker=self.num_stages // workers, costs=self.costs)
+            except ScheduleError as error:
+                problem = problem or error
+                continue
+            if made.topology.num_stages == self.num_stages:
+                return made
+            problem = problem or ScheduleError(
+                f"schedule {made.name} holds {made.topology.num_stages} stages on {workers} workers, {self.num_stages} were asked "
+                f"for; try num_stages={made.topology.num_stages}")
+        raise problem
+
+    @property
+    def worker_of(self) -> tuple[int, ...]:
+        """The process that holds each stage."""
+        return self.build().topology.worker_of if self.num_workers > 1 else (0,) * self.num_stages
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether input and weight gradients are separate actions."""
+        return any((lane.op == I).any() for lane in self.build().lanes)
+
+    def actions(self, num_microbatches: int, links: Links, *, training: bool) -> list[tuple]:
+        """This process's actions for a batch of so many micro-batches."""
+        key = num_microbatches, links, training
+        if key not in self._known:
+            edges = tuple(Edge(source, target, activation, gradient and training)
+                          for source, target, activation, gradient in _merged(links) if activation or training)
+            shape = self.build().topology
+            schedule = self._order(shape, num_microbatches) if training else \
+                forward_schedule(shape.num_workers, num_microbatches, shape)
+            self._known[key] = self._listed(schedule, edges)
+        return self._known[key]
+
+    def _order(self, shape: Topology, num_microbatches: int) -> Schedule:
+        """The schedule for so many micro-batches; a last batch may have fewer than it is made for."""
+        try:
+            made = self.build(num_microbatches)
+        except ScheduleError:
+            return forward_then_backward(shape, num_microbatches)
+        return made if made.topology == shape else forward_then_backward(shape, num_microbatches)
+
+    def _listed(self, schedule: Schedule, edges: tuple[Edge, ...]) -> list[tuple]:
+        if self.num_workers > 1:
+            return [tuple(action) for action in lower(schedule, edges, self.costs).actions(self.worker)]
+        timeline = simulate(schedule, None, edges)      # in one process any order that respects the schedule will do
+        order = sorted(range(len(timeline.start)), key=lambda i: (timeline.start[i], timeline.stage[i]))
+        return [(OPS[timeline.op[i]], int(timeline.stage[i]), int(timeline.microbatch[i]), -1) for i in order]
+
+
+def _merged(links: Links) -> list[tuple[int, int, bool, bool]]:
+    """One entry per pair of stages; with a message that way when any micro-batch has one."""
+    pairs: dict[tuple[int, int], tuple[bool, bool]] = {}
+    for source, target, activation, gradient in links:
+        before = pairs.get((source, target), (False, False))
+        pairs[source, target] = activation or before[0], gradient or before[1]
+    return [(*pair, *kinds) for pair, kinds in sorted(pairs.items())]
