@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import torch
+from torch.autograd.graph import _engine_run_backward, get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from pipeengine import wire
@@ -107,6 +108,8 @@ class Executor:
         self._ready: dict[tuple, list] = {}         # what a send will carry
         self._saved: dict[tuple[int, int], tuple] = {}
         self._waiting: dict[tuple[int, int], Queue] = {}     # weight gradients that were put off
+        self._seeds: dict[tuple, torch.Tensor] = {}
+        self._training = torch.is_grad_enabled()
         self.loss: torch.Tensor | None = None
         self.outputs: dict[int, list] = {}
         self.records.clear()
@@ -121,6 +124,7 @@ class Executor:
             self._saved.clear()
             self._waiting.clear()
             self._ready.clear()
+            self._seeds.clear()
             self._tasks = ()
 
     # -- computing --------------------------------------------------------------------------------------------------
@@ -133,10 +137,10 @@ class Executor:
             if route.form.slots:
                 received += self._transport.take(wire.ACTIVATION, route.source, route.target, microbatch, route.form)
         start = perf_counter()
-        grad = torch.is_grad_enabled()
-        for tensor, wants in zip(received, runnable.wants):
-            if wants and grad:
-                tensor.requires_grad_()
+        if self._training:
+            for tensor, wants in zip(received, runnable.wants):
+                if wants:
+                    tensor.requires_grad_()
         inputs = task.inputs
         if runnable.deferral is not None:
             self._waiting[stage, microbatch] = runnable.deferral.begin()
@@ -145,20 +149,21 @@ class Executor:
             if route.positions:
                 self._ready[wire.ACTIVATION, route.source, route.target, microbatch] = \
                     [made[i].detach() for i in route.positions], route
-        if runnable.loss is not None and task.weight:
-            share = made[runnable.loss].detach() * task.weight
+        loss = None if runnable.loss is None else made[runnable.loss].detach()
+        if loss is not None and task.weight:
+            share = loss * task.weight
             self.loss = share if self.loss is None else self.loss + share
-        if grad:
+        if self._training:
             # Only the edges are kept: an output that nobody saved for backward is freed once it is sent.
-            edges = [torch.autograd.graph.get_gradient_edge(made[i]) for i in runnable.roots]
-            edges += [torch.autograd.graph.get_gradient_edge(received[i]) for i in runnable.relays]
+            edges = [get_gradient_edge(made[i]) for i in runnable.roots]
+            edges += [get_gradient_edge(received[i]) for i in runnable.relays]
             leaves = [tensor if wants else None for tensor, wants in zip(received, runnable.wants)]
-            loss = made[runnable.loss].detach() if runnable.loss_root is not None else None
             self._saved[stage, microbatch] = edges, leaves, loss
         if runnable.keeps:
             self.outputs[microbatch] = [made[i] for i in runnable.keeps]
         self.records.append(("F", stage, microbatch, start, perf_counter()))
-        self._hand_over(runnable, microbatch)
+        if len(task.stages) > 1:
+            self._hand_over(runnable, microbatch)
 
     def _run(self, runnable: Runnable, key: int | None, inputs: list, received: list) -> tuple:
         """The stage's function, with its random numbers, and again in backward if asked."""
@@ -197,10 +202,11 @@ class Executor:
                     held = gradients[position]
                     gradients[position] = gradient if held is None else held + gradient
         start = perf_counter()
-        if loss is not None:
-            gradients[runnable.loss_root] = torch.full_like(loss, task.weight)
+        if runnable.loss_root is not None:
+            gradients[runnable.loss_root] = self._seed(loss, task.weight)
         if edges:
-            torch.autograd.backward(edges, gradients)
+            # torch.autograd.backward without its checks in Python: the layouts have settled the shapes.
+            _engine_run_backward(tuple(edges), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True)
         for route in runnable.receives:
             if route.received:
                 self._ready[wire.GRADIENT, route.source, route.target, microbatch] = \
@@ -208,7 +214,16 @@ class Executor:
         if op == "B" and runnable.deferral is not None:
             run_deferred(self._waiting.pop((stage, microbatch)))
         self.records.append((op, stage, microbatch, start, perf_counter()))
-        self._hand_back(runnable, microbatch)
+        if len(task.stages) > 1:
+            self._hand_back(runnable, microbatch)
+
+    def _seed(self, loss: torch.Tensor, weight: float) -> torch.Tensor:
+        """The gradient of a micro-batch's loss; most micro-batches weigh the same."""
+        key = weight, loss.dtype, loss.shape
+        found = self._seeds.get(key)
+        if found is None:
+            found = self._seeds[key] = torch.full_like(loss, weight)
+        return found
 
     # -- messages ---------------------------------------------------------------------------------------------------
 
