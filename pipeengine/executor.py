@@ -120,6 +120,7 @@ class Executor:
                 op, stage, microbatch, peer = action
                 do[op](stage, microbatch, peer)
             self._transport.finish()
+            self.position = ()
         finally:
             self._saved.clear()
             self._waiting.clear()

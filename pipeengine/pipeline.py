@@ -82,8 +82,8 @@ class Pipeline:
         self._worker_of = self._orders.worker_of
         self._own = tuple(s for s in range(self._num_stages) if self._worker_of[s] == world.rank)
         flow = world.together(lambda: self._record(example, target))
-        world.agree([_number(self._identity(flow)), self._num_stages, num_microbatches], None,
-                    ("the model or the example", "num_stages", "num_microbatches"))
+        world.agree([self._num_stages, num_microbatches, _number(self._schedule_text), _number(self._identity(flow))], None,
+                    ("num_stages", "num_microbatches", "the schedule", "the model or the example"))
         graph = world.together(lambda: self._price(flow, costs))
         self._plan: Plan = self._make_plan(graph, plan)
         self._graph = graph
@@ -170,7 +170,7 @@ class Pipeline:
         """The model and the example, as text: what workers must agree on."""
         parameters = [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in self._model.named_parameters()]
         nodes = [(node.name, [flow.recording.values[v].spec.shape for v in node.results]) for node in flow.recording.nodes]
-        return repr((parameters, nodes, str(self._schedule)))
+        return repr((parameters, nodes))
 
     def _price(self, flow: Dataflow, costs) -> networkx.DiGraph:
         if isinstance(costs, networkx.DiGraph):
@@ -358,13 +358,13 @@ class Pipeline:
         problem, facts, prepared = None, (self._calls, 0, 0), ([], [], 0)
         try:
             prepared, facts = self._tasks(inputs, training)
-        except PipeEngineError as error:
+        except InputError as error:
             problem = error
         except Exception as error:
             problem = InputError(f"this batch cannot be used: {type(error).__name__}: {error}")
             problem.__cause__ = error
         self._guarded(lambda: self._world.agree(facts, problem, ("the number of calls", "the batch", "the recorded model")),
-                      harmless=InputError if problem is None else PipeEngineError)
+                      harmless=InputError)
         return prepared
 
     def _tasks(self, inputs: Inputs, training: bool):
