@@ -82,7 +82,7 @@ class Pipeline:
         self._worker_of = self._orders.worker_of
         self._own = tuple(s for s in range(self._num_stages) if self._worker_of[s] == world.rank)
         flow = world.together(lambda: self._record(example, target))
-        world.agree([self._num_stages, num_microbatches, _number(self._schedule_text), _number(self._identity(flow))], None,
+        world.agree([self._num_stages, num_microbatches, _number(self._orders.name), _number(self._identity(flow))], None,
                     ("num_stages", "num_microbatches", "the schedule", "the model or the example"))
         graph = world.together(lambda: self._price(flow, costs))
         self._plan: Plan = self._make_plan(graph, plan)
