@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -64,7 +65,7 @@ class Pipeline:
         self._batch_dims, self._seed, self._schedule = batch_dims, seed, schedule
         self._device = _device(model, device)
         self._recompute = recompute
-        self._world: Alone | World = connect(mesh, self._device)
+        self._world: Alone | World = connect(mesh, self._device, _launched())
         try:
             self._construct(example, target, num_microbatches, num_stages, plan, costs, weights, check)
         except BaseException:
@@ -577,13 +578,20 @@ class Pipeline:
         return self._transport.bytes
 
 
+def _launched() -> bool:
+    """Whether torchrun, or something like it, has started this process as one of several."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ) and int(os.environ["WORLD_SIZE"]) > 1
+
+
 def _device(model: torch.nn.Module, device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    for tensor in (*model.parameters(), *model.buffers()) if isinstance(model, torch.nn.Module) else ():
-        if tensor.device.type != "meta":
-            return tensor.device
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    """Where to run: as asked, else where the model is, else (for meta) the accelerator. Each local process has its own."""
+    found = torch.device(device) if device is not None else None
+    if found is None and isinstance(model, torch.nn.Module):
+        found = next((t.device for t in (*model.parameters(), *model.buffers()) if t.device.type != "meta"), None)
+    found = found or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if found.type in ("cpu", "meta") or found.index is not None:
+        return found
+    return torch.device(found.type, int(os.environ.get("LOCAL_RANK", 0)) % max(1, torch.accelerator.device_count()))
 
 
 def _number(text: str) -> int:

@@ -6,7 +6,6 @@ of them run it?), the loss after it, and, when something breaks, its cause.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import traceback
 import uuid
@@ -242,20 +241,19 @@ def _error(description: tuple[str, str, str], rank: int, own: int, problem: Exce
     return WorkerError(f"worker {rank} failed: {kind}: {text}\n--- traceback of worker {rank} ---\n{trace}")
 
 
-def connect(mesh: object, device: torch.device | None, timeout: timedelta = timedelta(minutes=10)) -> Alone | World:
+def connect(mesh: object, device: torch.device, launched: bool, timeout: timedelta = timedelta(minutes=10)) -> Alone | World:
     """The workers of this job: the ``pp`` dimension of ``mesh``, the default process group, or this process alone.
 
-    Under torchrun without a process group one is started.
+    Where processes were ``launched`` (by torchrun) without a process group, one is started.
     """
     if mesh is not None:
         group = mesh.get_group("pp") if "pp" in (mesh.mesh_dim_names or ()) else mesh.get_group()
         ranks = dist.get_process_group_ranks(group)
         return World(ranks, timeout) if len(ranks) > 1 else Alone()
     if not dist.is_initialized():
-        if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ) or int(os.environ["WORLD_SIZE"]) < 2:
+        if not launched:
             return Alone()
-        on_accelerator = device is not None and device.type != "cpu"
-        dist.init_process_group(None if on_accelerator else "gloo", timeout=timeout)
+        dist.init_process_group("gloo" if device.type == "cpu" else None, timeout=timeout)
     if dist.get_world_size() == 1:
         return Alone()
     return World(range(dist.get_world_size()), timeout)
