@@ -11,7 +11,7 @@ from pipeengine.errors import (
     CaptureError, GraphError, InfeasibleError, InputError, PartitionError, PipeEngineError, PlanError, ScheduleError,
     WorkerError)
 
-_LATER = {"Pipeline": "pipeline", "capture": "capture", "profile": "profiling", "simulate": "timeline", "Recording": "recording",
+_LATER = {"Pipeline": "pipeline", "capture": "capturing", "profile": "profiling", "simulate": "timeline", "Recording": "recording",
           "Timeline": "timeline", "Costs": "timeline", "Schedule": "schedules.form", "Program": "program", "lower": "program",
           "build": "schedules", "DeviceDescription": "costs"}
 

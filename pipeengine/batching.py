@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeengine.capture import Inputs
+from pipeengine.capturing import Inputs
 from pipeengine.errors import InputError
 from pipeengine.structure import encode, replace
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from pipeengine.capture import Inputs, find_loss
+from pipeengine.capturing import Inputs, find_loss
 from pipeengine.dataflow import Dataflow
 from pipeengine.errors import CaptureError
 from pipeengine.recording import Recording, fill, refs

@@ -18,7 +18,7 @@ import partitioners
 from partitioners import Plan
 from pipeengine import observe
 from pipeengine.batching import Batch, argument_names, take_apart
-from pipeengine.capture import Inputs, capture
+from pipeengine.capturing import Inputs, capture
 from pipeengine.costs import analytic, cost_graph
 from pipeengine.dataflow import Dataflow, analyse
 from pipeengine.errors import InputError, PipeEngineError, PlanError, WorkerError

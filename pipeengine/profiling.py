@@ -8,7 +8,7 @@ import networkx
 import torch
 
 from pipeengine.batching import argument_names, take_apart
-from pipeengine.capture import Inputs, capture
+from pipeengine.capturing import Inputs, capture
 from pipeengine.costs import DeviceDescription, analytic, cost_graph
 from pipeengine.dataflow import analyse
 from pipeengine.errors import InputError

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy
 import torch
 
-from pipeengine.capture import Inputs, capture
+from pipeengine.capturing import Inputs, capture
 from pipeengine.dataflow import Dataflow, analyse
 from pipeengine.deferral import replacement
 from pipeengine.errors import PlanError
