@@ -149,7 +149,7 @@ def test_errors_are_one_tree():
     assert issubclass(pipeengine.InputError, ValueError) and issubclass(pipeengine.WorkerError, RuntimeError)
 
 
-DOOR = ROOT / "pipeengine" / "cli.py", ROOT / "pipeengine" / "world.py"
+DOOR = tuple(ROOT / "pipeengine" / name for name in ("cli.py", "world.py", "pipeline.py"))
 
 
 @pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "partitioners").glob("*.py"))], ids=lambda path: path.stem)
