@@ -8,6 +8,7 @@ goes back to Qi et al., Zero Bubble, ICLR 2024, section 3. Deterministic: every 
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -348,41 +349,106 @@ def lower_bound(topology: Topology, num_microbatches: int, costs: Costs, max_pea
                 ) -> float:
     """Seconds that no order on this topology can beat (makespan, activations under ``max_peak``).
 
-    Per worker: the way to its first action, its work, and the way back of its last gradient; the same from the moment
-    its first gradient can arrive, before which memory lets it run only so many forwards; and
-    the round trips that memory forces one after another.
+    Each action gets a time before which it cannot start and a time that must follow its end, from the actions before and
+    after it on its way, from memory, and from its worker's own work. Then each worker alone, allowed to interrupt its actions,
+    needs so long (Jackson's preemptive schedule; Carlier, European Journal of Operational Research 1982).
     """
     task = _task(topology, num_microbatches, costs, max_peak, "makespan")
-    m, stages = num_microbatches, range(topology.num_stages)
-    f, i, w = task.seconds
-    least_w = w[0]
-    bound = sum(f) + sum(i) + 2 * sum(task.hop) + least_w
-    for worker in range(topology.num_workers):
-        held = topology.stages_of(worker)
-        first = held[0]
-        head, back = sum(f[:first]) + sum(task.hop[:first + 1]), sum(i[:first]) + sum(task.hop[:first + 1])
-        urgent, work = (sum(sum(row[s] for s in held) for row in rows) for rows in ((f, i), (f, i, w)))
-        bound = max(bound, head + m * work, head + m * urgent + back + least_w)
-        if len(held) == 1:
-            bound = max(bound, _memory_bound(task, worker, head, back))
-    return bound
+    heads, tails = _earliest(task), _following(task)
+    jobs: list[list[tuple[float, float, float]]] = [[] for _ in range(topology.num_workers)]
+    for head, tail, seconds in zip(heads, tails, task.seconds):
+        for stage, worker in enumerate(topology.worker_of):
+            jobs[worker] += [(a, seconds[stage], b) for a, b in zip(head[stage], tail[stage])]
+    return max(_alone(work) for work in jobs)
 
 
-def _memory_bound(task: _Task, r: int, head: float, back: float) -> float:
-    """``lower_bound`` for worker ``r`` of a linear topology, from what memory forbids."""
-    m, n, (f, i, w) = task.microbatches, task.fits(r), task.seconds
-    trip = sum(f[r:]) + sum(i[r:]) + 2 * sum(task.hop[r + 1:])
-    again = trip + (w[r] if task.cap[r] - n * task.held[r] < task.kept[r] * (1 - _SLACK) else 0.0)
-    arrival = head + trip - i[r]
-    bound = max(arrival + m * (f[r] + i[r] + w[r]) - n * f[r], arrival + m * (f[r] + i[r]) - n * f[r] + back + w[0])
-    for turn in range(1, (m - 1) // n + 1):
-        rest, start = m - turn * n, head + turn * again
-        bound = max(bound, start + trip + back + w[0])
-        for b in range(r, task.num_workers):
-            bound = max(bound, start + rest * (f[b] + i[b] + w[b]),
-                        start + rest * (f[b] + i[b]) + sum(i[:b]) + sum(task.hop[:b + 1]) + w[0])
-            start += f[b] + (task.hop[b + 1] if b + 1 < len(task.hop) else 0.0)
-    return bound
+def _earliest(task: _Task) -> list[list[list[float]]]:
+    """Per F, I, W, stage and k: when the k-th of them on that stage can start at the earliest."""
+    m, stages, (f, i, w) = task.microbatches, task.num_stages, task.seconds
+    heads = [[[0.0] * m for _ in range(stages)] for _ in range(3)]
+    forward, inputs, weights = heads
+    first = [sum(f[:s]) + sum(task.hop[:s + 1]) for s in range(stages)]
+    for k in range(m):
+        for s in range(stages):
+            forward[s][k] = max(first[s] + k * f[s], _room(task, s, k, first[s] + k * f[s], inputs[s]),
+                                forward[s - 1][k] + f[s - 1] + task.hop[s] if s else 0.0,
+                                forward[s][k - 1] + f[s] if k else 0.0)
+        for s in reversed(range(stages)):
+            forced = _forced(task, s, k + 1, k)
+            inputs[s][k] = max(first[s] + (k + 1) * f[s] + k * i[s] + forced * w[s], forward[s][k] + f[s],
+                               inputs[s + 1][k] + i[s + 1] + task.hop[s + 1] if s + 1 < stages else 0.0,
+                               inputs[s][k - 1] + i[s] if k else 0.0)
+            weights[s][k] = inputs[s][k] + i[s]
+    return heads
+
+
+def _forced(task: _Task, s: int, forwards: int, inputs: int) -> int:
+    """How many W must be done before so many F of stage ``s`` have started with so many I done, for want of memory."""
+    worker = task.topology.worker_of[s]
+    if len(task.topology.stages_of(worker)) > 1:
+        return 0
+    over = forwards * task.held[s] - inputs * (task.held[s] - task.kept[s]) - task.cap[worker] * (1 + _SLACK)
+    if over <= 0:
+        return 0
+    return math.ceil(over / task.kept[s] - _SLACK) if task.kept[s] else forwards + 1
+
+
+def _room(task: _Task, s: int, k: int, busy: float, inputs: Sequence[float]) -> float:
+    """When there can be room for F number ``k`` of stage ``s``: the best mixture of I and W done before it.
+
+    ``busy`` is when the forwards alone would be through; ``inputs`` holds the earliest starts of I so far.
+    """
+    if not _forced(task, s, k + 1, 0):
+        return 0.0
+    _, i, w = (row[s] for row in task.seconds)
+    best = float("inf")
+    for done in range(1, k + 1):
+        # What comes later ends later; after many tries this is bound enough.
+        if inputs[done - 1] + i >= best or done > 200:
+            return min(best, inputs[done - 1] + i)
+        forced = _forced(task, s, k + 1, done)
+        if forced <= done:
+            best = min(best, max(inputs[done - 1] + i, busy + done * i + forced * w,
+                                 inputs[forced - 1] + i + w if forced else 0.0))
+    return best
+
+
+def _following(task: _Task) -> list[list[list[float]]]:
+    """Per F, I, W, stage and k: the least time between the end of the k-th of them on that stage and the last end of all."""
+    m, stages, (f, i, w) = task.microbatches, task.num_stages, task.seconds
+    tails = [[[0.0] * m for _ in range(stages)] for _ in range(3)]
+    forward, inputs, _ = tails
+    for k in reversed(range(m)):
+        for s in range(stages):
+            inputs[s][k] = max((m - k) * w[s] + (m - 1 - k) * i[s],
+                               inputs[s - 1][k] + i[s - 1] + task.hop[s] if s else 0.0,
+                               inputs[s][k + 1] + i[s] if k + 1 < m else 0.0)
+        for s in reversed(range(stages)):
+            forward[s][k] = max((m - 1 - k) * f[s] + (m - k) * (i[s] + w[s]), inputs[s][k] + i[s],
+                                forward[s + 1][k] + f[s + 1] + task.hop[s + 1] if s + 1 < stages else 0.0,
+                                forward[s][k + 1] + f[s] if k + 1 < m else 0.0)
+    return tails
+
+
+def _alone(jobs: Sequence[tuple[float, float, float]]) -> float:
+    """The least end of jobs (head, seconds, tail) on one worker that may interrupt: always the one with the longest tail."""
+    waiting = sorted(jobs, reverse=True)
+    ready: list[tuple[float, float]] = []
+    now, longest = 0.0, 0.0
+    while waiting or ready:
+        if not ready:
+            now = max(now, waiting[-1][0])
+        while waiting and waiting[-1][0] <= now:
+            _, seconds, tail = waiting.pop()
+            heapq.heappush(ready, (-tail, seconds))
+        tail, seconds = heapq.heappop(ready)
+        spent = min(seconds, waiting[-1][0] - now) if waiting else seconds
+        now += spent
+        if spent < seconds:
+            heapq.heappush(ready, (tail, seconds - spent))
+        else:
+            longest = max(longest, now - tail)
+    return longest
 
 
 # ---------------------------------------------------------------- all together
@@ -438,7 +504,7 @@ def _built_in(num_workers: int, num_microbatches: int, stages_per_worker: int) -
 def _searched(task: _Task, costs: Costs, starts: Sequence[Schedule]) -> Iterable[Schedule]:
     """Orders from dealing and swapping, each start's best."""
     linear = task.num_stages == task.num_workers
-    bound = lower_bound(task.topology, task.microbatches, costs, task.cap)
+    bound = lower_bound(task.topology, task.microbatches, costs, task.cap) if task.objective == "makespan" else 0.0
     lanes: list[tuple[Topology, list[list[int]]]] = []
     if linear:
         dealer = _Dealer(task, budget=max(20, 330_000 // task.size))
