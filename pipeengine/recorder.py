@@ -422,6 +422,8 @@ class Recorder(TorchFunctionMode):
 
     def _inner_call(self, original, module, args, kwargs) -> object:
         """The base-class call inside an overridden ``__call__``: transparent only when it passes on what it got."""
+        if self._recompute_here():
+            raise Promote(self._paths[module], "it recomputes its activations in backward")
         state = self._running[-1]
         same = [id(x) for x in leaves((args, kwargs))] == state[1] and not state[3]
         out = original(module, *args, **kwargs)
