@@ -80,7 +80,8 @@ def _nodes(plan: Plan, graph: nx.DiGraph, points: dict) -> list[str]:
         radius = 2.2 + 2.8 * (times[node] / largest) ** 0.5
         title = escape(f"{data.get('label') or node}: stage {stage}, {format_seconds(times[node])}, "
                        f"output {format_bytes(data.get('output_bytes', 0.0))}")
-        dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="{colour(stage)}"><title>{title}</title></circle>')
+        dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="{colour(stage)}">'
+                    f"<title>{title}</title></circle>")
     return dots
 
 
@@ -107,7 +108,8 @@ def _bars(plan: Plan, top: float) -> tuple[list[str], float]:
         lines.append(f'<text x="{right + 8}" y="{y + 13:.0f}">{escape(text)}</text>')
     bottom = top + len(plan.stages) * (height + 6)
     x = left + plan.lower_bound * scale
-    lines.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top - 6:.0f}" y2="{bottom:.0f}" stroke="#c00" stroke-dasharray="4 3"/>')
+    lines.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top - 6:.0f}" y2="{bottom:.0f}" stroke="#c00" '
+                 'stroke-dasharray="4 3"/>')
     lines.append(f'<text x="{left}" y="{bottom + 16:.0f}" fill="#666">forward (solid), backward (lighter), link (grey); '
                  f'dashed: no plan is below {escape(format_seconds(plan.lower_bound))}</text>')
     return lines, bottom + 34

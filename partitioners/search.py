@@ -25,6 +25,7 @@ SAME = 1 + 1e-12
 FEW_IDEALS = 30_000         # tried before anything that is not exact, where memory binds
 MOST_STATES = 6_000_000      # ideals times stages whose loads are kept at once
 MOST_SWEPT = 1500   # items beyond which integer programmes are too slow to help
+PATIENCE = 10.0     # seconds of search where no time limit is given and a few per cent do not matter
 EFFORT = 55.0       # seconds that sweeps may take where no time limit is given
 MANY_ORDERS, FEW_ORDERS = 4, 2    # of short and of long problems
 HUGE = 20_000       # items beyond which only orders are cut, and the gap told
@@ -46,7 +47,9 @@ class Solution:
 def solve(problem: Problem, prefer_single_tensor: float, gap: float, time_limit: float | None,
            progress: Callable[[str], None] | None) -> Solution:
     """The best solution found, with the best bound; then the one nearby that carries the fewest tensors."""
-    deadline = time.monotonic() + (np.inf if time_limit is None else time_limit)
+    if time_limit is None:
+        time_limit = PATIENCE if prefer_single_tensor > 0 else np.inf
+    deadline = time.monotonic() + time_limit
     solution = _relaxed(problem, gap, deadline, progress) or optimise(problem, gap, deadline, progress)
     if solution is None:
         raise InfeasibleError(_why_infeasible(problem, deadline))
@@ -244,7 +247,7 @@ def _by_sweeps(problem: Problem, best: Solution, gap: float, deadline: float,
         return cuts.bottleneck
     try:
         for bracket in narrow(problem, best.bottleneck, best.lower_bound, evaluate, gap=gap,
-                              deadline=min(deadline, time.monotonic() + EFFORT)):
+                              deadline=deadline if np.isfinite(deadline) else time.monotonic() + EFFORT):
             if bracket.upper < best.bottleneck:
                 ordered, cuts = found[bracket.upper]
                 best = replace(best, stages=runs(ordered, cuts), levels=cuts.levels, bottleneck=bracket.upper)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import numpy as np
 
@@ -183,11 +182,14 @@ class Sweeper:
                 for entry in ((item, weight), (self.size + item, -weight))]
 
     def primal(self, target: float, stages: int, thrift: float, deadline: float) -> list[frozenset[int]]:
-        """Ideals reached one after the other, until all items are in, nothing more fits, or too much is left."""
+        """Ideals reached one after the other, until all items are in, nothing more fits, or too much is left.
+
+        Without ``thrift`` it goes on to the last stage, for what each reaches is a floor for ``dual``.
+        """
         scaled, chain = target / self.scale, [frozenset()]
         for stage in range(stages):
             left, held = deadline - time.monotonic(), self.held(chain[-1:])[0]
-            if left <= 0 or 1.0 - held > (stages - stage) * scaled:
+            if left <= 0 or (thrift and 1.0 - held > (stages - stage) * scaled):
                 break
             _, found = self.step(scaled, chain[-1], Window(0.0, 1.0), Window(held, min(1.0, held + scaled)), 1e-3,
                                  min(left, PRIMAL_STEP), thrift)
@@ -286,22 +288,20 @@ def narrow(problem: Problem, upper: float, lower: float, evaluate: Callable[[lis
         better = load < upper
         yield Bracket(min(load, upper), max(lower, min(bound, load, upper)), chain if better else None)
         return
-    begin, floors = time.monotonic(), {}
-    for bracket in _from_above(sweeper, bracket, evaluate, floors, begin + 0.4 * (deadline - begin)):
+    begin = time.monotonic()
+    for bracket in _from_above(sweeper, bracket, evaluate, max(gap, 2e-3) / 2, begin + 0.4 * (deadline - begin)):
         yield bracket
-    yield from _from_below(sweeper, bracket, floors, gap, deadline)
+    yield from _from_below(sweeper, bracket, gap, deadline)
 
 
-def _from_above(sweeper: Sweeper, bracket: Bracket, evaluate: Callable[[list[frozenset[int]]], float],
-                floors: dict[float, list[float]], deadline: float) -> Iterator[Bracket]:
-    """Bisect on the target with primal sweeps, each with more and with less thrift."""
+def _from_above(sweeper: Sweeper, bracket: Bracket, evaluate: Callable[[list[frozenset[int]]], float], close: float,
+                deadline: float) -> Iterator[Bracket]:
+    """Bisect on the target with primal sweeps, each with more and with less thrift, until within ``close``."""
     stages, failed = sweeper.problem.num_stages, max(bracket.lower, 0.88 * bracket.upper)
-    while time.monotonic() < deadline and bracket.upper - failed > 2.5e-3 * bracket.upper:
+    while time.monotonic() < deadline and bracket.upper - failed > close * bracket.upper:
         target, before = 0.5 * (failed + bracket.upper), bracket.upper
         for thrift in THRIFTS:
             chain = sweeper.primal(target, stages, thrift, deadline)
-            held = sweeper.held(chain)
-            floors[target] = [max(pair) for pair in zip_longest(held, floors.get(target, []), fillvalue=0.0)]
             if not chain or len(chain[-1]) < sweeper.size:
                 continue
             load = evaluate(chain)
@@ -309,18 +309,17 @@ def _from_above(sweeper: Sweeper, bracket: Bracket, evaluate: Callable[[list[fro
                 bracket = Bracket(load, bracket.lower, tuple(chain))
                 yield bracket
                 break
-        if bracket.upper == before:
-            failed = target
+        # A sweep that succeeds is quick and one that fails is not, so the steps down are short.
+        failed = target if bracket.upper == before else max(failed, 0.97 * bracket.upper)
 
 
-def _from_below(sweeper: Sweeper, bracket: Bracket, floors: dict[float, list[float]], gap: float,
-                deadline: float) -> Iterator[Bracket]:
+def _from_below(sweeper: Sweeper, bracket: Bracket, gap: float, deadline: float) -> Iterator[Bracket]:
     """Dual sweeps, first at the gap wanted, then closer or further away."""
     stages, unproved = sweeper.problem.num_stages, bracket.upper
     target = max(bracket.upper * (1 - max(gap, 0.01) * 0.98), bracket.lower)
     while time.monotonic() < deadline and bracket.upper - bracket.lower > gap * bracket.upper:
         close = bracket.upper - bracket.lower < 4e-3 * bracket.upper
-        floor = max((held for known, held in floors.items() if known <= target), key=sum, default=[])
+        floor = sweeper.held(sweeper.primal(target, stages, 0.0, deadline))
         if sweeper.dual(target, stages, floor, deadline, 1e-7 if close else STEP_GAP):
             bracket = Bracket(bracket.upper, target, bracket.chain)
             yield bracket
