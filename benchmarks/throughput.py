@@ -148,9 +148,10 @@ def worker(options: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def run(script: str, arguments: list[str]) -> dict:
-    """What worker 0 of two prints as JSON."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, "--worker", *arguments]
+def run(script: str, arguments: list[str], num_workers: int = 2) -> dict:
+    """What worker 0 prints as JSON."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_workers),
+               script, "--worker", *arguments]
     text = subprocess.run(command, check=True, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
     return json.loads(text.splitlines()[-1])
 

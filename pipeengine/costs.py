@@ -96,7 +96,18 @@ def _attributes(recording: Recording, node: Node, readers: Counter, seconds: Sec
     kept = sum(size for storage, size in node.cost.saved if storage not in counted)
     counted.update(storage for storage, _ in node.cost.saved)
     return {"forward": float(seconds[0]), "backward": float(seconds[1]), "param_bytes": own, "shared": shared,
-            "activation_bytes": kept, "output_bytes": 0, "gradient": False}
+            "activation_bytes": kept, "workspace_bytes": _workspace(recording, node), "output_bytes": 0, "gradient": False}
+
+
+def _workspace(recording: Recording, node: Node) -> int:
+    """Bytes alive only while the node's backward runs: gradients of its results, its inputs and its parameters.
+
+    That of a parameter too: it is made anew for every micro-batch, and then added to what is there.
+    """
+    if not any(recording.values[v].spec.requires_grad for v in node.results):
+        return 0
+    specs = (recording.values[v].spec for v in {*node.results, *node_refs(node)})
+    return sum(spec.bytes for spec in specs if spec.requires_grad)
 
 
 def _label(node: Node) -> str:
