@@ -34,8 +34,7 @@ def simulate_channel(program: Program, costs: Costs) -> Timeline:
     for waiter, on in one_each(consumer, send):
         waits.append(_waits(len(compute) + len(send), node[waiter], node[on]))
     latency = {(edge.source, edge.target): costs.latency(edge) for edge in program.edges}
-    edge_of = np.where(op[send] == SA, 1, -1)
-    pairs = zip(np.where(edge_of > 0, stage[send], peer[send]).tolist(), np.where(edge_of > 0, peer[send], stage[send]).tolist())
+    pairs = zip(np.minimum(stage[send], peer[send]).tolist(), np.maximum(stage[send], peer[send]).tolist())
     duration = np.concatenate([costs.duration(op[compute], stage[compute]), [latency[pair] for pair in pairs]])
     begin, end = solve(starts, duration, tuple(waits))
     lines = np.concatenate([compute, send])

@@ -43,8 +43,8 @@ def _in_range(schedule: Schedule) -> None:
         microbatch >= schedule.num_microbatches)
     if outside.any():
         i = int(outside.argmax())
-        raise ScheduleError(f"entry {i} has operation {op[i]}, stage {stage[i]} and micro-batch {microbatch[i]}, outside the "
-                            f"{len(LETTERS)} letters, {topology.num_stages} stages and {schedule.num_microbatches} "
+        raise ScheduleError(f"entry {i} has operation {op[i]}, stage {stage[i]} and micro-batch {microbatch[i]}, outside "
+                            f"the {len(LETTERS)} letters, {topology.num_stages} stages and {schedule.num_microbatches} "
                             "micro-batches; number all from 0")
     worker = np.repeat(np.arange(topology.num_workers), np.diff(schedule.starts))
     wrong = np.asarray(topology.worker_of)[stage] != worker

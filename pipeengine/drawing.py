@@ -87,8 +87,8 @@ def timeline_svg(panels: Sequence[tuple[str, Timeline]], *, width: float = 960, 
                  standalone: bool = True, hover: bool = True) -> str:
     """Timelines under each other on one scale, such as predicted over measured; a legend above, an axis below.
 
-    ``unit`` names the unit on the axis. Not ``standalone``: without the XML name space, for use inside HTML. With ``hover``
-    each action tells its times under the pointer, unless there are many; without it files are a quarter as large.
+    ``unit`` names the unit on the axis. Not ``standalone``: without the XML name space, for use inside HTML. With
+    ``hover`` each action tells its times under the pointer, unless there are many; without it files are half as large.
     """
     panels = [(title, timeline) for title, timeline in panels if len(timeline.end)]
     if not panels:
@@ -131,7 +131,8 @@ def _panel(title: str, timeline: Timeline, frame: _Frame, width: float, unit: st
         if worker % every == 0:
             middle = y + frame.lane / 2 + 4
             lines.append(f'<text x="{frame.left - 8:g}" y="{middle:g}" text-anchor="end">worker {worker}</text>'
-                         f'<text x="{width - 4:g}" y="{middle:g}" text-anchor="end" fill="#666">{100 * idle:.1f} %</text>')
+                         f'<text x="{width - 4:g}" y="{middle:g}" text-anchor="end" fill="#666">'
+                         f'{100 * idle:.1f} %</text>')
     return "".join(lines) + _blocks(timeline, frame, hover) + _axis(timeline, frame, bottom, unit)
 
 
@@ -185,7 +186,8 @@ def _blocks(timeline: Timeline, frame: _Frame, hover: bool) -> str:
     top = frame.top + timeline.worker[keep] * frame.lane + 2
     draw = _rectangles if hover and len(keep) <= _HOVER else _paths
     fills = [_shade(COLOURS[OPS[op]], int(r), ranks) for op, r in zip(timeline.op[keep], rank)]
-    return draw(timeline, keep, low, high, top, frame.lane - 4, fills) + _numbers(timeline, keep, low, high, top, frame, rank, ranks)
+    return (draw(timeline, keep, low, high, top, frame.lane - 4, fills)
+            + _numbers(timeline, keep, low, high, top, frame, rank, ranks))
 
 
 def _rectangles(timeline: Timeline, keep: np.ndarray, low: np.ndarray, high: np.ndarray, top: np.ndarray,
@@ -223,7 +225,8 @@ def _numbers(timeline: Timeline, keep: np.ndarray, low: np.ndarray, high: np.nda
         text = str(timeline.microbatch[i]) if timeline.microbatch[i] >= 0 else OPS[timeline.op[i]]
         if end - x >= size * 0.6 * len(text) + 2:
             colour = "#222" if ranks > 1 and shade > (ranks - 1) / 2 else "#fff"
-            parts.append(f'<text x="{(x + end - 0.6) / 2:.2f}" y="{y + frame.lane / 2 + 1.5:.2f}" fill="{colour}">{text}</text>')
+            parts.append(f'<text x="{(x + end - 0.6) / 2:.2f}" y="{y + frame.lane / 2 + 1.5:.2f}" fill="{colour}">'
+                         f'{text}</text>')
     return f'<g font-size="{size:g}" text-anchor="middle" pointer-events="none">{"".join(parts)}</g>'
 
 

@@ -126,9 +126,10 @@ def lower(schedule: Schedule, edges: Sequence[Edge] | None = None, costs: Costs 
     """``schedule`` with a send and a receive for every edge and micro-batch that crosses workers.
 
     Each message is one event at its producer's end, and all workers have their messages in the order of these events:
-    the first that is not through can always go, so no way of sharing channels can deadlock. A receive stands one computation ahead of its event, so that it is posted while that computation runs. With
-    ``window``, an event waits until the ``window``-th earlier one of its edge begins to be consumed: fewer buffers at the
-    receiver where a schedule runs far ahead (GPipe), more at the sender.
+    the first that is not through can always go, so no way of sharing channels can deadlock. A receive stands one
+    computation ahead of its event, so that it is posted while that computation runs. With ``window``, an event waits
+    until the ``window``-th earlier one of its edge begins to be consumed: fewer buffers at the receiver where a schedule
+    runs far ahead (GPipe), more at the sender.
     """
     edges = tuple(schedule.topology.chain() if edges is None else edges)
     topology, crossing = schedule.topology, []
@@ -219,8 +220,8 @@ def _lines(messages: Sequence[_Messages], worker: int) -> tuple[np.ndarray, ...]
     return tuple(column[order] for column in columns)
 
 
-def check(order: Schedule | Program, *, edges: Sequence[Edge] | None = None, max_peak: float | Sequence[float] | None = None,
-          costs: Costs | None = None) -> None:
+def check(order: Schedule | Program, *, edges: Sequence[Edge] | None = None,
+          max_peak: float | Sequence[float] | None = None, costs: Costs | None = None) -> None:
     """Raise ``ScheduleError`` unless ``order`` completes, whatever the times.
 
     Every action once and on the worker that owns its stage; every dependency reachable; peak activations (of

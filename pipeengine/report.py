@@ -234,7 +234,8 @@ def report_html(report: RunReport) -> str:
             f"<h1>{escape(report.name)}</h1><p class=quiet>{escape(headline[0].split(': ', 1)[1])}</p>\n"
             f"{_figures(report)}{''.join(f'<p>{escape(note)}</p>' for note in report.notes)}\n"
             f"<h2>One step</h2>{drawing}\n<h2>Stages</h2>{_table(report)}\n"
-            f"<h2>What to look at</h2>{''.join(f'<p>{escape(line)}</p>' for line in _advice(report)) or '<p>-</p>'}\n</html>\n")
+            f"<h2>What to look at</h2>{''.join(f'<p>{escape(line)}</p>' for line in _advice(report)) or '<p>-</p>'}\n"
+            "</html>\n")
 
 
 def _figures(report: RunReport) -> str:

@@ -28,9 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input-grad", type=float, default=1.0, metavar="I", help="time of its input gradient")
     parser.add_argument("--weight-grad", type=float, default=1.0, metavar="W", help="time of its weight gradient")
     parser.add_argument("--hop", type=float, default=0.0, metavar="C", help="time of one message")
-    parser.add_argument("--max-peak", type=float, metavar="A", help="for auto: activations a worker may keep, in micro-batches "
-                        "(with --plan, in bytes); default those of 1F1B")
-    parser.add_argument("--objective", choices=("makespan", "span"), help="for auto: what to make short; default makespan")
+    parser.add_argument("--max-peak", type=float, metavar="A", help="for auto: activations a worker may keep, in "
+                        "micro-batches (with --plan, in bytes); default those of 1F1B")
+    parser.add_argument("--objective", choices=("makespan", "span"),
+                        help="for auto: what to make short; default makespan")
     parser.add_argument("--weight-activation", type=float, default=1.0, metavar="S",
                         help="share of a micro-batch's activations kept between I and W; default 1")
     parser.add_argument("--plan", metavar="FILE", help="take stages, times and messages from a plan instead")
@@ -98,7 +99,8 @@ def _from_times(args: argparse.Namespace) -> Callable[[str], _Result]:
     def ask(name: str) -> _Result:
         fixed = args.schedule == "all" and name not in _TAKES_STAGES
         schedule = build(name, num_workers=args.workers, num_microbatches=args.microbatches,
-                         stages_per_worker=None if fixed else args.stages_per_worker, max_peak=args.max_peak, objective=args.objective,
+                         stages_per_worker=None if fixed else args.stages_per_worker,
+                         max_peak=args.max_peak, objective=args.objective,
                          costs=costs_for(Topology.looped(args.workers, args.stages_per_worker or 1)))
         costs = costs_for(schedule.topology)
         work = args.microbatches * (args.forward + args.input_grad + args.weight_grad)
@@ -126,8 +128,8 @@ def _from_plan(args: argparse.Namespace) -> Callable[[str], _Result]:
         schedule = build(name, num_workers=workers, num_microbatches=microbatches, stages_per_worker=per_worker,
                          costs=costs, max_peak=args.max_peak, objective=args.objective)
         if schedule.topology.num_stages != plan.num_stages or schedule.topology.num_routes > 1:
-            raise ScheduleError(f"schedule {name} on {workers} workers has {schedule.topology.num_stages} stages, the plan "
-                                f"has {plan.num_stages}; plan for that many stages")
+            raise ScheduleError(f"schedule {name} on {workers} workers has {schedule.topology.num_stages} stages, the "
+                                f"plan has {plan.num_stages}; plan for that many stages")
         work = microbatches * sum(costs.forward + costs.backward) / workers
         return _result(schedule, costs, edges, work)
     return ask
@@ -179,7 +181,8 @@ def _json(args: argparse.Namespace, results: list[_Result], refused: object) -> 
 
 
 def _svg(args: argparse.Namespace, results: list[_Result], refused: object) -> str:
-    panels = [(f"{r.schedule.name}   bubble {100 * r.bubble:.1f} %, peak {max(r.peaks):.4g}", r.timeline) for r in results]
+    panels = [(f"{r.schedule.name}: bubble {100 * r.bubble:.1f} %, peak {max(r.peaks):.4g}", r.timeline)
+              for r in results]
     return timeline_svg(panels, unit="s" if args.plan else "", hover=False)
 
 

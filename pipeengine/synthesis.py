@@ -166,9 +166,9 @@ def _warmups(task: _Task) -> Iterable[list[int]]:
     """Forwards before the first gradient can arrive, times a few factors; and the ladders of 1F1B and ZB-H2."""
     p = task.num_workers
     forward, inputs, _ = task.seconds
+    trips = [sum(forward[r:]) + sum(inputs[r + 1:]) + 2 * sum(task.hop[r + 1:]) for r in range(p)]
     for factor in (1.0, 0.8, 0.9, 1.1, 0.7, 1.2, 1.4, 9.0):
-        yield [max(1, min(task.fits(r), round(factor * (sum(forward[r:]) + sum(inputs[r + 1:]) + 2 * sum(task.hop[r + 1:]))
-                                              / (forward[r] or 1.0)))) for r in range(p)]
+        yield [max(1, min(task.fits(r), round(factor * trip / (forward[r] or 1.0)))) for r, trip in enumerate(trips)]
     for depth in (1, 2):
         yield [min(task.fits(r), depth * (p - 1 - r) + 1) for r in range(p)]
 
@@ -243,10 +243,12 @@ class _Swaps:
         hop = np.array([*task.hop, 0.0])
         # F waits for the F before it; I for the I after it; the last stage's I for its own F.
         last = (op == 1) & (stage == stages - 1)
-        self.on = np.select([(op == 0) & (stage > 0), last, op == 1], [number - m, number - stages * m, number + m], -1).tolist()
+        self.on = np.select([(op == 0) & (stage > 0), last, op == 1],
+                            [number - m, number - stages * m, number + m], -1).tolist()
         self.on_hop = np.select([op == 0, last, op == 1], [hop[stage], 0.0, hop[stage + 1]], 0.0).tolist()
         end = (op == 0) & (stage == stages - 1)
-        self.to = np.select([end, op == 0, (op == 1) & (stage > 0)], [number + stages * m, number + m, number - m], -1).tolist()
+        self.to = np.select([end, op == 0, (op == 1) & (stage > 0)],
+                            [number + stages * m, number + m, number - m], -1).tolist()
         self.to_hop = np.select([end, op == 0, op == 1], [0.0, hop[stage + 1], hop[stage]], 0.0).tolist()
         self.own = np.where(op > 0, number - stages * m, -1).tolist()
 
@@ -349,9 +351,9 @@ def lower_bound(topology: Topology, num_microbatches: int, costs: Costs, max_pea
                 ) -> float:
     """Seconds that no order on this topology can beat (makespan, activations under ``max_peak``).
 
-    Each action gets a time before which it cannot start and a time that must follow its end, from the actions before and
-    after it on its way, from memory, and from its worker's own work. Then each worker alone, allowed to interrupt its actions,
-    needs so long (Jackson's preemptive schedule; Carlier, European Journal of Operational Research 1982).
+    Each action gets a time before which it cannot start and a time that must follow its end, from the actions before
+    and after it on its way, from memory, and from its worker's own work. Then each worker alone, allowed to interrupt its
+    actions, needs so long (Jackson's preemptive schedule; Carlier, European Journal of Operational Research 1982).
     """
     task = _task(topology, num_microbatches, costs, max_peak, "makespan")
     heads, tails = _earliest(task), _following(task)
@@ -414,7 +416,7 @@ def _room(task: _Task, s: int, k: int, busy: float, inputs: Sequence[float]) -> 
 
 
 def _following(task: _Task) -> list[list[list[float]]]:
-    """Per F, I, W, stage and k: the least time between the end of the k-th of them on that stage and the last end of all."""
+    """Per F, I, W, stage and k: the least time from the end of the k-th of them on that stage to the last end of all."""
     m, stages, (f, i, w) = task.microbatches, task.num_stages, task.seconds
     tails = [[[0.0] * m for _ in range(stages)] for _ in range(3)]
     forward, inputs, _ = tails
@@ -431,7 +433,7 @@ def _following(task: _Task) -> list[list[list[float]]]:
 
 
 def _alone(jobs: Sequence[tuple[float, float, float]]) -> float:
-    """The least end of jobs (head, seconds, tail) on one worker that may interrupt: always the one with the longest tail."""
+    """The least end of jobs (head, seconds, tail) on one worker that may interrupt: the longest tail goes first."""
     waiting = sorted(jobs, reverse=True)
     ready: list[tuple[float, float]] = []
     now, longest = 0.0, 0.0
@@ -481,8 +483,8 @@ def auto(num_workers: int, num_microbatches: int, stages_per_worker: int = 1, co
         offer(schedule)
         offer(_fused(schedule, costs))
     if best is None:
-        raise ScheduleError(f"no order of {num_microbatches} micro-batches found under {max(task.cap):,.6g} of activations; "
-                            f"1F1B needs {num_workers} micro-batches' worth, try max_peak={num_workers}")
+        raise ScheduleError(f"no order of {num_microbatches} micro-batches found under {max(task.cap):,.6g} of "
+                            f"activations; 1F1B needs {num_workers} micro-batches' worth, try max_peak={num_workers}")
     found = replace(best[1], name="auto")
     check(found, max_peak=np.array(task.cap), costs=costs)
     return found

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeengine.critical_path import Stuck, Wait, solve
 from pipeengine.errors import ScheduleError
-from pipeengine.schedules.form import LETTERS, B, Edge, F, I, Schedule, Topology, W
+from pipeengine.schedules.form import LETTERS, Edge, Schedule, Topology
 
 OPS = LETTERS + ("SA", "RA", "SG", "RG", "X", "U")
 """All letters of a timeline: actions, messages (send and receive, activation and gradient), and the end of a
@@ -36,9 +36,9 @@ class Costs:
 
     ``backward`` is the fused one, ``input_grad + weight_grad`` unless given; given alone it is halved between them.
     A message takes ``hop`` seconds, plus ``edge_bytes[source, target] / bandwidth`` where both are given.
-    ``activation`` is what a stage keeps per micro-batch from F to its backward; ``weight_activation`` what of it stays between
-    I and W (all of it unless given); ``transient`` what backward needs on top while it runs. After its last action
-    a worker spends ``exchange`` (shared gradients, by the stages that take part, who wait for each other), then
+    ``activation`` is what a stage keeps per micro-batch from F to its backward; ``weight_activation`` what of it stays
+    between I and W (all of it unless given); ``transient`` what backward needs on top while it runs. After its last
+    action a worker spends ``exchange`` (shared gradients, by the stages that take part, who wait for each other), then
     ``optimizer``.
     """
     forward: tuple[float, ...]
@@ -108,7 +108,8 @@ class Costs:
 class Timeline:
     """Who did what from when to when: one entry per action, in each worker's order, simulated or measured.
 
-    ``op`` indexes ``OPS``. ``num_workers`` counts idle ones too. ``peak_bytes`` and ``sent_bytes`` are per worker, where known.
+    ``op`` indexes ``OPS``. ``num_workers`` counts idle ones too. ``peak_bytes`` and ``sent_bytes`` are per worker,
+    where known.
     """
     name: str
     num_workers: int

@@ -15,7 +15,7 @@ from pipeengine.timeline import OPS, Costs, simulate
 def runs_with_blocking_sends(program: Program) -> bool:
     """Step the program by hand: sends block, one channel per worker in program order, receives are posted."""
     lanes = [program.actions(w) for w in range(len(program.lanes))]
-    at, posted, through, done = [0] * len(lanes), [[] for _ in lanes], set(), set()
+    at, posted, through = [0] * len(lanes), [[] for _ in lanes], set()
     owner = program.topology.worker_of
 
     def key(action):

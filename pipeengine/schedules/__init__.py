@@ -74,12 +74,13 @@ def build_short(schedule: str | Callable[..., Schedule] | Schedule, *, num_worke
 
     The order for the nearest larger number of micro-batches that works, without those that are not there.
     """
+    refusal: ScheduleError | None = None
     for more in range(num_microbatches, num_microbatches + 4 * num_workers + 1):
         try:
             return build(schedule, num_workers=num_workers, num_microbatches=more, **options).keep(num_microbatches)
         except ScheduleError as error:
-            first = error if more == num_microbatches else first
-    raise first
+            refusal = refusal or error
+    raise refusal
 
 
 def _named(name: str) -> Callable[..., Schedule]:
@@ -103,5 +104,5 @@ def _same_numbers(schedule: Schedule, num_workers: int, num_microbatches: int) -
     return schedule
 
 
-__all__ = ["B", "Edge", "F", "I", "LETTERS", "Lane", "SCHEDULES", "Schedule", "Topology", "W", "auto", "build", "build_short",
-           "forward_schedule", "gpipe", "one_f_one_b"]
+__all__ = ["B", "Edge", "F", "I", "LETTERS", "Lane", "SCHEDULES", "Schedule", "Topology", "W", "auto", "build",
+           "build_short", "forward_schedule", "gpipe", "one_f_one_b"]

@@ -54,7 +54,7 @@ def dualpipe(num_workers: int, num_microbatches: int) -> Schedule:
     p, m = num_workers, num_microbatches
     if p % 2 or m % 2 or m < 2 * p:
         workers, least = p + p % 2, 2 * (p + p % 2)
-        raise ScheduleError(f"dualpipe is made for an even number of workers, and an even number of micro-batches of twice "
+        raise ScheduleError("dualpipe is made for an even number of workers, and an even number of micro-batches of twice "
                             f"that or more, not {p} and {m}; the nearest that works is {workers} workers and "
                             f"{max(least, m + m % 2)} micro-batches")
     hands = []

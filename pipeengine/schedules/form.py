@@ -243,7 +243,8 @@ class Schedule:
         """
         if num_microbatches > self.num_microbatches or self.topology.num_routes > 1:
             raise ScheduleError(f"schedule {self.name} has {self.num_microbatches} micro-batches on "
-                                f"{self.topology.num_routes} routes; keep at most these, of one route, not {num_microbatches}")
+                                f"{self.topology.num_routes} routes; keep at most these, of one route, not "
+                                f"{num_microbatches}")
         kept = [lane.microbatch < num_microbatches for lane in self.lanes]
         lanes = tuple(Lane(*(column[keep] for column in lane)) for lane, keep in zip(self.lanes, kept))
         both = [pair & keep & np.append(keep[1:], False) for pair, keep in zip(self.pairs, kept)]
