@@ -40,6 +40,7 @@ from pipeengine.weights import load_stage, save_weights
 from pipeengine.world import Alone, World, connect
 
 _HOP_SECONDS, _LINK_BYTES_PER_SECOND = 1e-4, 1e9        # a message between processes of one machine
+_GAP, _PLANNING_SECONDS = 0.01, 10.0        # measured costs are not better known than to one per cent
 _NOISE_SECONDS = 5e-4       # differences between stages below this are not worth a second tensor across a cut
 
 
@@ -207,7 +208,8 @@ class Pipeline:
         total = sum(data.get("forward", 0) + data.get("backward", 0) for _, data in graph.nodes(data=True))
         tolerance = max(0.05, min(0.5, _NOISE_SECONDS * self._num_stages / max(total, 1e-12)))
         return partitioners.partition(graph, self._num_stages, bandwidth=self._link["bandwidth"],
-                                      num_microbatches=self._num_microbatches, prefer_single_tensor=tolerance,
+                                      num_microbatches=self._num_microbatches, prefer_single_tensor=tolerance, gap=_GAP,
+                                      time_limit=_PLANNING_SECONDS,
                                       stages_per_worker=max(1, self._num_stages // self._world.size)
                                       if self._world.size > 1 else 1, progress=self._tell)
 
