@@ -188,26 +188,36 @@ def _wanted(program: Program, edges: Sequence[Edge]) -> tuple[np.ndarray, np.nda
 
 
 def _slots(program: Program, lines: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """The slot of each message line, -1 where there is no such edge or micro-batch."""
+    """The slot of each message line, -1 where there is no such edge, direction or micro-batch."""
     stages, batches = program.topology.num_stages, program.num_microbatches
     op, stage, microbatch, peer = (column[lines] for column in program.columns)
-    at_source = (op == SA) | (op == RG)
-    code = np.where(at_source, stage, peer).astype(np.int64) * stages + np.where(at_source, peer, stage)
-    if not len(codes):
-        return np.full(len(lines), -1, np.int64)
-    edge = np.minimum(np.searchsorted(codes, code), len(codes) - 1)
-    slot = (((op == SG) | (op == RG)) * len(codes) + edge) * batches + microbatch
-    return np.where((codes[edge] == code) & (microbatch >= 0) & (microbatch < batches), slot, -1)
+    edge = _edges_of(np.minimum(stage, peer), np.maximum(stage, peer), codes, stages)
+    slot = edge * batches
+    slot += microbatch
+    slot[op >= SG] += len(codes) * batches
+    slot[(edge < 0) | ((stage < peer) != ((op == SA) | (op == RG))) | (microbatch < 0) | (microbatch >= batches)] = -1
+    return slot
+
+
+def _edges_of(source: np.ndarray, target: np.ndarray, codes: np.ndarray, stages: int) -> np.ndarray:
+    """The number of each edge in ``codes``, -1 for none."""
+    inside = (source >= 0) & (target < stages)
+    code = np.where(inside, source * np.int64(stages) + target, -1)
+    if stages <= 2048:
+        number = np.full(stages * stages + 1, -1, np.int64)
+        number[codes] = np.arange(len(codes))
+        return number[code]
+    edge = np.minimum(np.searchsorted(codes, code), max(len(codes) - 1, 0))
+    return np.where(codes[edge] == code, edge, -1) if len(codes) else np.full(len(code), -1, np.int64)
 
 
 def _on_own_worker(program: Program, lines: np.ndarray) -> None:
-    worker = np.searchsorted(program.starts, lines, side="right") - 1
-    stage = program.columns.stage[lines]
-    wrong = np.asarray(program.topology.worker_of)[stage] != worker
+    owner, stage = np.asarray(program.topology.worker_of), program.columns.stage[lines]
+    wrong = (lines < program.starts[owner][stage]) | (lines >= program.starts[owner + 1][stage])
     if wrong.any():
         i = int(wrong.argmax())
-        raise ScheduleError(f"{_at(program, lines[i])}: stage {stage[i]} belongs to worker "
-                            f"{program.topology.worker_of[stage[i]]}, not {worker[i]}; move the message")
+        raise ScheduleError(f"{_at(program, lines[i])}: stage {stage[i]} belongs to worker {owner[stage[i]]}; "
+                            "move the message there")
 
 
 def _mismatch(program: Program, name: str, lines: np.ndarray, slot: np.ndarray, count: np.ndarray, wanted: np.ndarray,

@@ -102,3 +102,11 @@ def test_free_actions_are_solved_too():
     costs = Costs([1.0] * 4, [1.0] * 4, [0.0] * 4)
     start, end = solve(schedule.starts, costs.duration(*schedule.columns[:2]), waits(schedule, schedule.topology.chain(), costs))
     assert end.max() == pytest.approx(4000 * 2 + 3 * 2)
+
+
+def test_thousands_of_workers():
+    schedule = build("1f1b", num_workers=2100, num_microbatches=3)
+    assert simulate(schedule).makespan == pytest.approx((3 + 2099) * 3)
+    program = lower(schedule)
+    check(program)
+    assert program.num_actions == schedule.num_actions + 4 * 2099 * 3
