@@ -1,6 +1,7 @@
 """Run a program on one worker: the only place that acts on the order of a schedule."""
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -188,7 +189,7 @@ class Executor:
 
     def _weight_gradient(self, stage: int, microbatch: int, peer: int) -> None:
         start = perf_counter()
-        run_deferred(self._waiting.pop((stage, microbatch), []))
+        run_deferred(self._waiting.pop((stage, microbatch), deque()))
         self.records.append(("W", stage, microbatch, start, perf_counter()))
 
     def _input_gradient(self, stage: int, microbatch: int, peer: int, op: str = "I") -> None:

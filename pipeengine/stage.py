@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from pipeengine.deferral import Deferral, replacement
+from pipeengine.deferral import Deferral, Replacement
 from pipeengine.randomness import generators, mix, place_number
 from pipeengine.recording import Modes, Node, Rebuilt, Recording, Ref, node_refs
 from pipeengine.split import Part
@@ -51,10 +51,11 @@ class Compiled:
     deferral: Deferral | None
 
 
-def compile_part(part: Part, recording: Recording, model: torch.nn.Module, draw: Draw, *, defer: bool = False) -> Compiled:
-    """Write and compile the function of one stage; modules are the user's own. With ``defer``, weight gradients can wait."""
-    deferral = Deferral() if defer else None
-    writer = _Writer(part, recording, model, draw, deferral)
+def compile_part(part: Part, recording: Recording, model: torch.nn.Module, draw: Draw, *,
+                 put_off: Mapping[int, Replacement] | None = None) -> Compiled:
+    """Write and compile the function of one stage; modules are the user's own. With ``put_off``, weight gradients can wait."""
+    deferral = None if put_off is None else Deferral()
+    writer = _Writer(part, recording, model, draw, deferral, put_off or {})
     source = writer.write()
     scope = writer.scope
     exec(compile(source, f"<stage {part.stage}>", "exec"), scope)
@@ -69,8 +70,8 @@ class _Writer:
     """Turns nodes into lines of Python."""
 
     def __init__(self, part: Part, recording: Recording, model: torch.nn.Module, draw: Draw,
-                 deferral: Deferral | None):
-        self._part, self._recording, self._model, self._deferral = part, recording, model, deferral
+                 deferral: Deferral | None, put_off: Mapping[int, Replacement]):
+        self._part, self._recording, self._model, self._deferral, self._put_off = part, recording, model, deferral, put_off
         self.scope: dict[str, object] = {"draw": draw, "leaves": leaves, "recomputed": _recomputed}
         self._globals: dict[int, str] = {}
         self._keep: list[object] = []
@@ -121,9 +122,8 @@ class _Writer:
         return [*lines, "del t"]
 
     def _call(self, node: Node) -> str:
-        deferred = replacement(node, self._recording, self._model) if self._deferral is not None else None
-        if deferred is not None:
-            method, given = deferred
+        if node.results and node.results[0] in self._put_off:
+            method, given = self._put_off[node.results[0]]
             self.scope["deferral"] = self._deferral
             return f"deferral.{method}({', '.join(map(self._expression, given))})"
         if node.is_module:

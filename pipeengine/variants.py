@@ -15,7 +15,7 @@ import torch
 
 from pipeengine.capturing import Inputs, capture
 from pipeengine.dataflow import Dataflow, analyse
-from pipeengine.deferral import replacement
+from pipeengine.deferral import put_off
 from pipeengine.errors import PlanError
 from pipeengine.executor import Runnable, make_runnable
 from pipeengine.recording import Node, Recording, Ref, fill, node_refs, refs
@@ -75,11 +75,11 @@ class Variants:
         """Cut and compile a recording."""
         flow = analyse(recording, outputs=outputs)
         stage_of = self._placement.assign(flow)
-        defer = self._defer and not outputs
+        waits = put_off(recording, self._model) if self._defer and not outputs else None
         cut = split(flow, stage_of, self._placement.num_stages, outputs=outputs,
-                    keep_apart=lambda node: defer and replacement(node, recording, self._model) is not None)
+                    keep_apart=lambda node: bool(waits) and bool(node.results) and node.results[0] in waits)
         wanted = tuple(dict.fromkeys(refs(recording.output))) if outputs else ()
-        stages = {stage: make_runnable(compile_part(cut.parts[stage], recording, self._model, self._draw, defer=defer), cut,
+        stages = {stage: make_runnable(compile_part(cut.parts[stage], recording, self._model, self._draw, put_off=waits), cut,
                                        outputs=wanted if outputs else None, recompute=stage in self._recompute)
                   for stage in self._own}
         written = {storage for node in recording.nodes for storage in node.writes}
