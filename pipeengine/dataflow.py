@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeengine.errors import CaptureError
@@ -43,12 +44,22 @@ def analyse(recording: Recording, *, outputs: bool) -> Dataflow:
     if not goals:
         raise CaptureError("the model has no loss: its output has no scalar `loss`; pass loss_fn=")
     writers = _writers(recording)
+    _refuse_changed_parameters(recording, writers)
     before = {index: _before(recording, node, index, writers) for index, node in enumerate(recording.nodes)}
     live = _live(recording, goals, before, writers)
     wants = _gradient_path(recording, goals, live) if not outputs else frozenset()
     free = _free(recording, live, writers, before)
     groups = _groups(recording, live, free, writers)
     return Dataflow(recording, goals, live, free, before, groups, wants)
+
+
+def _refuse_changed_parameters(recording: Recording, writers: Mapping[int, Sequence[int]]) -> None:
+    """Other micro-batches are in flight, and will need a parameter as it was for their backward."""
+    for value in recording.values:
+        if value.kind == "attribute" and value.storage in writers and value.name not in recording.buffers:
+            node = recording.nodes[writers[value.storage][0]]
+            raise CaptureError(f"the forward changes the parameter {value.name} in place (at {node.name}), while other "
+                               "micro-batches need it as it was; make it a buffer, or change it between steps")
 
 
 def unstable_guard(recording: Recording) -> Guard | None:

@@ -157,7 +157,7 @@ class Executor:
             self.loss = share if self.loss is None else self.loss + share
         if self._training:
             # Only the edges are kept: an output that nobody saved for backward is freed once it is sent.
-            edges = [get_gradient_edge(made[i]) for i in runnable.roots]
+            edges = [get_gradient_edge(made[i] if made[i].requires_grad else _end_of_path(made[i])) for i in runnable.roots]
             edges += [get_gradient_edge(received[i]) for i in runnable.relays]
             leaves = [tensor if wants else None for tensor, wants in zip(received, runnable.wants)]
             self._saved[stage, microbatch] = edges, leaves, loss
@@ -263,6 +263,11 @@ class Executor:
         for route in self._tasks[microbatch].stages[stage].sends:
             if route.target == peer and route.gradient_positions:
                 self._transport.post(wire.GRADIENT, stage, peer, microbatch, route.gradient_form)
+
+
+def _end_of_path(value: torch.Tensor) -> torch.Tensor:
+    """Takes the gradient of a value that needs none this time (a module that is kept whole skipped its layers)."""
+    return value.detach().requires_grad_()
 
 
 def _take_gradient(leaf: torch.Tensor) -> torch.Tensor:
