@@ -22,7 +22,6 @@ def plan(stages: int, length: int) -> dict:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import pipeengine as pe
-    from pipeengine.capture import Inputs, capture
     from pipeengine.costs import analytic, cost_graph
     from pipeengine.dataflow import analyse
 
@@ -33,7 +32,7 @@ def plan(stages: int, length: int) -> dict:
         model = LlamaForCausalLM(LlamaConfig(**LLAMA_70B))
     tokens = torch.zeros(1, length, dtype=torch.int64)
     made = perf_counter()
-    recording = capture(model, Inputs((), {"input_ids": tokens, "labels": tokens}), device=torch.device("meta"))
+    recording = pe.capture(model, {"input_ids": tokens, "labels": tokens})
     recorded = perf_counter()
     flow = analyse(recording, outputs=False)
     graph = cost_graph(flow, analytic(flow))
