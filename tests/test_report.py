@@ -82,6 +82,7 @@ def test_many_actions_make_a_small_file():
     timeline = simulate(build("1f1b", num_workers=4, num_microbatches=20_000))
     svg = timeline_svg([("long", timeline)])
     assert len(svg) < 1_000_000
+    assert svg.count("h-") > 4 * 900, "each worker's lane is filled to the last half point"
     ElementTree.fromstring(svg)
 
 

@@ -92,3 +92,11 @@ def test_docstrings_show_the_schedule(name):
     stages = schedule.topology.num_stages
     drawn = timeline_text(simulate(schedule, Costs([1] * stages, [1] * stages, [1] * stages)), 110)
     assert drawn in cleandoc(SCHEDULES[name].__doc__).replace("\n    ", "\n")
+
+
+def test_stages_per_worker_are_those_asked_for_or_an_error():
+    assert build("interleaved-1f1b", num_workers=3, num_microbatches=4, stages_per_worker=1).topology == Topology.linear(3)
+    assert build("zb-v", num_workers=3, num_microbatches=6, stages_per_worker=2).topology == Topology.v(3)
+    for name, asked in (("zb-v", 1), ("zb-v", 3), ("1f1b", 2)):
+        with pytest.raises(ScheduleError, match=f"{asked} were asked for; use (6|3) stages on 3 workers"):
+            build(name, num_workers=3, num_microbatches=6, stages_per_worker=asked)

@@ -60,11 +60,12 @@ def build(schedule: str | Callable[..., Schedule] | Schedule, *, num_workers: in
     function = _named(schedule) if isinstance(schedule, str) else schedule
     built = function(num_workers, num_microbatches, **_options(
         function, stages_per_worker=stages_per_worker, costs=costs, max_peak=max_peak, objective=objective))
-    has = built.topology.num_stages // built.topology.num_workers
-    if stages_per_worker not in (None, 1, has):
+    has = built.topology.num_stages // (built.topology.num_workers * built.topology.num_routes)
+    if stages_per_worker not in (None, has):
         several = [name for name, known in SCHEDULES.items() if "stages_per_worker" in signature(known).parameters]
-        raise ScheduleError(f"schedule {built.name} has {has} stages per worker, {stages_per_worker} were asked for; "
-                            f"those that take any number: {', '.join(several)}")
+        raise ScheduleError(f"schedule {built.name} has {has} stages per worker, {stages_per_worker} were asked for; use "
+                            f"{has * num_workers} stages on {num_workers} workers, or one that takes any number: "
+                            f"{', '.join(several)}")
     return built
 
 
