@@ -163,7 +163,7 @@ class Pipeline:
             try:
                 capture(self._model, Inputs(inputs.args, inputs.kwargs, candidate), loss_fn=self._loss_fn, device=self._device)
                 return candidate
-            except PipeEngineError:
+            except Exception:               # whatever the user's function says to a target that does not suit it
                 continue
         raise InputError(f"loss_fn takes no target made in the shape of the output {tuple(specs[0].shape)}; pass target= with an "
                          "example")
