@@ -120,6 +120,7 @@ class Placement:
         """Stage of every placed node. A node that the plan does not know goes where its inputs or its module are."""
         found: dict[int, int] = {}
         group_of = {n: group for group in flow.groups for n in group}
+        latest = self._latest(flow)
         for index in flow.placed:
             node = flow.recording.nodes[index]
             earliest = max((found[p] for p in flow.before[index] if p in found), default=0)
@@ -127,9 +128,24 @@ class Placement:
             if stage is None or stage not in (self._common_holders(flow, node) or (stage,)):
                 stage = self._guess(flow, node, earliest)
             together = [found[n] for n in group_of.get(index, ()) if n in found]
-            found[index] = max(stage, earliest, *together) if together else max(stage, earliest)
+            found[index] = max(min(stage, latest[index]), earliest, *together)
         self._check(flow, found)
         return found
+
+    def _latest(self, flow: Dataflow) -> dict[int, int]:
+        """The last stage that each placed node may be on, so that what follows finds its parameters.
+
+        With another batch the same name may stand for another operation; who holds which parameter does not change.
+        """
+        latest = dict.fromkeys(flow.placed, self.num_stages - 1)
+        for index in reversed(flow.placed):
+            holders = self._common_holders(flow, flow.recording.nodes[index])
+            if holders:
+                latest[index] = min(latest[index], max(holders))
+            for before in flow.before[index]:
+                if before in latest:
+                    latest[before] = min(latest[before], latest[index])
+        return latest
 
     def _common_holders(self, flow: Dataflow, node: Node) -> frozenset[int]:
         """Stages that hold everything that the node reads; empty when it reads nothing that is held."""
