@@ -8,8 +8,9 @@ from pipeengine.errors import ScheduleError
 from pipeengine.program import lower
 from pipeengine.schedules import build, forward_schedule
 from pipeengine.schedules.form import Edge, I, Schedule, Topology
-from pipeengine.schedules.linear import forward_then_backward
 from pipeengine.timeline import OPS, Costs, simulate
+
+_WINDOW = 2             # receives of one boundary that wait to be read: buffers do not grow with the number of micro-batches
 
 Links = frozenset[tuple[int, int, bool, bool]]          # (source, target, activation, gradient)
 
@@ -80,13 +81,15 @@ class Orders:
         """The schedule for so many micro-batches; a last batch may have fewer than it is made for."""
         try:
             made = self.build(num_microbatches)
+            if made.topology == shape:
+                return made
         except ScheduleError:
-            return forward_then_backward(shape, num_microbatches)
-        return made if made.topology == shape else forward_then_backward(shape, num_microbatches)
+            pass
+        return self.build().keep(num_microbatches)
 
     def _listed(self, schedule: Schedule, edges: tuple[Edge, ...]) -> list[tuple]:
         if self.num_workers > 1:
-            return [tuple(action) for action in lower(schedule, edges, self.costs).actions(self.worker)]
+            return [tuple(action) for action in lower(schedule, edges, self.costs, window=_WINDOW).actions(self.worker)]
         timeline = simulate(schedule, None, edges)      # in one process any order that respects the schedule will do
         order = sorted(range(len(timeline.start)), key=lambda i: (timeline.start[i], timeline.stage[i]))
         return [(OPS[timeline.op[i]], int(timeline.stage[i]), int(timeline.microbatch[i]), -1) for i in order]

@@ -9,7 +9,7 @@ from typing import Callable
 import numpy as np
 
 from pipeengine.errors import ScheduleError
-from pipeengine.schedules.form import B, F, I, Lane, Schedule, Topology, W, from_keys
+from pipeengine.schedules.form import B, F, I, Schedule, Topology, W, from_keys
 
 
 def at_least(name: str, least: int, num_workers: int, num_microbatches: int) -> None:
@@ -89,18 +89,3 @@ def forward_schedule(num_workers: int, num_microbatches: int, topology: Topology
         # Micro-batch k reaches stage s at slot s + k: this order never waits for a later one.
         lanes.append([(F, held[stage], k, (held[stage] + k) * topology.num_stages + held[stage])])
     return from_keys("forward", topology, num_microbatches, lanes)
-
-
-def forward_then_backward(topology: Topology, num_microbatches: int) -> Schedule:
-    """All forwards, stage by stage, then all backwards: works for every topology and number of micro-batches.
-
-    What a step falls back to when a batch has fewer rows than its schedule is made for.
-    """
-    lanes = []
-    for worker in range(topology.num_workers):
-        own = topology.stages_of(worker)
-        actions = [(F, stage, k) for stage in own for k in range(num_microbatches)]
-        actions += [(B, stage, k) for stage in reversed(own) for k in range(num_microbatches)]
-        op, stage, microbatch = zip(*actions)
-        lanes.append(Lane(np.array(op, np.uint8), np.array(stage, np.int32), np.array(microbatch, np.int32)))
-    return Schedule("forward-then-backward", topology, num_microbatches, tuple(lanes))
