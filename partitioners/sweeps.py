@@ -166,7 +166,7 @@ class Sweeper:
 
     def _add_cut(self, rows: _Rows, low: np.ndarray, high: np.ndarray) -> None:
         """The last variable of each net is 1 if the ideal that ends the stage holds only some of it."""
-        size, first = self.size, 2 * self.size + 2 * len(self.price)
+        first = 2 * self.size + 2 * len(self.price)
         for number, net in enumerate(self.problem.nets):
             pins = net.pins
             if low[list(pins)].all() or not high[list(pins)].any():
