@@ -91,6 +91,7 @@ class _Climber:
         # So dear that climbing first removes what is not allowed, yet comparable.
         self.forbidden = 10.0 * float(loads[possible].max(initial=1e-300)) * self.stages
         self.table = np.where(possible, loads, self.forbidden)
+        self.table[np.tril_indices(len(loads), -1)] = np.inf        # an end before its start is no stage at any price
         self.memory = segment_memory(ordered, kind) if kind.device.memory is not None else None
         self.room = np.inf if kind.device.memory is None else kind.device.memory * (1 + 1e-12)
         self.chance = np.random.default_rng(0)

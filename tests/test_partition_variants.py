@@ -107,3 +107,18 @@ def test_what_cannot_be_combined_is_refused():
         partition(chain([1, 2, 3, 4]), 4, objective="1f1b", stages_per_worker=2)
     with pytest.raises(PartitionError, match="none of sum, overlap, 1f1b"):
         partition(chain([1, 2]), 2, objective="fastest")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_several_stages_per_worker_where_few_cuts_are_allowed(seed):
+    """Skips and nodes without parameters forbid most cuts; climbing starts among those, and must not turn a stage round."""
+    chance = random.Random(seed)
+    graph = chain([chance.random() for _ in range(24)])
+    names = list(graph)
+    for name in chance.sample(names, 14):
+        graph.nodes[name]["param_bytes"] = 0
+    for start in range(0, 20, 2):
+        graph.add_edge(names[start], names[-1])
+    plan = partition(graph, 8, stages_per_worker=2, prefer_single_tensor=0.5)
+    verify(plan, graph)
+    assert len(set(plan.stage_of.values())) == 8
