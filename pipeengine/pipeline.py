@@ -191,17 +191,12 @@ class Pipeline:
     def _make_plan(self, graph: networkx.DiGraph, plan) -> Plan:
         """Rank 0 plans, everybody gets that plan: measured costs differ from worker to worker."""
         world = self._world
-        made, problem = None, None
-        if world.rank == 0:
-            try:
-                made = self._given_plan(plan, graph) if plan is not None else self._partition(graph)
-            except PipeEngineError as error:
-                problem = error
 
-        def report() -> None:
-            if problem is not None:
-                raise problem
-        world.together(report)
+        def plan_here() -> Plan | None:
+            if world.rank:
+                return None
+            return self._given_plan(plan, graph) if plan is not None else self._partition(graph)
+        made = world.together(plan_here)
         return Plan.from_json(world.share(None if made is None else made.to_json()))
 
     def _partition(self, graph: networkx.DiGraph) -> Plan:

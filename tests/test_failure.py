@@ -3,6 +3,7 @@ import signal
 import time
 import traceback
 from functools import cache
+from unittest import mock
 
 import pytest
 import torch
@@ -139,6 +140,12 @@ def other_plan() -> pe.Plan:
     return pe.Pipeline(model, BATCH, num_stages=NUM_WORKERS, costs="analytic").plan
 
 
+def broken_planning() -> pe.Pipeline:
+    """Only the first worker plans; what breaks there need not be an error of ours."""
+    with mock.patch.object(pe.Pipeline, "_partition", side_effect=RuntimeError("no plan today")):
+        return pipeline()
+
+
 def odd(value, other):
     """Another value on the last worker."""
     return value if rank() < dist.get_world_size() - 1 else other
@@ -174,6 +181,7 @@ WRONG_ON_ONE = {
     "other models": (lambda: pipeline(odd(zoo.AWKWARD["LongSkips"].build(), zoo.AWKWARD["CalledTwice"].build())), "InputError",
                      ("model",)),
     "other schedules": (lambda: pipeline(schedule=odd("gpipe", "1f1b")), "InputError", ("schedule",)),
+    "planning breaks": (broken_planning, "WorkerError RuntimeError", ("no plan today",)),
     "bad option on one": (lambda: pipeline(num_microbatches=odd(4, 0)), "InputError", ("0",)),
     "stages not a multiple": (lambda: pipeline(num_stages=NUM_WORKERS + 1), "InputError", ("4", "3")),
 }
@@ -225,7 +233,7 @@ def test_a_bad_batch_is_refused_everywhere_and_loses_nothing(name):
 def test_wrong_options_are_refused_everywhere(name):
     _, kind, words = (WRONG | WRONG_ON_ONE)[name]
     for error, text in found(name):
-        assert error == kind or not kind and error in ("InputError", "PlanError"), (error, text)
+        assert error in (kind or "InputError PlanError").split(), (error, text)
         assert all(word in text for word in words), text
 
 
