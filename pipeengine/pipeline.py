@@ -204,9 +204,13 @@ class Pipeline:
         tolerance = max(0.05, min(0.5, _NOISE_SECONDS * self._num_stages / max(total, 1e-12)))
         return partitioners.partition(graph, self._num_stages, bandwidth=self._link["bandwidth"],
                                       num_microbatches=self._num_microbatches, prefer_single_tensor=tolerance, gap=_GAP,
-                                      time_limit=_PLANNING_SECONDS,
+                                      time_limit=_PLANNING_SECONDS, memory_model=self._memory_model(),
                                       stages_per_worker=max(1, self._num_stages // self._world.size)
                                       if self._world.size > 1 else 1, progress=self._tell)
+
+    def _memory_model(self) -> partitioners.MemoryModel:
+        """How many micro-batches a stage holds at once: all where every forward comes first, else as 1F1B does."""
+        return partitioners.MemoryModel(schedule="gpipe" if self._orders.name in ("gpipe", "bfs") else "1f1b")
 
     def _given_plan(self, plan: Plan, graph: networkx.DiGraph) -> Plan:
         if plan.num_stages != self._num_stages:
@@ -374,10 +378,15 @@ class Pipeline:
         digest = batch.digest()
         base = (batch.key, self._state_key(training), batch.dims)
         variants, keys = [], []
+        alike: dict[int, Variant] = {}              # by rows, where no guard tells micro-batches apart
         for index, (tensors, size) in enumerate(zip(parts, sizes)):
             key = mix(self._seed, self._step_number if training else (1 << 40) + self._calls, index)
             keys.append(key)
-            variants.append(self._variants.find((base, size), tensors, lambda t=tensors: batch.again(t), key, outputs=not training))
+            variant = alike.get(size) or self._variants.find((base, size), tensors, lambda t=tensors: batch.again(t), key,
+                                                             outputs=not training)
+            if variant.guards is None:
+                alike[size] = variant
+            variants.append(variant)
         weights = self._weigh(variants, parts, sizes, batch)
         tasks = [Task([t.clone() if i in variant.cloned else t for i, t in enumerate(tensors)] if variant.cloned else tensors,
                       variant.stages, weight, key, variant.links)
