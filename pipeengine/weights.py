@@ -9,11 +9,9 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeengine.checkpoints import INDEX, SINGLE, Source, files_of, read, safetensors, sources_of
 from pipeengine.errors import InputError
 from pipeengine.randomness import generators, mix, place_number
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 def load_stage(model: torch.nn.Module, held: Collection[str], device: torch.device, *, weights: str | Path | None,
@@ -158,43 +156,31 @@ def _upwards(path: str) -> Iterator[str]:
 
 def _read_weights(model: torch.nn.Module, slots, held: Collection[str], folder: Path) -> set[str]:
     """Copy from a checkpoint folder what this worker holds; returns the names that were found."""
-    safe_open = _safetensors().safe_open
-    files = _files(folder)
+    files = files_of(folder)
+    sources = sources_of(model, files)
     aliases = _aliases(model)
-    wanted: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    missing = []
     persistent = set(model.state_dict(keep_vars=True))
-    for name in slots:
-        if name not in held:
-            continue
-        key = next((key for alias in aliases[name] for key in _disk_names(model, alias) if key in files), None)
-        if key is not None:
-            wanted[files[key]].append((name, key))
+    wanted: dict[Source, list[tuple[str, str]]] = defaultdict(list)
+    missing = []
+    for name in (name for name in slots if name in held):
+        alias = next((alias for alias in aliases[name] if alias in sources), None)
+        if alias is not None:
+            wanted[sources[alias]].append((name, alias))
         elif any(alias in persistent for alias in aliases[name]):
             missing.append(name)
     if missing:
         raise InputError(f"{folder} lacks {len(missing)} of {len(missing) + sum(map(len, wanted.values()))} tensors of this "
                          f"worker's stages, first {missing[0]}; it holds {len(files)}, such as {next(iter(files), 'none')}. Is it "
                          "a checkpoint of this architecture?")
-    for file, entries in wanted.items():
-        with safe_open(folder / file, framework="pt") as reader, torch.no_grad():
-            for name, key in entries:
-                target, value = _get(*slots[name][0]), reader.get_tensor(key)
+    with torch.no_grad():
+        for source, found in read(folder, files, wanted):
+            for name, alias in wanted[source]:
+                target, value = _get(*slots[name][0]), found[alias]
                 if target.shape != value.shape:
-                    raise InputError(f"{folder / file}: {key} has shape {tuple(value.shape)}, the model's {name} has "
+                    raise InputError(f"{folder}: {source.keys[0]} has shape {tuple(value.shape)}, the model's {name} has "
                                      f"{tuple(target.shape)}")
                 target.copy_(value)
     return {name for entries in wanted.values() for name, _ in entries}
-
-
-def _files(folder: Path) -> dict[str, str]:
-    """Name of every tensor on disk -> its file."""
-    if (folder / INDEX).exists():
-        return json.loads((folder / INDEX).read_text())["weight_map"]
-    if (folder / SINGLE).exists():
-        with _safetensors().safe_open(folder / SINGLE, framework="pt") as reader:
-            return dict.fromkeys(reader.keys(), SINGLE)
-    raise InputError(f"{folder} is no checkpoint: it has neither {INDEX} nor {SINGLE}")
 
 
 def _aliases(model: torch.nn.Module) -> dict[str, list[str]]:
@@ -203,14 +189,6 @@ def _aliases(model: torch.nn.Module) -> dict[str, list[str]]:
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
         found[first.setdefault(id(tensor), name)].append(name)
     return found
-
-
-def _disk_names(model: torch.nn.Module, name: str) -> tuple[str, ...]:
-    """A checkpoint may have been saved from the model with or without its head."""
-    prefix = getattr(model, "base_model_prefix", "")
-    if not prefix:
-        return (name,)
-    return (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
 
 
 def save_weights(model: torch.nn.Module, owned: Collection[str], folder: Path, world) -> None:
@@ -224,7 +202,7 @@ def save_weights(model: torch.nn.Module, owned: Collection[str], folder: Path, w
                 if name in owned and any(alias in persistent for alias in aliases[name])}
         file = SINGLE if world.size == 1 else f"model-{world.rank + 1:05}-of-{world.size:05}.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
-        _safetensors().torch.save_file(mine, folder / file, metadata={"format": "pt"})
+        safetensors().torch.save_file(mine, folder / file, metadata={"format": "pt"})
         return file, list(mine), sum(t.numel() * t.element_size() for t in mine.values())
     written = world.gather(world.together(write))
 
@@ -239,11 +217,3 @@ def save_weights(model: torch.nn.Module, owned: Collection[str], folder: Path, w
                      "weight_map": {name: file for file, names, _ in written for name in names}}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     world.together(finish)
-
-
-def _safetensors():
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise InputError("weights in safetensors need the package safetensors: pip install safetensors") from error
-    return safetensors
