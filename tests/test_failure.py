@@ -268,6 +268,8 @@ def test_a_plan_of_another_model_is_refused():
 # ----------------------------------------------------------------------------------------------------------- signals
 
 def endless(report) -> None:
+    # A test run that was started in the background ignores Ctrl-C, and its children would too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     pipe = pipeline()
     pipe.step(**BATCH)
     report("training")
