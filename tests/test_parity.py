@@ -27,6 +27,11 @@ def schedules(num_workers: int, name: str) -> tuple[str, ...]:
     return SCHEDULES[num_workers % 2:][:1] if name in zoo.AWKWARD else SCHEDULES
 
 
+def names_for(num_workers: int) -> list[str]:
+    """Every model on two and three workers; on four the models everybody uses and a third of the awkward ones."""
+    return [name for number, name in enumerate(SPREAD) if num_workers < 4 or name not in zoo.AWKWARD or number % 3 == 0]
+
+
 def make(name: str, schedule: str, num_stages: int | None = None) -> tuple[torch.nn.Module, pe.Pipeline]:
     case = CASES[name]
     model = case.build()
@@ -60,7 +65,7 @@ def train(report, names) -> None:
 
 @cache
 def spread(num_workers: int) -> list[dict]:
-    return launch(num_workers, train, SPREAD, limit=150)
+    return launch(num_workers, train, names_for(num_workers), limit=150)
 
 
 @cache
@@ -109,7 +114,7 @@ def quiet():
 
 
 @pytest.mark.parametrize(("num_workers", "name", "schedule"), [
-    (num_workers, name, schedule) for num_workers in (2, 3, 4) for name in SPREAD if not CASES[name].random
+    (num_workers, name, schedule) for num_workers in (2, 3, 4) for name in names_for(num_workers) if not CASES[name].random
     for schedule in schedules(num_workers, name)])
 def test_workers_are_invisible(num_workers, name, schedule):
     found = [worker.get((name, schedule), "this worker never got here") for worker in spread(num_workers)]
