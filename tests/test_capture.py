@@ -61,7 +61,7 @@ def pipelined(trap: Trap, model: nn.Module, check: bool):
         torch.optim.SGD(model.parameters(), lr=0.1).step()
 
 
-@pytest.mark.parametrize("check", (True, False), ids=("checked", "unchecked"))
+@pytest.mark.parametrize("check", (pytest.param(True, id="checked"), pytest.param(False, id="unchecked", marks=pytest.mark.slow)))
 @pytest.mark.parametrize("name", [name for name, trap in TRAPS.items() if trap.expect != "varies_or_refuse"])
 def test_a_trap_is_exact_or_refused(name, check):
     """Never silently wrong: also not on the second batch, and also when the recording is not checked against eager."""

@@ -43,8 +43,8 @@ def ten_rows(case: zoo.Case) -> dict:
     return {name: torch.cat([value, value[:2].flip(0)]) for name, value in first.items()}
 
 
-@pytest.mark.parametrize("case", (LLAMA, GPT2, zoo.AWKWARD["LateInput"]), ids=lambda case: case.name)
-@pytest.mark.parametrize("sizes", ((10, 4), (8, 3), (3, 4), (1, 4), (7, 2)), ids=str)
+@pytest.mark.parametrize(("case", "sizes"), [(zoo.AWKWARD["LateInput"], sizes) for sizes in ((10, 4), (8, 3), (3, 4), (1, 4), (7, 2))]
+                         + [(LLAMA, (10, 4)), (GPT2, (3, 4))], ids=lambda value: getattr(value, "name", str(value)))
 def test_uneven_batches(case, sizes):
     """``count`` rows over ``parts`` micro-batches, as tensor_split cuts them; never more micro-batches than rows."""
     count, parts = sizes
