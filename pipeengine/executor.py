@@ -213,8 +213,6 @@ class Executor:
             if route.received:
                 self._ready[wire.GRADIENT, route.source, route.target, microbatch] = \
                     [_take_gradient(leaves[i]) for i in route.received], route
-        if op == "B" and runnable.deferral is not None:
-            run_deferred(self._waiting.pop((stage, microbatch)))
         self.records.append((op, stage, microbatch, start, perf_counter()))
         if len(task.stages) > 1:
             self._hand_back(runnable, microbatch)

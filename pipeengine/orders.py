@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pipeengine.errors import ScheduleError
 from pipeengine.program import lower
 from pipeengine.schedules import build, forward_schedule
-from pipeengine.schedules.form import Edge, I, Schedule, Topology
+from pipeengine.schedules.form import Edge, I, Schedule
 from pipeengine.timeline import OPS, Costs, simulate
 
 _WINDOW = 2             # receives of one boundary that wait to be read: buffers do not grow with the number of micro-batches
@@ -28,7 +28,7 @@ class Orders:
     num_workers: int
     worker: int
     costs: Costs | None = None
-    _known: dict[tuple, list[tuple]] = field(default_factory=dict, repr=False, compare=False)
+    _known: dict[tuple, object] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -36,14 +36,20 @@ class Orders:
             getattr(self.schedule, "name", getattr(self.schedule, "__name__", "custom"))
 
     def build(self, num_microbatches: int | None = None) -> Schedule:
-        """The schedule itself. In one process every stage acts as a worker of its own, if the schedule can do that."""
+        """The schedule itself, made once. In one process every stage acts as a worker of its own, if the schedule can do that."""
+        key = "built", num_microbatches or self.num_microbatches
+        if key not in self._known:
+            self._known[key] = self._build(key[1])
+        return self._known[key]
+
+    def _build(self, num_microbatches: int) -> Schedule:
         half = self.num_stages // 2
         choices = [self.num_workers] if self.num_workers > 1 else \
             [n for n in (self.num_stages, *range(half, 0, -1)) if self.num_stages % n == 0]
         problem: ScheduleError | None = None
         for workers in choices:
             try:
-                made = build(self.schedule, num_workers=workers, num_microbatches=num_microbatches or self.num_microbatches,
+                made = build(self.schedule, num_workers=workers, num_microbatches=num_microbatches,
                              stages_per_worker=self.num_stages // workers, costs=self.costs)
             except ScheduleError as error:
                 problem = problem or error
@@ -62,8 +68,19 @@ class Orders:
 
     @property
     def splits_backward(self) -> bool:
-        """Whether input and weight gradients are separate actions."""
+        """Whether input and weight gradients are separate actions, at least for some micro-batches."""
         return any((lane.op == I).any() for lane in self.build().lanes)
+
+    def halved(self, num_microbatches: int) -> tuple[frozenset[int], ...]:
+        """For each micro-batch of a batch of so many, the stages whose backward is two actions, I and W."""
+        key = "halved", num_microbatches
+        if key not in self._known:
+            op, stage, microbatch = self._order(num_microbatches).columns
+            found: list[set[int]] = [set() for _ in range(num_microbatches)]
+            for s, k in zip(stage[op == I].tolist(), microbatch[op == I].tolist()):
+                found[k].add(s)
+            self._known[key] = tuple(map(frozenset, found))
+        return self._known[key]
 
     def actions(self, num_microbatches: int, links: Links, *, training: bool) -> list[tuple]:
         """This process's actions for a batch of so many micro-batches."""
@@ -71,14 +88,23 @@ class Orders:
         if key not in self._known:
             edges = tuple(Edge(source, target, activation, gradient and training)
                           for source, target, activation, gradient in _merged(links) if activation or training)
-            shape = self.build().topology
-            schedule = self._order(shape, num_microbatches) if training else \
-                forward_schedule(shape.num_workers, num_microbatches, shape)
-            self._known[key] = self._listed(schedule, edges)
+            self._known[key] = self._listed(self._order(num_microbatches) if training else self._forward(num_microbatches), edges)
         return self._known[key]
 
-    def _order(self, shape: Topology, num_microbatches: int) -> Schedule:
-        """The schedule for so many micro-batches; a last batch may have fewer than it is made for."""
+    def _forward(self, num_microbatches: int) -> Schedule:
+        shape = self.build().topology
+        return forward_schedule(shape.num_workers, num_microbatches, shape)
+
+    def _order(self, num_microbatches: int) -> Schedule:
+        """The schedule for so many micro-batches, made once."""
+        key = "order", num_microbatches
+        if key not in self._known:
+            self._known[key] = self._fitting(num_microbatches)
+        return self._known[key]
+
+    def _fitting(self, num_microbatches: int) -> Schedule:
+        """A last batch may have fewer micro-batches than the schedule is made for."""
+        shape = self.build().topology
         try:
             made = self.build(num_microbatches)
             if made.topology == shape:

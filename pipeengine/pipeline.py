@@ -388,9 +388,10 @@ class Pipeline:
                 alike[size] = variant
             variants.append(variant)
         weights = self._weigh(variants, parts, sizes, batch)
+        halved = self._orders.halved(len(parts)) if training else (frozenset(),) * len(parts)
         tasks = [Task([t.clone() if i in variant.cloned else t for i, t in enumerate(tensors)] if variant.cloned else tensors,
-                      variant.stages, weight, key, variant.links)
-                 for tensors, variant, weight, key in zip(parts, variants, weights, keys)]
+                      variant.stages.of(apart), weight, key, variant.links)
+                 for tensors, variant, weight, key, apart in zip(parts, variants, weights, keys, halved)]
         recorded = 0
         for variant in variants:
             recorded = mix(recorded, variant.digest)

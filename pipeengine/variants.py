@@ -9,13 +9,14 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy
 import torch
 
 from pipeengine.capturing import Inputs, capture
 from pipeengine.dataflow import Dataflow, analyse
-from pipeengine.deferral import put_off
+from pipeengine.deferral import Replacement, put_off
 from pipeengine.errors import PlanError
 from pipeengine.executor import Runnable, make_runnable
 from pipeengine.recording import Node, Recording, Ref, fill, node_refs, refs
@@ -31,13 +32,31 @@ class Variant:
 
     recording: Recording
     split: Split
-    stages: Mapping[int, Runnable]
+    stages: Runnables
     guards: Callable[[Sequence[torch.Tensor], int | None], bool] | None
     count_targets: Callable[[Sequence[torch.Tensor]], float] | None
     cloned: tuple[int, ...]                     # inputs that the forward changes in place
     links: frozenset[tuple[int, int, bool, bool]]       # (source, target, activation, gradient)
     outputs: tuple[int, ...]
     digest: int
+
+
+class Runnables:
+    """The stages of this worker for one kind of micro-batch, each compiled once, when it is first needed.
+
+    ``make(stage, halved)`` compiles one: ``halved`` where backward is two actions, I and W, so that weight gradients can wait.
+    """
+
+    def __init__(self, own: Sequence[int], make: Callable[[int, bool], Runnable]):
+        self._own, self._make = tuple(own), cache(make)
+        self._known: dict[frozenset[int], dict[int, Runnable]] = {}
+
+    def of(self, halved: frozenset[int] = frozenset()) -> dict[int, Runnable]:
+        """What runs a micro-batch whose backward is halved on the stages ``halved``."""
+        found = self._known.get(halved)
+        if found is None:
+            found = self._known[halved] = {stage: self._make(stage, stage in halved) for stage in self._own}
+        return found
 
 
 class Variants:
@@ -75,17 +94,23 @@ class Variants:
         """Cut and compile a recording."""
         flow = analyse(recording, outputs=outputs)
         stage_of = self._placement.assign(flow)
-        waits = put_off(recording, self._model) if self._defer and not outputs else None
-        cut = split(flow, stage_of, self._placement.num_stages, outputs=outputs,
-                    keep_apart=lambda node: bool(waits) and bool(node.results) and node.results[0] in waits)
         wanted = tuple(dict.fromkeys(refs(recording.output))) if outputs else ()
-        stages = {stage: make_runnable(compile_part(cut.parts[stage], recording, self._model, self._draw, put_off=waits), cut,
-                                       outputs=wanted if outputs else None, recompute=stage in self._recompute)
-                  for stage in self._own}
+
+        @cache
+        def cut_for(halved: bool) -> tuple[Split, Mapping[int, Replacement] | None]:
+            waits = put_off(recording, self._model) if halved else None
+            return split(flow, stage_of, self._placement.num_stages, outputs=outputs,
+                         keep_apart=lambda node: bool(waits) and bool(node.results) and node.results[0] in waits), waits
+
+        def runnable(stage: int, halved: bool) -> Runnable:
+            cut, waits = cut_for(halved)
+            return make_runnable(compile_part(cut.parts[stage], recording, self._model, self._draw, put_off=waits), cut,
+                                 outputs=wanted if outputs else None, recompute=stage in self._recompute)
+        cut, _ = cut_for(self._defer and not outputs)       # the links are the same either way
         written = {storage for node in recording.nodes for storage in node.writes}
         cloned = tuple(i for i, v in enumerate(recording.inputs) if recording.values[v].storage in written)
         links = frozenset((link.source, link.target, bool(link.values), bool(link.gradients)) for link in cut.links)
-        return Variant(recording, cut, stages, guard_check(flow, self._model, self._draw), target_count(flow, self._model),
+        return Variant(recording, cut, Runnables(self._own, runnable), guard_check(flow, self._model, self._draw), target_count(flow, self._model),
                        cloned, links, wanted, _digest(cut))
 
     def seed(self, key: tuple, variant: Variant) -> None:

@@ -321,6 +321,20 @@ def test_both_halves_do_their_part():
     assert gradients(model).keys() == dict(model.named_parameters()).keys()
 
 
+def test_only_a_halved_backward_pays_for_it():
+    """Where a schedule has both kinds, a micro-batch whose backward is one action runs the stage as it is without."""
+    case, seen = zoo.AWKWARD["Positional"], {"B": set(), "I": set()}
+    pipe = pipeline(case, case.build(), schedule="dualpipe-v", num_stages=4)
+    executor = pipe._executor
+    for op in seen:
+        def watch(stage: int, microbatch: int, peer: int, op=op, act=executor._do[op]) -> None:
+            seen[op].add(executor._tasks[microbatch].stages[stage].deferral is not None)
+            act(stage, microbatch, peer)
+        executor._do[op] = watch
+    step(pipe, case, case.batches[0])
+    assert seen == {"B": {False}, "I": {True}}
+
+
 def test_hooks_on_parameters_see_what_they_always_see():
     """Registered before the pipeline or after, a hook gets one gradient per micro-batch, and may change it."""
     def hooked(model: nn.Module, log: list) -> None:
