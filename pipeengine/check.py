@@ -17,12 +17,34 @@ if TYPE_CHECKING:
 def check_schedule(schedule: Schedule, edges: Sequence[Edge], max_peak: float | Sequence[float] | None,
                    costs: Costs | None) -> None:
     """Rules on computations: in range, owned, each once, possible in this order, under the cap."""
-    _in_range(schedule)
-    _each_once(schedule)
-    _local_order(schedule, edges)
+    _each_where_it_belongs(schedule, edges)
     _completes(schedule, edges)
     if max_peak is not None:
         _under_cap(schedule, max_peak, costs)
+
+
+def check_program(program: Program, edges: Sequence[Edge], max_peak: float | Sequence[float] | None,
+                  costs: Costs | None) -> None:
+    """Those rules, and each message sent and received once where it belongs, first in first out per pair, no deadlock."""
+    schedule = program.schedule
+    _each_where_it_belongs(schedule, edges)
+    send, receive = _matched(program, edges)
+    consumer = _between(program, send, receive)
+    proved = _in_order_of_time(program, send, receive)
+    # All that crosses workers is a message, so where messages complete so does the schedule; but not if it has blocks.
+    if not proved or schedule.pairs:
+        _completes(schedule, edges)
+    if not proved:
+        _first_in_first_out(program, send, receive)
+        _no_deadlock(program, send, receive, consumer)
+    if max_peak is not None:
+        _under_cap(schedule, max_peak, costs)
+
+
+def _each_where_it_belongs(schedule: Schedule, edges: Sequence[Edge]) -> None:
+    _in_range(schedule)
+    _each_once(schedule)
+    _local_order(schedule, edges)
 
 
 def _at(order: Schedule | Program, index: int) -> str:
@@ -140,15 +162,6 @@ def _under_cap(schedule: Schedule, max_peak: float | Sequence[float], costs: Cos
                             "try a schedule with a smaller peak, or more micro-batches of fewer rows")
 
 
-def check_messages(program: Program, edges: Sequence[Edge]) -> None:
-    """Rules on messages: each sent and received once where it belongs, first in first out per pair, no deadlock."""
-    send, receive = _matched(program, edges)
-    consumer = _between(program, send, receive)
-    if not _in_order_of_time(program, send, receive):
-        _first_in_first_out(program, send, receive)
-        _no_deadlock(program, send, receive, consumer)
-
-
 def match_messages(program: Program) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The lines that send, that receive and that consume each message of a program."""
     send, receive = _matched(program, program.edges)
@@ -161,15 +174,15 @@ def _matched(program: Program, edges: Sequence[Edge]) -> tuple[np.ndarray, np.nd
     codes, wanted = _wanted(program, edges)
     found = []
     for name, first, second in (("send", SA, SG), ("receive", RA, RG)):
-        lines = np.flatnonzero((op == first) | (op == second))
-        slot = _slots(program, lines, codes)
-        known = slot >= 0
-        count = np.bincount(slot[known], minlength=len(wanted))
-        if not known.all() or not np.array_equal(count, wanted):
-            raise ScheduleError(_mismatch(program, name, lines, slot, count, wanted, codes))
-        where = np.full(len(wanted), -1, np.int64)
+        parts = [np.flatnonzero(op == first), np.flatnonzero(op == second)]
+        lines = np.concatenate(parts)
+        slot = np.concatenate([_slots(program, part, kind, codes) for part, kind in zip(parts, (first, second))])
+        # The last entry gathers the lines that have no slot.
+        where = np.full(len(wanted) + 1, -1, np.int64)
         where[slot] = lines
-        found.append(where[where >= 0])
+        if where[-1] >= 0 or not np.array_equal(where[slot], lines) or not np.array_equal(where[:-1] >= 0, wanted):
+            raise ScheduleError(_mismatch(program, name, lines, slot, wanted, codes))
+        found.append(where[:-1][wanted])
     _on_own_worker(program, np.concatenate(found))
     return found[0], found[1]
 
@@ -184,25 +197,29 @@ def _wanted(program: Program, edges: Sequence[Edge]) -> tuple[np.ndarray, np.nda
     rows = [(visits[crossing[code].source] & visits[crossing[code].target]) * there
             for kind in (0, 1) for code in codes.tolist()
             for there in [crossing[code].gradient and backward if kind else crossing[code].activation]]
-    return codes, np.concatenate(rows).astype(np.int64) if rows else np.zeros(0, np.int64)
+    return codes, np.concatenate(rows).astype(bool) if rows else np.zeros(0, bool)
 
 
-def _slots(program: Program, lines: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """The slot of each message line, -1 where there is no such edge, direction or micro-batch."""
+def _slots(program: Program, lines: np.ndarray, kind: int, codes: np.ndarray) -> np.ndarray:
+    """The slot of each message line of one ``kind``, -1 where there is no such edge, direction or micro-batch."""
     stages, batches = program.topology.num_stages, program.num_microbatches
-    op, stage, microbatch, peer = (column[lines] for column in program.columns)
-    edge = _edges_of(np.minimum(stage, peer), np.maximum(stage, peer), codes, stages)
-    slot = edge * batches
+    _, stage, microbatch, peer = (column[lines] for column in program.columns)
+    source, target = (stage, peer) if kind in (SA, RG) else (peer, stage)
+    outside = (source < 0) | (source >= target) | (target >= stages) | (microbatch < 0) | (microbatch >= batches)
+    code = source * np.int64(stages) + target
+    code[outside] = stages * stages
+    slot = _edges_of(code, codes, stages)
+    missing = slot < 0
+    slot *= batches
     slot += microbatch
-    slot[op >= SG] += len(codes) * batches
-    slot[(edge < 0) | ((stage < peer) != ((op == SA) | (op == RG))) | (microbatch < 0) | (microbatch >= batches)] = -1
+    if kind in (SG, RG):
+        slot += len(codes) * batches
+    slot[missing] = -1
     return slot
 
 
-def _edges_of(source: np.ndarray, target: np.ndarray, codes: np.ndarray, stages: int) -> np.ndarray:
-    """The number of each edge in ``codes``, -1 for none."""
-    inside = (source >= 0) & (target < stages)
-    code = np.where(inside, source * np.int64(stages) + target, -1)
+def _edges_of(code: np.ndarray, codes: np.ndarray, stages: int) -> np.ndarray:
+    """The number of each ``code`` (source stage * stages + target) among ``codes``, -1 for none."""
     if stages <= 2048:
         number = np.full(stages * stages + 1, -1, np.int64)
         number[codes] = np.arange(len(codes))
@@ -220,8 +237,9 @@ def _on_own_worker(program: Program, lines: np.ndarray) -> None:
                             "move the message there")
 
 
-def _mismatch(program: Program, name: str, lines: np.ndarray, slot: np.ndarray, count: np.ndarray, wanted: np.ndarray,
+def _mismatch(program: Program, name: str, lines: np.ndarray, slot: np.ndarray, wanted: np.ndarray,
               codes: np.ndarray) -> str:
+    count = np.bincount(slot[slot >= 0], minlength=len(wanted))
     total = f"{len(lines)} {name}s for {int(wanted.sum())} messages"
     missing = np.flatnonzero(count < wanted)
     if len(missing):

@@ -12,7 +12,7 @@ from typing import Iterator, NamedTuple, Sequence
 
 import numpy as np
 
-from pipeengine.check import check_messages, check_schedule
+from pipeengine.check import check_program, check_schedule
 from pipeengine.errors import ScheduleError
 from pipeengine.schedules.form import NOT_ACTIONS, Edge, Lane, Schedule, Topology
 from pipeengine.timeline import OPS, RA, RG, SA, SG, Costs, Timeline, simulate
@@ -229,12 +229,10 @@ def check(order: Schedule | Program, *, edges: Sequence[Edge] | None = None,
     and received once, in the same order by both workers of each pair, and no deadlock even when each send blocks
     until it is received and all messages of a worker share one in-order channel.
     """
-    schedule = order if isinstance(order, Schedule) else order.schedule
-    if edges is None:
-        edges = order.topology.chain() if isinstance(order, Schedule) else order.edges
-    check_schedule(schedule, tuple(edges), max_peak, costs)
-    if isinstance(order, Program):
-        check_messages(order, tuple(edges))
+    if isinstance(order, Schedule):
+        check_schedule(order, tuple(order.topology.chain() if edges is None else edges), max_peak, costs)
+    else:
+        check_program(order, tuple(order.edges if edges is None else edges), max_peak, costs)
 
 
 __all__ = ["Action", "Edge", "Program", "ProgramLane", "check", "lower"]

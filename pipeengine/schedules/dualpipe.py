@@ -15,13 +15,13 @@ def _eight_steps(hand: Hand, workers: int, place: int, microbatches: int) -> Non
     hand.deal("F0", times=2 * before)
     hand.deal("F0", "F1", times=place + 1)
     hand.deal("I1", "W1", "F1", times=before)
-    for turn in range(microbatches - 2 * workers + place + 1):
-        if turn == 0 and before == 0:
-            # Where both streams meet first, nothing is there yet to run beside.
-            hand.deal("F0", "B1")
-        else:
-            hand.deal_block("F0", "B1")
+    turns = microbatches - 2 * workers + place + 1
+    if before == 0:
+        # Where both streams meet first, nothing is there yet to run beside.
+        hand.deal("F0", "B1")
         hand.deal_block("F1", "B0")
+        turns -= 1
+    hand.deal_block("F0", "B1", "F1", "B0", times=turns)
     for _ in range(before):
         hand.deal("B1")
         hand.deal_block("F1", "B0")

@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 
-from pipeengine.schedules.form import F, I, Lane, Schedule, Topology, W, from_keys
+from pipeengine.schedules.form import LETTERS, B, F, I, Lane, Schedule, Topology, W, from_keys
 from pipeengine.schedules.linear import at_least
 
 
@@ -17,32 +17,35 @@ class Hand:
 
     def __init__(self, stages: tuple[int, int], microbatches: tuple[range, range]) -> None:
         self.stages, self.microbatches = stages, microbatches
-        self.dealt = {letter + str(chunk): 0 for letter, chunk in product("FIWB", (0, 1))}
-        self.rows: list[tuple[int, int, int]] = []
-        self.paired: list[int] = []
+        self.names, self.blocks = bytearray(), bytearray()
 
     def deal(self, *names: str, times: int = 1) -> None:
         """The next action of each name in turn, all of that ``times`` times."""
-        for name in names * times:
-            letter, chunk = name[0], int(name[1])
-            k = self.microbatches[chunk][self.dealt[name]]
-            self.dealt[name] += 1
-            self.rows.append(("FBIW".index(letter), self.stages[chunk], k))
-            if letter in "IB":
-                self.dealt[("B" if letter == "I" else "I") + str(chunk)] += 1
-            if letter == "B":
-                self.dealt["W" + str(chunk)] += 1
+        self.names += bytes(_NAMES.index(name) for name in names) * times
+        self.blocks += bytes(len(names) * times)
 
-    def deal_block(self, first: str, second: str) -> None:
-        """Both, as one block."""
-        self.paired.append(len(self.rows))
-        self.deal(first, second)
+    def deal_block(self, *names: str, times: int = 1) -> None:
+        """Names by twos, each two as one block, all of that ``times`` times."""
+        self.deal(*names, times=times)
+        self.blocks[len(self.blocks) - len(names) * times:] = bytes((1, 0)) * (len(names) * times // 2)
 
     def pairs(self) -> np.ndarray:
-        return np.isin(np.arange(len(self.rows)), self.paired)
+        return np.frombuffer(bytes(self.blocks), bool)
 
     def lane(self) -> Lane:
-        return Lane.of(*zip(*self.rows))
+        name = np.frombuffer(bytes(self.names), np.uint8)
+        op, chunk = name >> 1, name & 1
+        stage, microbatch = np.take(np.array(self.stages, np.int32), chunk), np.empty(len(name), np.int32)
+        for number, batches in enumerate(self.microbatches):
+            mine = chunk == number
+            for letters in ((F,), (I, B), (W, B)):
+                each = mine & np.isin(op, letters)
+                # A fused backward counts as both of its halves.
+                microbatch[each] = batches.start + np.arange(np.count_nonzero(each))
+        return Lane(op, stage, microbatch)
+
+
+_NAMES = tuple(letter + chunk for letter in LETTERS for chunk in "01")
 
 
 def zb_v(num_workers: int, num_microbatches: int) -> Schedule:
@@ -59,14 +62,12 @@ def zb_v(num_workers: int, num_microbatches: int) -> Schedule:
         hand.deal("F0", times=2 * (p - r) - 1)
         hand.deal("F1", "F0", times=r)
         hand.deal("F1", "I1", "W1", times=p - r)
-        while hand.dealt["F1"] < m:
-            if hand.dealt["F0"] < m:
-                hand.deal("F0")
-            hand.deal("I0", "W0", "F1", "I1", "W1")
+        hand.deal("F0", "I0", "W0", "F1", "I1", "W1", times=m - 2 * p + r + 1)
+        hand.deal("I0", "W0", "F1", "I1", "W1", times=p - 1 - r)
         hand.deal("I0", "I1", times=r)
         hand.deal("I0", "W0", times=p - r)
-        hand.deal("W1", times=m - hand.dealt["W1"])
-        hand.deal("W0", times=m - hand.dealt["W0"])
+        hand.deal("W1", times=r)
+        hand.deal("W0", times=r)
         lanes.append(hand.lane())
     return Schedule("zb-v", Topology.v(p), m, tuple(lanes))
 
