@@ -31,10 +31,9 @@ def check_program(program: Program, edges: Sequence[Edge], max_peak: float | Seq
     send, receive = _matched(program, edges)
     consumer = _between(program, send, receive)
     proved = _in_order_of_time(program, send, receive)
-    # All that crosses workers is a message, so where messages complete so does the schedule; but not if it has blocks.
-    if not proved or schedule.pairs:
-        _completes(schedule, edges)
+    # All that crosses workers is a message: where messages are proved to complete, so is the schedule.
     if not proved:
+        _completes(schedule, edges)
         _first_in_first_out(program, send, receive)
         _no_deadlock(program, send, receive, consumer)
     if max_peak is not None:

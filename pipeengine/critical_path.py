@@ -104,9 +104,10 @@ def _worklist(starts: np.ndarray, duration: np.ndarray, waits: tuple[Wait, ...])
 class _Leaps:
     """All lanes step together (one array operation per step); where the last steps repeat, leap; long stretches run.
 
-    A run takes one lane as far as all that it waits for is known, as all forwards of GPipe are. A leap guesses that each lane goes on as before, ``lag`` seconds later per period, and checks each guess against its
-    definition, ``end = max(end before, ends waited for + latency) + duration``. Times are positive, so guesses that
-    end before the first wrong one rest on right ones only: these are kept, and stepping goes on from there.
+    A run takes one lane as far as all that it waits for is known, as all forwards of GPipe are. A leap guesses that each
+    lane goes on as before, ``lag`` seconds later per period, and checks each guess against its definition,
+    ``end = max(end before, ends waited for + latency) + duration``. Times are positive, so guesses that end before the
+    first wrong one rest on right ones only: these are kept, and stepping goes on from there.
     """
 
     def __init__(self, starts: np.ndarray, duration: np.ndarray, waits: tuple[Wait, ...]) -> None:

@@ -70,7 +70,7 @@ def test_lowered_programs_complete(name, edges):
         costs = Costs(*([draw.uniform(0, 2) for _ in range(schedule.topology.num_stages)] for _ in range(3)), hop=0.1)
         program = lower(schedule, edges, costs)
         check(program)
-        assert program.schedule == schedule
+        assert program.schedule == replace(schedule, pairs=())
         assert runs_with_blocking_sends(program)
 
 
@@ -155,14 +155,33 @@ def test_a_message_more_or_less_is_found():
             check(Program("x", program.topology, 3, program.edges, (program.lanes[0], lane)))
 
 
+def channel_loss(name, p, m, hop, spread):
+    """What one shared in-order channel per worker costs, as a part of the makespan; stages differ by ``spread``."""
+    schedule = build(name, num_workers=p, num_microbatches=m)
+    draw = random.Random(100 * p + m)
+    costs = Costs(*([share * draw.uniform(1 - spread, 1 + spread) for share in schedule.topology.shares()]
+                    for _ in range(3)), hop=hop)
+    program = lower(schedule, costs=costs)
+    free, shared = simulate(program, costs).makespan, simulate_channel(program, costs).makespan
+    assert free * (1 - 1e-9) <= shared
+    return shared / free - 1
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_one_shared_channel_loses_at_most_a_hundredth(name):
     """All messages of a worker in order on one communicator, against messages that never queue."""
-    schedule = build(name, num_workers=8, num_microbatches=16)
-    costs = Costs.uniform(schedule.topology, hop=0.05)
-    program = lower(schedule, costs=costs)
-    free, shared = simulate(program, costs).makespan, simulate_channel(program, costs).makespan
-    assert free * (1 - 1e-9) <= shared <= free * 1.01
+    for p, m in [(2, 8), (3, 9), (4, 8), (4, 16), (5, 13), (8, 16)] if name != "auto" else [(4, 8)]:
+        if name != "dualpipe" or not p % 2:
+            for hop in (0.02, 0.05, 0.1):
+                assert channel_loss(name, p, m, hop, 0.0) <= 0.01, (p, m, hop)
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name not in ("auto", "dualpipe")])
+def test_one_shared_channel_with_unequal_stages(name):
+    """Where stages differ by 30 %, or a hop is long, some messages cannot but collide; on average it is less."""
+    for hop, mean in ((0.05, 0.003), (0.1, 0.006), (0.2, 0.017)):
+        losses = [channel_loss(name, p, m, hop, 0.3) for p, m in ((2, 8), (3, 9), (4, 16), (5, 13), (8, 16))]
+        assert sum(losses) / len(losses) <= mean, hop
 
 
 def test_messages_on_a_shared_channel_follow_each_other():
