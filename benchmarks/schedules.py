@@ -1,7 +1,7 @@
 """Figures for schedules, none of which needs torch or more than one core.
 
     python benchmarks/schedules.py table             schedules x (equal stages, heavy head) x micro-batches, simulated
-    python benchmarks/schedules.py scale [ACTIONS]   seconds to generate, check, simulate and lower, 10^4 to 10^7 actions
+    python benchmarks/schedules.py scale [ACTIONS]   seconds to generate, check, simulate, lower and check again, 10^4 to 10^7
     python benchmarks/schedules.py auto              how far synthesised orders are above a bound that nothing beats
     python benchmarks/schedules.py channel           what one shared in-order channel costs
 """
@@ -61,23 +61,29 @@ def table() -> None:
         print(f"| {schedule_name} | " + " | ".join(cells) + " |")
 
 
+SHAPES = (("1f1b", 8, 1, 2), ("1f1b", 1024, 1, 2), ("gpipe", 8, 1, 2), ("zb-h1", 1024, 1, 3), ("bfs", 64, 2, 4),
+          ("interleaved-1f1b", 64, 8, 16), ("interleaved-zb", 16, 2, 6), ("zb-v", 8, 2, 6), ("v-half", 16, 2, 6),
+          ("dualpipe-v", 8, 2, 4))
+
+
 def scale(most: int) -> None:
-    """CPU seconds and microseconds per action of each pass; one shape per size."""
-    print(f"{'schedule':18} {'workers':>7} {'actions':>11}  generate   check  simulate   lower  us/action  check program  peak GB")
-    for name, workers, per in (("1f1b", 8, 2), ("zb-h1", 64, 3), ("interleaved-1f1b", 8, 4), ("1f1b", 1024, 2)):
+    """CPU seconds of each pass, stages up to 30 % apart, a message a tenth of a forward; one line per shape and size."""
+    print(f"{'schedule':17} {'workers':>7} {'actions':>11}  generate   check  simulate   lower  check program   total  us/action  peak GB")
+    for name, workers, stages_per_worker, per in SHAPES:
         for actions in (10 ** k for k in range(4, 8)):
             microbatches = round(actions / workers / per)
-            if actions <= most and microbatches >= workers:
-                _passes(name, workers, microbatches)
+            if actions <= most and microbatches >= 2 * workers:
+                _passes(name, workers, stages_per_worker, microbatches)
 
 
-def _passes(name: str, workers: int, microbatches: int) -> None:
+def _passes(name: str, workers: int, stages_per_worker: int, microbatches: int) -> None:
     laps = [time.process_time()]
-    schedule = build(name, num_workers=workers, num_microbatches=microbatches)
+    schedule = build(name, num_workers=workers, num_microbatches=microbatches, stages_per_worker=stages_per_worker)
     laps.append(time.process_time())
     check(schedule)
     laps.append(time.process_time())
-    costs = Costs.uniform(schedule.topology, hop=0.1)
+    draw, stages = random.Random(0), schedule.topology.num_stages
+    costs = Costs(*([draw.uniform(0.7, 1.3) for _ in range(stages)] for _ in range(3)), hop=0.1)
     simulate(schedule, costs)
     laps.append(time.process_time())
     program = lower(schedule, costs=costs)
@@ -85,9 +91,10 @@ def _passes(name: str, workers: int, microbatches: int) -> None:
     check(program)
     laps.append(time.process_time())
     generate, checked, simulated, lowered, proved = (b - a for a, b in zip(laps, laps[1:]))
-    print(f"{name:18} {workers:7} {schedule.num_actions:11,}  {generate:8.3f} {checked:7.3f} {simulated:9.3f} {lowered:7.3f} "
-          f"{(laps[4] - laps[0]) / schedule.num_actions * 1e6:10.2f} {proved:14.3f} "
-          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:8.2f}")
+    total = laps[-1] - laps[0]
+    print(f"{name:17} {workers:7} {schedule.num_actions:11,}  {generate:8.3f} {checked:7.3f} {simulated:9.3f} {lowered:7.3f} "
+          f"{proved:14.3f} {total:7.2f} {total / schedule.num_actions * 1e6:10.2f} "
+          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:8.2f}", flush=True)
 
 
 def gaps() -> None:

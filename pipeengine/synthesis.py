@@ -163,9 +163,11 @@ def _dealt(task: _Task, warmup: Sequence[int], patience: Sequence[float]) -> lis
 
 
 def _warmups(task: _Task) -> Iterable[list[int]]:
-    """Forwards before the first gradient can arrive, times a few factors; and the ladders of 1F1B and ZB-H2."""
+    """Forwards before the first gradient, by when it arrives; times a few factors; and the ladders of 1F1B and ZB-H2."""
     p = task.num_workers
     forward, inputs, _ = task.seconds
+    for patience in (1.0, 0.9, 0.8, 0.6):
+        yield _until_gradient(task, patience)
     trips = [sum(forward[r:]) + sum(inputs[r + 1:]) + 2 * sum(task.hop[r + 1:]) for r in range(p)]
     for factor in (1.0, 0.8, 0.9, 1.1, 0.7, 1.2, 1.4, 9.0):
         yield [max(1, min(task.fits(r), round(factor * trip / (forward[r] or 1.0)))) for r, trip in enumerate(trips)]
@@ -173,7 +175,22 @@ def _warmups(task: _Task) -> Iterable[list[int]]:
         yield [min(task.fits(r), depth * (p - 1 - r) + 1) for r in range(p)]
 
 
-_PATIENCES = (1.0, 0.6, 0.3, 1e-4, 0.9, 1.5, 3.0)
+def _until_gradient(task: _Task, patience: float) -> list[int]:
+    """Forwards that each worker has time for until its first gradient comes, one more where the rest is over ``patience``
+    of a forward; such a one makes the gradient late for all workers before."""
+    forward, inputs, _ = task.seconds
+    chosen, trip, late = [], 0.0, 0.0
+    for r in reversed(range(task.num_workers)):
+        trip += forward[r]
+        wait, seconds = trip + late, forward[r] or 1.0
+        count = max(1, min(task.fits(r), math.ceil(wait / seconds - patience - _SLACK)))
+        late += max(0.0, count * forward[r] - wait)
+        trip += inputs[r] + 2 * task.hop[r]
+        chosen.append(count)
+    return chosen[::-1]
+
+
+_PATIENCES = (0.3, 1.0, 1e-4, 0.6, 0.9, 1.5, 3.0)
 
 
 class _Dealer:
@@ -509,9 +526,9 @@ def _searched(task: _Task, costs: Costs, starts: Sequence[Schedule]) -> Iterable
     bound = lower_bound(task.topology, task.microbatches, costs, task.cap) if task.objective == "makespan" else 0.0
     lanes: list[tuple[Topology, list[list[int]]]] = []
     if linear:
-        dealer = _Dealer(task, budget=max(20, 330_000 // task.size))
-        for warmup in _warmups(task):
-            for patience in _PATIENCES:
+        dealer = _Dealer(task, budget=max(40, 330_000 // task.size))
+        for patience in _PATIENCES:
+            for warmup in _warmups(task):
                 dealer.price(warmup, [patience] * task.num_workers)
             if dealer.reached(bound):
                 break

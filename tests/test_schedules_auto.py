@@ -62,6 +62,16 @@ def test_published_automatic_schedules_are_reached(row):
         assert (span - m * (f + i + w)) / span <= row[column] + 5e-4
 
 
+def test_many_workers_wait_no_longer_than_memory_makes_them():
+    """With 2 p micro-batches of room, the first worker waits for its first gradient and for nothing else."""
+    p, m, f, i, w, hop = 32, 96, 10.4, 10.2, 7.8, 0.4
+    costs = Costs([f] * p, [i] * p, [w] * p, hop=hop, activation=[1] * p, weight_activation=[0.5] * p)
+    span = simulate(auto(p, m, costs=costs, max_peak=2 * p, objective="span"), costs).span
+    wait = p * f + (p - 1) * i + 2 * (p - 1) * hop - 2 * p * f
+    assert wait > 0
+    assert m * (f + i + w) + wait - 1e-9 <= span <= m * (f + i + w) + wait + 0.2 * f
+
+
 def lanes_within(m, cap, kept):
     """All orders of one worker's F, I and W of m micro-batches, none later before an earlier, that fit the memory."""
     def go(f, i, w):

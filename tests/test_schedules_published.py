@@ -8,6 +8,7 @@ import pytest
 from pipeengine.errors import ScheduleError
 from pipeengine.program import Program, check
 from pipeengine.schedules import SCHEDULES, Schedule, Topology, build, build_short
+from pipeengine.schedules.looped import published_interleaved_seconds
 from pipeengine.timeline import Costs, peak_activations, simulate
 
 TABLE = json.loads((Path(__file__).parent / "data" / "zero_bubble.json").read_text())["rows"]
@@ -123,6 +124,18 @@ def test_zero_bubble_table(row, column, name):
     f, i, w, hop = (row[f"{which}_ms"] for which in ("forward", "input_grad", "weight_grad", "hop"))
     span = simulate(build(name, num_workers=p, num_microbatches=m), Costs([f] * p, [i] * p, [w] * p, hop=hop)).span
     assert (span - m * (f + i + w)) / span == pytest.approx(row[column], abs=6e-5)
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row['model']}-{row['workers']}-{row['microbatches']}")
+def test_zero_bubble_table_of_interleaved(row):
+    """Three stages per worker. The published figures leave p hops out that every event simulation has."""
+    p, m, hop = row["workers"], row["microbatches"], row["hop_ms"]
+    f, i, w = (row[f"{which}_ms"] for which in ("forward", "input_grad", "weight_grad"))
+    seconds = published_interleaved_seconds(p, m, 3, f + i + w, hop)
+    assert (seconds - m * (f + i + w)) / seconds == pytest.approx(row["rate_1f1b_interleaved"], abs=6e-5)
+    schedule = build("interleaved-1f1b", num_workers=p, num_microbatches=m, stages_per_worker=3)
+    costs = Costs.uniform(schedule.topology, forward=f, input_grad=i, weight_grad=w, hop=hop)
+    assert simulate(schedule, costs).makespan == pytest.approx(seconds + p * hop)
 
 
 def torch_text(name, p, m, v, **options):

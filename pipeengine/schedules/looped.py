@@ -54,6 +54,18 @@ def interleaved_one_f_one_b(num_workers: int, num_microbatches: int, stages_per_
     return _looped("interleaved-1f1b", p, m, v, _rounds(p, m), keys)
 
 
+def published_interleaved_seconds(num_workers: int, num_microbatches: int, stages_per_worker: int, work: float,
+                                  hop: float) -> float:
+    """Seconds of a step by the closed form behind the 1F1B-I column of Qi et al., Zero Bubble, ICLR 2024, table 5.
+
+    ``work`` is F + I + W of one micro-batch on one worker, ``hop`` the time of one message, both in seconds. For multiples of
+    the workers. An event simulation of the same order takes ``num_workers * hop`` longer: on its way through all stages a
+    micro-batch crosses 2 (p v - 1) boundaries, and the published figures count p fewer.
+    """
+    p, m, v = num_workers, num_microbatches, stages_per_worker
+    return m * work + (p - 1) * work / v + (2 * (p * v - 1) - p) * hop
+
+
 def breadth_first(num_workers: int, num_microbatches: int, stages_per_worker: int = 2) -> Schedule:
     """GPipe over loops: each stage runs all its micro-batches at once (Lamy-Poirier, Breadth-First, MLSys 2023)::
 
