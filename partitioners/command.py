@@ -95,12 +95,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read_graph(path: str | Path) -> nx.DiGraph:
     """A cost graph from a file, whichever of the three formats it is in."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise GraphError(f"cannot read {path}: {error}") from error
     try:
         obj = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if " -- " in text:
             return read_pipedream(text)
         raise GraphError(f"{path} holds neither {FORMAT} nor {WORKLOAD} nor a PipeDream profile: {error}") from error

@@ -7,6 +7,14 @@ from dataclasses import dataclass
 from partitioners.errors import PartitionError
 
 
+def _at_least(value: object, least: float = 0.0) -> bool:
+    """Whether ``value`` is a number (infinity included) of ``least`` or more."""
+    try:
+        return not isinstance(value, (bool, str)) and bool(value >= least)    # type: ignore[operator]
+    except TypeError:
+        return False
+
+
 @dataclass(frozen=True)
 class Device:
     """``count`` equal devices of class ``name``.
@@ -22,9 +30,13 @@ class Device:
     pays_link: bool = True
 
     def __post_init__(self) -> None:
-        if self.count < 0 or not self.speed > 0 or (self.memory is not None and not self.memory >= 0):
-            raise PartitionError(f"device class {self.name!r} has count {self.count}, speed {self.speed} and memory "
-                                 f"{self.memory}; count and memory cannot be negative, speed must be positive")
+        if not isinstance(self.name, str) or isinstance(self.count, bool) or not isinstance(self.count, int):
+            raise PartitionError(f"device class {self.name!r} has count {self.count!r}; the name must be a string and the "
+                                 "count a whole number")
+        if (self.count < 0 or not _at_least(self.speed) or self.speed == 0
+                or (self.memory is not None and not _at_least(self.memory))):
+            raise PartitionError(f"device class {self.name!r} has count {self.count}, speed {self.speed!r} and memory "
+                                 f"{self.memory!r}; count and memory cannot be negative, speed must be a positive number")
 
 
 @dataclass(frozen=True)
@@ -34,8 +46,9 @@ class Link:
     latency: float = 0.0
 
     def __post_init__(self) -> None:
-        if (self.bandwidth is not None and not self.bandwidth > 0) or not 0 <= self.latency < math.inf:
-            raise PartitionError(f"a link has bandwidth {self.bandwidth} and latency {self.latency}; bandwidth must be "
+        if (self.bandwidth is not None and (not _at_least(self.bandwidth) or self.bandwidth == 0)
+                or not _at_least(self.latency) or self.latency == math.inf):
+            raise PartitionError(f"a link has bandwidth {self.bandwidth!r} and latency {self.latency!r}; bandwidth must be "
                                  "positive bytes per second (or None), latency finite seconds, not negative")
 
     def seconds(self, num_bytes: float, messages: float = 1.0) -> float:

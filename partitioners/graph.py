@@ -63,19 +63,45 @@ def _check_node(node: Node, data: Mapping) -> None:
     for name in SIZES:
         if name in data:
             _check_number(node, name, data[name])
+    for name, (good, wanted) in _KINDS.items():
+        if data.get(name) is not None and not good(data[name]):
+            raise GraphError(f"node {str(node)!r} has {name}={data[name]!r}; it must be {wanted}")
     for parameter, size in (data.get("shared") or {}).items():
         _check_number(node, f"shared[{parameter!r}]", size)
-    if data.get("allowed") is not None and (isinstance(data["allowed"], str) or not data["allowed"]):
-        raise GraphError(f"node {str(node)!r} has allowed={data['allowed']!r}; it must be a tuple of device classes")
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return not isinstance(value, (bool, str)) and math.isfinite(value)    # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _is_hashable(value: object) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _names_classes(value: object) -> bool:
+    return isinstance(value, (list, tuple, set, frozenset)) and bool(value) and all(isinstance(name, str) for name in value)
+
+
+_KINDS = {
+    "shared": (lambda value: isinstance(value, Mapping), "a dict from parameter names to bytes"),
+    "allowed": (_names_classes, "a tuple of device classes"),
+    "colocate": (_is_hashable, "a label that can be hashed, such as a string or a number"),
+    "order": (_is_number, "a finite number"),
+    "gradient": (lambda value: not isinstance(value, (str, list, dict)), "true or false"),
+    "is_backward": (lambda value: not isinstance(value, (str, list, dict)), "true or false")}
 
 
 def _check_number(node: Node, name: str, value: object) -> None:
-    try:
-        good = not isinstance(value, (bool, str)) and 0 <= float(value) < math.inf    # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        good = False
-    if not good:
-        raise GraphError(f"node {str(node)!r} has {name}={value!r}; it must be a finite number that is not negative")
+    if not (_is_number(value) and value >= 0):    # type: ignore[operator]
+        text = repr(value) if len(repr(value)) < 40 else f"{repr(value)[:36]}..."
+        raise GraphError(f"node {str(node)!r} has {name}={text}; it must be a finite number that is not negative")
 
 
 def seconds(data: Mapping, name: str, device: Device) -> float:
@@ -89,7 +115,7 @@ def seconds(data: Mapping, name: str, device: Device) -> float:
 def topological_order(graph: nx.DiGraph) -> list[Node]:
     """Nodes in the order of production: the recorded ``order`` where it is one, else a stable topological order."""
     position = {node: index for index, node in enumerate(graph)}
-    if all("order" in data for _, data in graph.nodes(data=True)):
+    if all(data.get("order") is not None for _, data in graph.nodes(data=True)):
         position = {node: (data["order"], position[node]) for node, data in graph.nodes(data=True)}
         nodes = sorted(graph, key=position.__getitem__)
         if all(position[source] < position[target] for source, target in graph.edges):
@@ -119,12 +145,17 @@ def from_json(obj: Mapping) -> nx.DiGraph:
         return read_workload(obj)
     if kind != FORMAT:
         raise GraphError(f"expected format {FORMAT!r} or {WORKLOAD!r}, found {kind!r}")
-    graph = _assemble(obj, lambda entry: {name: value for name, value in entry.items() if name != "id"})
-    for _, data in graph.nodes(data=True):
-        for name in ("allowed", "colocate"):
-            if isinstance(data.get(name), list):
-                data[name] = tuple(data[name])
-    return graph
+    return _assemble(obj, _graph_node)
+
+
+def _graph_node(entry: Mapping) -> dict:
+    return {name: _frozen(value) if name in ("allowed", "colocate") else value for name, value in entry.items()
+            if name != "id"}
+
+
+def _frozen(value: object) -> object:
+    """JSON has no tuples."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _assemble(obj: Mapping, attributes) -> nx.DiGraph:
@@ -155,21 +186,37 @@ def read_workload(source: Mapping | str | Path) -> nx.DiGraph:
 
     Milliseconds become seconds. Nodes with ``out_bytes`` get a value of that size whose gradient comes back.
     """
-    obj = source if isinstance(source, Mapping) else json.loads(Path(source).read_text())
+    obj = source if isinstance(source, Mapping) else json.loads(Path(source).read_text(encoding="utf-8-sig"))
     if obj.get("format") != WORKLOAD:
         raise GraphError(f"expected format {WORKLOAD!r}, found {obj.get('format')!r}")
     graph = _assemble(obj, _workload_node)
-    for label, group in enumerate(obj.get("colocate", ())):
-        for node in group:
-            if node not in graph:
-                raise GraphError(f"co-location group {label} names the unknown node {node!r}")
-    _label_groups(graph, obj.get("colocate", ()))
+    _label_groups(graph, _groups(graph, obj.get("colocate") or ()))
     if obj.get("device_classes"):
-        graph.graph["devices"] = tuple(
-            Device(entry["name"], entry["count"], entry.get("memory"), pays_link=entry.get("pays_comm", True))
-            for entry in obj["device_classes"])
+        graph.graph["devices"] = _devices(obj["device_classes"])
     graph.graph["name"] = obj.get("name", "")
     return graph
+
+
+def _groups(graph: nx.DiGraph, groups: object) -> list[list[Node]]:
+    """The co-location groups of a workload file, checked."""
+    if not isinstance(groups, (list, tuple)):
+        raise GraphError(f"colocate is {groups!r}; it must be a list of groups of node ids")
+    for label, group in enumerate(groups):
+        if not isinstance(group, (list, tuple)):
+            raise GraphError(f"co-location group {label} is {group!r}; it must be a list of node ids")
+        for node in group:
+            if not isinstance(node, (str, int)) or node not in graph:
+                raise GraphError(f"co-location group {label} names the unknown node {node!r}")
+    return list(map(list, groups))
+
+
+def _devices(entries: object) -> tuple[Device, ...]:
+    """The device classes of a workload file."""
+    for entry in entries if isinstance(entries, list) else [entries]:
+        if not isinstance(entry, Mapping) or "name" not in entry or "count" not in entry:
+            raise GraphError(f"a device class must be an object with name and count, found {entry!r}")
+    return tuple(Device(entry["name"], entry["count"], entry.get("memory"), pays_link=bool(entry.get("pays_comm", True)))
+                 for entry in entries)
 
 
 def _label_groups(graph: nx.DiGraph, groups: Iterable[Iterable[Node]]) -> None:
@@ -190,10 +237,14 @@ def _workload_node(entry: Mapping) -> dict:
     for name in ("memory", "out_cost", "out_bytes", "param_bytes", "act_bytes"):
         if name in entry:
             _check_number(entry["id"], name, entry[name])
+    if not isinstance(entry.get("time", {}), Mapping):
+        raise GraphError(f"node {str(entry['id'])!r} has time={entry['time']!r}; it must be an object from class to ms")
+    if isinstance(entry.get("backward", False), str):
+        raise GraphError(f"node {str(entry['id'])!r} has backward={entry['backward']!r}; it must be true or false")
     for device, value in entry.get("time", {}).items():
         _check_number(entry["id"], f"time[{device!r}]", value)
     data: dict = {"forward": {device: value * PIPEDREAM for device, value in entry.get("time", {}).items()}}
-    data["is_backward"] = bool(entry.get("backward", False))
+    data["is_backward"] = entry.get("backward", False)
     if "out_cost" in entry:
         data["transfer"] = entry["out_cost"] * PIPEDREAM
     else:
@@ -201,7 +252,7 @@ def _workload_node(entry: Mapping) -> dict:
     data |= {name: entry[key] for name, key in (("memory_bytes", "memory"), ("param_bytes", "param_bytes"),
                                                 ("activation_bytes", "act_bytes"), ("label", "name")) if key in entry}
     if entry.get("allowed") is not None:
-        data["allowed"] = tuple(entry["allowed"])
+        data["allowed"] = _frozen(entry["allowed"])
     return data
 
 
@@ -224,8 +275,8 @@ def read_pipedream(text: str) -> nx.DiGraph:
 
 
 def _pipedream_costs(node: str, text: str) -> dict:
-    fields = dict(part.split("=") for part in text.split(", "))
     try:
+        fields = dict(part.split("=") for part in text.split(", "))
         size = sum(float(part) for part in fields["activation_size"].strip("[]").split(";"))
         return {"forward": float(fields["forward_compute_time"]) * PIPEDREAM,
                 "backward": float(fields["backward_compute_time"]) * PIPEDREAM,

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Integral, Real
 
 import networkx as nx
 
@@ -40,6 +41,8 @@ def partition(graph: nx.DiGraph, num_stages: int | None = None, *, devices: Clus
         raise PartitionError(f"objective {objective!r} is none of {', '.join(OBJECTIVES)}")
     if objective == "1f1b" and (stages_per_worker > 1 or recompute) or (recompute and stages_per_worker > 1):
         raise PartitionError("1f1b, several stages per worker and recompute cannot be combined yet; ask for one of them")
+    _check_options(num_stages=num_stages, num_microbatches=num_microbatches, stages_per_worker=stages_per_worker,
+                   prefer_single_tensor=prefer_single_tensor, gap=gap, time_limit=time_limit)
     check(graph)
     allow_empty &= stages_per_worker == 1    # an empty stage would deal all later ones to other workers
     cluster = _cluster(graph, num_stages, devices, Link(bandwidth, latency), memory)
@@ -65,6 +68,17 @@ def partition(graph: nx.DiGraph, num_stages: int | None = None, *, devices: Clus
     return build_plan(graph, stage_of, setting, lower_bound=solution.lower_bound, proof=solution.proof)
 
 
+def _check_options(**options: object) -> None:
+    """Counts are whole numbers of at least 1, the other options numbers that are not negative (None: not given)."""
+    for name, value in options.items():
+        if value is None and name in ("num_stages", "time_limit"):
+            continue
+        count = name in ("num_stages", "num_microbatches", "stages_per_worker")
+        if isinstance(value, bool) or not isinstance(value, Integral if count else Real) or not value >= int(count):
+            wanted = "a whole number, at least 1" if count else "a number that is not negative"
+            raise PartitionError(f"{name} is {value!r}; it must be {wanted}")
+
+
 def _cluster(graph: nx.DiGraph, num_stages: int | None, devices: Cluster | Sequence[Device] | None, link: Link,
              memory: float | None) -> Cluster:
     """One cluster from the ways to name it; ordered ones get one entry per device."""
@@ -72,8 +86,6 @@ def _cluster(graph: nx.DiGraph, num_stages: int | None, devices: Cluster | Seque
     if devices is None and num_stages is None and not known:
         raise PartitionError("neither num_stages nor devices is given; say into how many stages to cut")
     if devices is None and num_stages is not None:
-        if num_stages < 1:
-            raise PartitionError(f"num_stages is {num_stages}; it must be at least 1")
         base = next((device for device in known if device.pays_link), Device(_only_class(graph)))
         devices = (replace(base, count=num_stages),)
     if not isinstance(devices, Cluster):
@@ -84,6 +96,8 @@ def _cluster(graph: nx.DiGraph, num_stages: int | None, devices: Cluster | Seque
     if devices.ordered:
         devices = replace(devices, devices=tuple(replace(device, count=1) for device in devices.devices
                                                  for _ in range(device.count)))
+    if devices.num_devices < 1:
+        raise PartitionError(f"the {len(devices.devices)} device classes have no device among them; give one a count")
     if num_stages is not None and devices.num_devices != num_stages:
         raise PartitionError(f"num_stages is {num_stages} but there are {devices.num_devices} devices; give one of them")
     return devices
@@ -109,6 +123,17 @@ def _check_size(graph: nx.DiGraph, problem: Problem) -> None:
     if have < problem.num_stages:
         kind = "with parameters " if problem.has_parameters.any() else ""
         raise PartitionError(f"the model has {have} cuttable nodes {kind}but {problem.num_stages} stages were asked for; "
-                             f"try num_stages={max(have, 1)}" + ("" if have > 1 else " (or allow_empty=True)"))
+                             f"try num_stages={max(have, 1)}" + ("" if have > 1 else " (or allow_empty=True)")
+                             + _largest_group(graph, problem))
+
+
+def _largest_group(graph: nx.DiGraph, problem: Problem) -> str:
+    """What co-location ties together, if anything."""
+    group = max(problem.items, key=len)
+    labels = [data["colocate"] for node in group if (data := graph.nodes[node]).get("colocate") is not None]
+    if len(group) < 2 or not labels:
+        return ""
+    return (f"; colocate={labels[0]!r} ties {len(group)} of the {len(graph)} nodes together, from {str(group[0])!r} to "
+            f"{str(group[-1])!r}, with all that lies between them")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
-from partitioners import GraphError, check, digest, from_json, read_pipedream, read_workload, to_json
+from partitioners import GraphError, PipeEngineError, check, digest, from_json, read_pipedream, read_workload, to_json
 from partitioners.graph import topological_order
 
 DATA = Path(__file__).parent / "data"
@@ -22,7 +22,9 @@ def chain(length: int = 3) -> nx.DiGraph:
 
 @pytest.mark.parametrize("name, value", [("forward", -1.0), ("backward", math.nan), ("param_bytes", math.inf),
                                          ("forward", {"gpu": -1}), ("output_bytes", "8"), ("shared", {"w": -3}),
-                                         ("allowed", "cpu"), ("transfer", -1)])
+                                         ("allowed", "cpu"), ("transfer", -1), ("allowed", 5), ("shared", "w"),
+                                         ("colocate", {"a": 1}), ("order", "first"), ("gradient", "no"),
+                                         ("param_bytes", 10 ** 400)])
 def test_bad_attribute_is_named(name, value):
     graph = chain()
     graph.nodes["n1"][name] = value
@@ -42,6 +44,32 @@ def test_unknown_id_is_named():
     obj["edges"].append(["n0", "n9"])
     with pytest.raises(GraphError, match="n9"):
         from_json(obj)
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda obj: obj["nodes"][0].update(time=5), "'1'.*time=5"),
+    (lambda obj: obj["nodes"][0].update(time={"acc": "3"}), "'1'.*time.*'3'"),
+    (lambda obj: obj["nodes"][0].update(memory="3GB"), "'1'.*memory='3GB'"),
+    (lambda obj: obj["nodes"][0].update(allowed=3), "'1'.*allowed=3"),
+    (lambda obj: obj["nodes"][0].update(backward="yes"), "'1'.*backward='yes'"),
+    (lambda obj: obj["nodes"].append(obj["nodes"][0]), "two nodes have the id 1"),
+    (lambda obj: obj.update(colocate=5), "colocate is 5"),
+    (lambda obj: obj.update(colocate=[5]), "group 0 is 5"),
+    (lambda obj: obj.update(colocate=[[[1]]]), r"unknown node \[1\]"),
+    (lambda obj: obj.update(device_classes=5), "device class.*found 5"),
+    (lambda obj: obj["device_classes"][0].pop("count"), "device class.*name and count"),
+    (lambda obj: obj["device_classes"][0].update(count="6"), "count '6'"),
+    (lambda obj: obj["device_classes"][0].update(memory="16GB"), "memory '16GB'")])
+def test_what_is_wrong_with_a_workload_file_is_named(change, said):
+    obj = json.loads((DATA / "L_bert24_inference.json").read_text())
+    change(obj)
+    with pytest.raises(PipeEngineError, match=said):
+        read_workload(obj)
+
+
+def test_damaged_profile_is_named():
+    with pytest.raises(GraphError, match="'node1'.*no costs"):
+        read_pipedream("node1 -- Input0 -- no costs\n")
 
 
 def test_empty_graph_is_refused():

@@ -7,7 +7,7 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
-from partitioners import Device, InfeasibleError, partition, read_workload, split_sequence, verify
+from partitioners import Device, InfeasibleError, PartitionError, partition, read_workload, split_sequence, verify
 
 DATA = Path(__file__).parent / "data"
 OPTIMA = {(name, key): value for name, cases in json.loads((DATA / "partition_optima.json").read_text())["optimum"].items()
@@ -95,6 +95,23 @@ def test_one_item_too_large_is_named():
     graph.add_node("embedding", forward=1.0, memory_bytes=100)
     with pytest.raises(InfeasibleError, match="embedding.*100 bytes.*has 50 bytes"):
         partition(graph, 1, memory=50)
+
+
+@pytest.mark.parametrize("option", [{"num_stages": 0}, {"num_stages": 2.5}, {"num_stages": "2"}, {"num_microbatches": 0},
+                                    {"stages_per_worker": 0}, {"gap": -1}, {"time_limit": -1}, {"memory": -1},
+                                    {"memory": "80GB"}, {"bandwidth": 0}, {"bandwidth": float("nan")}, {"latency": -1},
+                                    {"prefer_single_tensor": "0.05"}], ids=str)
+def test_impossible_options_are_named(option):
+    graph = nx.path_graph(4, create_using=nx.DiGraph)
+    with pytest.raises(PartitionError, match=next(iter(option))):
+        partition(graph, **{"num_stages": 2, **option})
+
+
+def test_what_co_location_ties_together_is_told():
+    graph = nx.path_graph(4, create_using=nx.DiGraph)
+    graph.nodes[0]["colocate"] = graph.nodes[2]["colocate"] = "tied"
+    with pytest.raises(PartitionError, match="colocate='tied' ties 3 of the 4 nodes together, from '0' to '2'"):
+        partition(graph, 3)
 
 
 def test_tight_memory_where_ideals_are_many():
