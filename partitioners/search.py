@@ -19,7 +19,7 @@ from partitioners.plan import format_seconds
 from partitioners.problem import Kind, Problem, reorder
 from partitioners.reduction import can_reduce, reduce_around_memory, reduce_problem
 from partitioners.segments import Cuts, best_cuts, segment_loads
-from partitioners.sweeps import NoSolver, can_sweep, narrow
+from partitioners.sweeps import Bracket, NoSolver, can_sweep, narrow
 
 SAME = 1 + 1e-12
 FEW_IDEALS = 30_000         # tried before anything that is not exact, where memory binds
@@ -246,7 +246,7 @@ def _by_sweeps(problem: Problem, best: Solution, gap: float, deadline: float,
         found[cuts.bottleneck] = ordered, cuts
         return cuts.bottleneck
     try:
-        for bracket in narrow(problem, best.bottleneck, best.lower_bound, evaluate, gap=gap,
+        for bracket in narrow(problem, Bracket(best.bottleneck, best.lower_bound, _ideals(problem, best)), evaluate, gap=gap,
                               deadline=deadline if np.isfinite(deadline) else time.monotonic() + EFFORT):
             if bracket.upper < best.bottleneck:
                 ordered, cuts = found[bracket.upper]
@@ -259,6 +259,17 @@ def _by_sweeps(problem: Problem, best: Solution, gap: float, deadline: float,
         if progress:
             progress(f"no sweeps: {error}")
     return best
+
+
+def _ideals(problem: Problem, solution: Solution) -> tuple[frozenset[int], ...]:
+    """The items of the first stage, of the first two, and so on."""
+    item_of = {nodes[0]: item for item, nodes in enumerate(problem.items)}
+    held: set[int] = set()
+    chain = []
+    for stage in filter(None, solution.stages):
+        held |= {item_of[node] for node in stage if node in item_of}
+        chain.append(frozenset(held))
+    return tuple(chain)
 
 
 def _fewest_tensors(tables: list, limit: float) -> tuple[Problem, Cuts] | None:

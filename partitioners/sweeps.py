@@ -3,8 +3,8 @@
 For a target load T, sweep over the stages. From below (dual): x_0 = 0 and x_{j+1} is the most work that an ideal can hold
 whose last stage starts at *some* ideal of work x_j or less and has load T or less; if x_k stays below all work, no k
 stages have loads of T or less (by induction on the work of the j-th ideal). From above (primal): the same from the very
-ideal found before; reaching all items is a solution. What the primal sweep reaches is a floor for the dual one, and with
-it most items are settled before the solver (HiGHS, through scipy) starts.
+ideal found before; reaching all items is a solution. The works of the best chain known guide the dual sweep: it need not
+know how far below them x_j is, and so most items are settled before the solver (HiGHS, through scipy) starts.
 """
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from partitioners.ideals import backwards
 from partitioners.problem import Problem
 
-STEP_GAP = 4e-3         # relative gap at which the solver may stop a dual step
+STEP_GAP = 5e-4         # relative gap at which the solver may stop a dual step
 PRIMAL_STEP = 12.0      # seconds for one primal step
-THRIFTS = (1.5, 0.5)    # multiples of an ideal's cut that primal sweeps take off its work
+THRIFTS = (1.2, 0.6)    # multiples of an ideal's cut that primal sweeps take off its work
+LEAST_THRIFT = 0.1
+FIRST_STEP, STEP = 0.06, 0.015  # steps of the target of primal sweeps, as fractions of the best load known
+MANY, LIKELY = 8, 0.05  # number of stages beyond which a gap of less than that is first not even tried
 EPSILON = 1e-9
 
 
@@ -182,41 +186,51 @@ class Sweeper:
                 for entry in ((item, weight), (self.size + item, -weight))]
 
     def primal(self, target: float, stages: int, thrift: float, deadline: float) -> list[frozenset[int]]:
-        """Ideals reached one after the other, until all items are in, nothing more fits, or too much is left.
-
-        Without ``thrift`` it goes on to the last stage, for what each reaches is a floor for ``dual``.
-        """
+        """Ideals reached one after the other, until all items are in, nothing more fits, or too much is left."""
         scaled, chain = target / self.scale, [frozenset()]
         for stage in range(stages):
-            left, held = deadline - time.monotonic(), self.held(chain[-1:])[0]
-            if left <= 0 or (thrift and 1.0 - held > (stages - stage) * scaled):
-                break
-            _, found = self.step(scaled, chain[-1], Window(0.0, 1.0), Window(held, min(1.0, held + scaled)), 1e-3,
-                                 min(left, PRIMAL_STEP), thrift)
-            if found is None or found == chain[-1]:
+            held = self.held(chain[-1:])[0]
+            found = chain[-1]
+            if 1.0 - held <= (stages - stage) * scaled:
+                found = self._advance(scaled, chain[-1], Window(held, min(1.0, held + scaled)), thrift, deadline)
+            if found == chain[-1]:
                 break
             chain.append(found)
             if len(found) == self.size:
                 break
         return chain[1:]
 
-    def dual(self, target: float, stages: int, floors: list[float], deadline: float, step_gap: float = STEP_GAP) -> bool:
-        """Whether no ``stages`` stages have loads of ``target`` or less. False also where time was too short.
+    def _advance(self, target: float, start: frozenset[int], ends: Window, thrift: float, deadline: float) -> frozenset[int]:
+        """The ideal one stage further; with less thrift where so much of it would rather stay."""
+        found = None
+        while found in (None, start) and time.monotonic() < deadline and thrift > LEAST_THRIFT:
+            left = max(deadline - time.monotonic(), 0.1)
+            _, found = self.step(target, start, Window(0.0, 1.0), ends, 1e-3, min(left, PRIMAL_STEP), thrift)
+            thrift *= 0.6
+        return start if found is None else found
 
-        ``floors[j]``: work that ``j + 1`` stages are known to reach at this target.
+    def dual(self, target: float, guide: list[float], slack: float, deadline: float, step_gap: float = STEP_GAP) -> bool:
+        """Whether no ``len(guide)`` stages have loads of ``target`` or less. False also where time was too short.
+
+        ``guide[j]``: work that ``j + 1`` stages hold at a load a little higher. How much less than that they hold at
+        ``target`` does not matter, so each step only looks above it, less ``slack`` of it.
         """
-        target, reached = target / self.scale, 0.0
-        for stage in range(stages):
+        target, reached, stages = target / self.scale, 0.0, len(guide)
+        for stage, expected in enumerate(guide):
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
-            floor = min(floors[stage] if stage < len(floors) else 0.0, reached + target) - 1e-7
-            ends = Window(max(floor, 0.0), min(1.0, reached + target))
+            ends = Window(min(expected * (1 - slack) - 1e-7, reached + target), min(1.0, reached + target))
             starts = Window(max(ends.low - target, 0.0), reached)
             reached, _ = self.step(target, None, starts, ends, step_gap, left / (stages - stage) * 1.5)
             if reached >= 1.0 - 1e-6:
                 return False
         return True
+
+    def cut(self, ideal: frozenset[int]) -> float:
+        """What the values between ``ideal`` and the rest cost, as a fraction of all work."""
+        return float(sum(price for price, net in zip(self.price, self.problem.nets)
+                         if 0 < len(ideal.intersection(net.pins)) < len(net.pins)))
 
     def held(self, chain: list[frozenset[int]]) -> list[float]:
         """Work of each ideal, as fractions of all work."""
@@ -273,20 +287,18 @@ class Bracket:
     """What is known so far: the best chain of ideals and its load, and a proven lower bound."""
     upper: float
     lower: float
-    chain: tuple[frozenset[int], ...] | None = None
+    chain: tuple[frozenset[int], ...]
 
 
-def narrow(problem: Problem, upper: float, lower: float, evaluate: Callable[[list[frozenset[int]]], float], *,
-           gap: float, deadline: float) -> Iterator[Bracket]:
+def narrow(problem: Problem, bracket: Bracket, evaluate: Callable[[list[frozenset[int]]], float], *, gap: float,
+           deadline: float) -> Iterator[Bracket]:
     """Brackets that shrink until the gap is met or the time is up. ``evaluate`` prices the chain of ideals exactly."""
-    sweeper, stages = Sweeper(problem), problem.num_stages
-    bracket = Bracket(upper, lower)
-    if stages == 2:
+    sweeper, upper, lower = Sweeper(problem), bracket.upper, bracket.lower
+    if problem.num_stages == 2:
         bound, ideal = sweeper.best_halves(upper, deadline - time.monotonic())
-        chain = (ideal, frozenset(range(len(problem)))) if ideal else None
-        load = evaluate(list(chain)) if chain else np.inf
-        better = load < upper
-        yield Bracket(min(load, upper), max(lower, min(bound, load, upper)), chain if better else None)
+        chain = (ideal, frozenset(range(len(problem)))) if ideal else bracket.chain
+        load = evaluate(list(chain)) if ideal else np.inf
+        yield Bracket(min(load, upper), max(lower, min(bound, load, upper)), chain if load < upper else bracket.chain)
         return
     begin = time.monotonic()
     for bracket in _from_above(sweeper, bracket, evaluate, max(gap, 2e-3) / 2, begin + 0.4 * (deadline - begin)):
@@ -297,9 +309,10 @@ def narrow(problem: Problem, upper: float, lower: float, evaluate: Callable[[lis
 def _from_above(sweeper: Sweeper, bracket: Bracket, evaluate: Callable[[list[frozenset[int]]], float], close: float,
                 deadline: float) -> Iterator[Bracket]:
     """Bisect on the target with primal sweeps, each with more and with less thrift, until within ``close``."""
-    stages, failed = sweeper.problem.num_stages, max(bracket.lower, 0.88 * bracket.upper)
+    stages, failed, step = sweeper.problem.num_stages, bracket.lower, FIRST_STEP
     while time.monotonic() < deadline and bracket.upper - failed > close * bracket.upper:
-        target, before = 0.5 * (failed + bracket.upper), bracket.upper
+        # A sweep that succeeds is quick and one that fails is not, so the steps down are short.
+        target, before, step = max(0.5 * (failed + bracket.upper), (1 - step) * bracket.upper), bracket.upper, STEP
         for thrift in THRIFTS:
             chain = sweeper.primal(target, stages, thrift, deadline)
             if not chain or len(chain[-1]) < sweeper.size:
@@ -309,27 +322,42 @@ def _from_above(sweeper: Sweeper, bracket: Bracket, evaluate: Callable[[list[fro
                 bracket = Bracket(load, bracket.lower, tuple(chain))
                 yield bracket
                 break
-        # A sweep that succeeds is quick and one that fails is not, so the steps down are short.
-        failed = target if bracket.upper == before else max(failed, 0.97 * bracket.upper)
+        if bracket.upper == before:
+            failed = target
 
 
 def _from_below(sweeper: Sweeper, bracket: Bracket, gap: float, deadline: float) -> Iterator[Bracket]:
-    """Dual sweeps, first at the gap wanted, then closer or further away."""
-    stages, unproved = sweeper.problem.num_stages, bracket.upper
-    target = max(bracket.upper * (1 - max(gap, 0.01) * 0.98), bracket.lower)
+    """Dual sweeps, first at the gap wanted or likely, then closer or further away."""
+    dual, guide = _cheaper_end(sweeper, bracket.chain)
+    wanted = max(gap, 0.01) * 0.98
+    aim, unproved = max(wanted, LIKELY if len(guide) > MANY else 0.0), 0.0
     while time.monotonic() < deadline and bracket.upper - bracket.lower > gap * bracket.upper:
+        target = bracket.upper * (1 - aim)
         close = bracket.upper - bracket.lower < 4e-3 * bracket.upper
-        floor = sweeper.held(sweeper.primal(target, stages, 0.0, deadline))
-        if sweeper.dual(target, stages, floor, deadline, 1e-7 if close else STEP_GAP):
+        if target <= bracket.lower or aim - unproved < 2e-4:
+            break
+        if dual.dual(target, guide, 0.6 * aim, deadline, 1e-7 if close else STEP_GAP):
             bracket = Bracket(bracket.upper, target, bracket.chain)
             yield bracket
+            aim = 0.5 * (unproved + aim) if unproved or aim <= wanted else wanted
         else:
-            unproved = target
-        if unproved - bracket.lower < 2e-4 * bracket.upper:
-            break
-        target = 0.5 * (bracket.lower + unproved)
-    if unproved == bracket.upper and time.monotonic() < deadline and gap < 2e-4:
+            unproved, proved = aim, 1 - bracket.lower / bracket.upper
+            aim = min(1.6 * aim, 0.5 * (aim + proved))
+    if not unproved and time.monotonic() < deadline and gap < 2e-4:
         # Nothing failed on the way, so the best load may well be the optimum itself.
-        target = bracket.upper * (1 - 2e-10)
-        if sweeper.dual(target, stages, [], deadline, 1e-10):
+        if dual.dual(bracket.upper * (1 - 2e-10), guide, 1e-9, deadline, 1e-10):
             yield Bracket(bracket.upper, bracket.upper, bracket.chain)
+
+
+def _cheaper_end(sweeper: Sweeper, chain: tuple[frozenset[int], ...]) -> tuple[Sweeper, list[float]]:
+    """A sweeper from the end where cuts are cheap, and the work that ``chain`` holds from there.
+
+    The dear cuts then come last, where little is left to choose.
+    """
+    held, cuts = [0.0, *sweeper.held(list(chain))], [sweeper.cut(ideal) for ideal in chain]
+    half = len(chain) // 2
+    if sum(cuts[:half]) > sum(cuts[len(cuts) - half:]):
+        sweeper = Sweeper(backwards(sweeper.problem))
+        held = [1.0 - work for work in reversed(held)]
+    stages = sweeper.problem.num_stages
+    return sweeper, np.interp(np.arange(1, stages + 1) * (len(chain) / stages), np.arange(len(held)), held).tolist()
