@@ -74,7 +74,8 @@ class Workers:
         """Wait until a worker says something or ends."""
         alive = [w for w in self.workers if w.process.is_alive()]
         waiting = [w.messages for w in self.workers if not w.messages.closed]
-        connection.wait([*waiting, *(w.process.sentinel for w in alive)], max(0.0, self._deadline - time.monotonic()))
+        if waiting or alive:            # the last one may have ended since the caller looked: nothing would ever wake us
+            connection.wait([*waiting, *(w.process.sentinel for w in alive)], max(0.0, self._deadline - time.monotonic()))
         for worker in self.workers:
             if not worker.messages.closed:
                 worker.read()
