@@ -24,6 +24,7 @@ from pipeengine.stage import switch
 from pipeengine.structure import tensors
 
 _MIN_REPEATS, _MAX_REPEATS, _BUDGET_SECONDS = 3, 20, 0.03
+_CACHE_BYTES = 24 * 2 ** 20      # about what the caches of processors and accelerators hold
 _MIN_PASSES, _MAX_PASSES, _ENOUGH, _LONG_SECONDS = 3, 8, 0.02, 1.0
 
 
@@ -65,9 +66,10 @@ def _minima(recording: Recording, model: torch.nn.Module, device: torch.device, 
     """
     found: dict[str, Seconds] = {}
     waiting, before, told = dict(pieces), float("inf"), perf_counter()
+    others = _others(model, device)
     for number in range(_MAX_PASSES):
         for count, (key, index) in enumerate(tuple(waiting.items())):
-            seconds = _time(recording, recording.nodes[index], model, device)
+            seconds = _time(recording, recording.nodes[index], model, device, others)
             if seconds is None or max(seconds) > _LONG_SECONDS:
                 del waiting[key]
             if seconds is not None:
@@ -80,6 +82,12 @@ def _minima(recording: Recording, model: torch.nn.Module, device: torch.device, 
             break
         before = total
     return found
+
+
+def _others(model: torch.nn.Module, device: torch.device) -> torch.Tensor:
+    """Stands for the rest of the model, which has been through the caches since a piece last ran."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return torch.zeros(min(size, _CACHE_BYTES), dtype=torch.uint8, device=device)
 
 
 def _read(cache: str | Path | None) -> dict[str, Seconds]:
@@ -106,11 +114,12 @@ def signature(recording: Recording, node: Node, model: torch.nn.Module, device: 
     return f"{what}|{arguments}|{attributes}|{node.modes}|{node.recompute}|{device.type}|{where}|{torch.__version__}"
 
 
-def _time(recording: Recording, node: Node, model: torch.nn.Module, device: torch.device) -> Seconds | None:
+def _time(recording: Recording, node: Node, model: torch.nn.Module, device: torch.device,
+          others: torch.Tensor) -> Seconds | None:
     """Seconds of one node alone, or None when it cannot run alone."""
     try:
         with keyed(0, node.name, device), torch.enable_grad():
-            piece = _Piece(recording, node, model, device)
+            piece = _Piece(recording, node, model, device, others)
             return piece.time()
     except Exception:       # whatever it needs, it has it only inside the model: the caller estimates it
         return None
@@ -130,8 +139,8 @@ def _fill_in(recording: Recording, seconds: dict[int, Seconds], missing: list[in
 class _Piece:
     """One node, set up to run alone."""
 
-    def __init__(self, recording: Recording, node: Node, model: torch.nn.Module, device: torch.device):
-        self._recording, self._node, self._device = recording, node, device
+    def __init__(self, recording: Recording, node: Node, model: torch.nn.Module, device: torch.device, others: torch.Tensor):
+        self._recording, self._node, self._device, self._others = recording, node, device, others
         self._given: dict[int, torch.Tensor] = {}
         for value in dict.fromkeys((*refs(node.args), *refs(node.kwargs))):
             self._given[value] = self._make_up(value)
@@ -189,18 +198,26 @@ class _Piece:
     def time(self) -> Seconds:
         """Minimum of repeated runs, forward and backward apart."""
         best_forward = best_backward = float("inf")
-        spent, repeats = 0.0, 0
-        while repeats < _MIN_REPEATS or (spent < _BUDGET_SECONDS and repeats < _MAX_REPEATS):
+        start, repeats = perf_counter(), 0
+        while repeats < _MIN_REPEATS or (perf_counter() - start < _BUDGET_SECONDS and repeats < _MAX_REPEATS):
             forward, backward = self._once()
             if repeats or forward > _LONG_SECONDS:      # the first run warms up, unless it is long enough not to matter
                 best_forward, best_backward = min(best_forward, forward), min(best_backward, backward)
-            spent, repeats = spent + forward + backward, repeats + 1
+            repeats += 1
             if forward > _LONG_SECONDS:
                 break
         return best_forward, best_backward
 
+    def _chill(self) -> None:
+        """Parameters have left the caches since they were last used; the inputs have only just been made."""
+        self._others.add_(1)
+        for value, tensor in self._given.items():
+            if self._recording.values[value].kind != "attribute":
+                tensor.clone()
+
     def _once(self) -> Seconds:
         args, kwargs, _ = self._arguments()
+        self._chill()
         with switch(self._node.modes):
             self._synchronize()
             start = self._clock()
