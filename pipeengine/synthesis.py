@@ -12,6 +12,7 @@ import math
 import random
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Iterable, Sequence
 
 import numpy as np
@@ -241,6 +242,78 @@ class _Dealer:
                 break
             before = price
         return tuple(warmup), tuple(patience)
+
+
+class _Stream:
+    """One order for several stages per worker, made in time: at each free moment I, else F, else W, else wait.
+
+    A micro-batch enters when its activations of all stages have room everywhere, and when fewer than ``flying`` are
+    between their first F and last I: so all that have entered can end, whatever the memory.
+    """
+
+    def __init__(self, task: _Task, flying: int, patience: float) -> None:
+        self.task, self.flying, self.patience = task, flying, patience
+        self.mine = [task.topology.stages_of(r) for r in range(task.num_workers)]
+        self.here: list[list[list[int]]] = [[[] for _ in range(task.num_stages)] for _ in range(3)]
+        self.entered = self.left = 0
+        whole = [sum(task.held[s] for s in mine) for mine in self.mine]
+        self.whole, self.room = whole, [cap * (1 + _SLACK) for cap in task.cap]
+        self.free = [0.0] * task.num_workers
+        self.lanes: list[list[int]] = [[] for _ in range(task.num_workers)]
+        self.events: list[tuple[float, int, int]] = [(0.0, r, -1) for r in range(task.num_workers)]
+
+    def play(self) -> float:
+        """The makespan in seconds."""
+        count = self.task.size
+        while self.events:
+            now, r, action = heapq.heappop(self.events)
+            if action >= 0:
+                op, rest = divmod(action, self.task.num_stages * self.task.microbatches)
+                self.here[op][rest // self.task.microbatches].append(rest % self.task.microbatches)
+            # Whatever else happens at this time happens first.
+            if self.free[r] <= now and not (self.events and self.events[0][0] <= now and self.events[0][1] == r):
+                count -= self._choose(now, r)
+        assert not count, "every micro-batch that has entered can end"
+        return max(self.free)
+
+    def _choose(self, now: float, r: int) -> int:
+        for op in (1, 0):
+            ready = [(self.here[op][s][0], -s) for s in self.mine[r] if self.here[op][s]]
+            if ready:
+                return self._run(op, r, -min(ready)[1], now)
+        if 0 in self.mine[r] and self.entered < min(self.task.microbatches, self.left + self.flying) and all(
+                whole <= room for whole, room in zip(self.whole, self.room)):
+            self.here[0][0].append(self.entered)
+            self.entered += 1
+            self.room = [room - whole for whole, room in zip(self.whole, self.room)]
+            return self._run(0, r, 0, now)
+        ready = [(self.here[2][s][0], s) for s in self.mine[r] if self.here[2][s]]
+        if ready:
+            s = min(ready)[-1]
+            coming = min((time for time, lane, _ in self.events if lane == r), default=float("inf"))
+            if coming - now >= self.patience * self.task.seconds[2][s]:
+                return self._run(2, r, s, now)
+        return 0
+
+    def _run(self, op: int, r: int, s: int, now: float) -> int:
+        task, k = self.task, self.here[op][s].pop(0)
+        end = self.free[r] = now + task.seconds[op][s]
+        self.lanes[r].append(task.action(op, s, k))
+        self.room[r] += (0.0, task.held[s] - task.kept[s], task.kept[s])[op]
+        last, owner = task.num_stages - 1, task.topology.worker_of
+        if op == 0:
+            to, stage, hop = (1, s, 0.0) if s == last else (0, s + 1, task.hop[s + 1])
+            heapq.heappush(self.events, (end + hop, owner[stage], task.action(to, stage, k)))
+        elif op == 1:
+            heapq.heappush(self.events, (end, r, task.action(2, s, k)))
+            if s:
+                heapq.heappush(self.events, (end + task.hop[s], owner[s - 1], task.action(1, s - 1, k)))
+            else:
+                self.left += 1
+        # What has room now may enter at its own worker.
+        heapq.heappush(self.events, (end, owner[0], -1))
+        heapq.heappush(self.events, (end, r, -1))
+        return 1
 
 
 # ---------------------------------------------------------------- swapping
@@ -494,8 +567,9 @@ def auto(num_workers: int, num_microbatches: int, stages_per_worker: int = 1, co
             return price
         return float("inf")
 
-    ranked = sorted(((offer(rival), number) for number, rival in enumerate(rivals)))
-    starts = [_split(rivals[number]) for price, number in ranked[:1] if price < float("inf")]
+    prices = {number: offer(rival) for number, rival in enumerate(rivals)}
+    fits = sorted((price, number) for number, price in prices.items() if price < float("inf"))
+    starts = [_split(rivals[number]) for _, number in fits[:1 if stages_per_worker == 1 else 5]]
     for schedule in _searched(task, costs, starts):
         offer(schedule)
         offer(_fused(schedule, costs))
@@ -508,16 +582,17 @@ def auto(num_workers: int, num_microbatches: int, stages_per_worker: int = 1, co
 
 
 def _built_in(num_workers: int, num_microbatches: int, stages_per_worker: int) -> Iterable[Schedule]:
-    for name in SCHEDULES:
+    # Rounds are as many micro-batches as workers where these divide: less memory, also when the last round is short.
+    for name, count in product(SCHEDULES, sorted({num_microbatches, -(-num_microbatches // num_workers) * num_workers})):
         if name == "auto":
             continue
         try:
-            schedule = build(name, num_workers=num_workers, num_microbatches=num_microbatches,
+            schedule = build(name, num_workers=num_workers, num_microbatches=count,
                              stages_per_worker=stages_per_worker if stages_per_worker > 1 else None)
         except ScheduleError:
             continue
         if schedule.topology.num_stages == num_workers * stages_per_worker and schedule.topology.num_routes == 1:
-            yield replace(schedule, pairs=())
+            yield replace(schedule.keep(num_microbatches), pairs=())
 
 
 def _searched(task: _Task, costs: Costs, starts: Sequence[Schedule]) -> Iterable[Schedule]:
@@ -534,8 +609,12 @@ def _searched(task: _Task, costs: Costs, starts: Sequence[Schedule]) -> Iterable
                 break
         for key in dealer.best(3):
             lanes.append((task.topology, _dealt(task, *(key if dealer.reached(bound) else dealer.refine(key)))))
+    else:
+        streams = [_Stream(task, flying, patience) for flying in (task.num_workers, task.microbatches)
+                   for patience in (1e-4, 0.3, 1.0)]
+        lanes.append((task.topology, min(streams, key=_Stream.play).lanes))
     lanes += [(start.topology, _numbers(task, start)) for start in starts]
-    rounds = min(220, 160_000 // task.size) if task.objective == "makespan" else 0
+    rounds = min(220, 160_000 // task.size) * (1 if linear else 2) if task.objective == "makespan" else 0
     for topology, order in lanes:
         here = replace(task, topology=topology)
         length, order = _Swaps(here).improve(order, rounds, bound) if rounds else (float("inf"), order)

@@ -148,6 +148,16 @@ def test_several_stages_per_worker():
         assert simulate(schedule).makespan <= simulate(build("interleaved-zb", num_workers=p, num_microbatches=m)).makespan
 
 
+@pytest.mark.parametrize("stages_per_worker", [1, 2, 3])
+def test_any_numbers_under_any_cap_of_one_microbatch_or_more(stages_per_worker):
+    draw = random.Random(stages_per_worker)
+    for p, m, cap in product((1, 2, 5), (1, 3, 7), (1, 1.5, 3)):
+        count = p * stages_per_worker
+        costs = Costs(*([draw.uniform(0.5, 1.5) for _ in range(count)] for _ in range(3)), hop=0.05,
+                      activation=[1 / stages_per_worker] * count, weight_activation=[draw.choice((0.5, 1)) / stages_per_worker] * count)
+        check(auto(p, m, stages_per_worker, costs=costs, max_peak=cap), max_peak=cap, costs=costs)
+
+
 def test_the_same_costs_give_the_same_order():
     p, m, costs = instance(3)
     assert auto(p, m, costs=costs) == auto(p, m, costs=costs)
