@@ -1,27 +1,45 @@
 """Schedules that run: what they cost, and whether they do what was predicted.
 
     python benchmarks/execution.py overhead     the engine's time per action under every schedule, beside 1F1B
+    python benchmarks/execution.py table        schedules x (equal, heavy head) x micro-batches, simulated and measured
+    python benchmarks/execution.py table --svg docs/execution.svg       the same, drawn
+
+The table is that of a GPT on two workers of one thread each over gloo, with costs that are measured once before; a stage takes
+5 ms and more. A heavy head is a vocabulary of 12,288 tokens, with equal numbers of blocks per stage as by hand, and as planned.
+Printed is the fastest of many steps, taken in turns: other load on the machine can only make a step slower.
 """
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import re
+import statistics
 import subprocess
 import sys
 import warnings
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
 from unittest import mock
 
+import networkx
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from overhead import OneOfMany, best
+from throughput import GPT, run
 from torch import nn
 
 import pipeengine as pe
+from partitioners.costs import build_plan
+from partitioners.graph import topological_order
+from partitioners.plan import Setting
 from pipeengine import pipeline
-from pipeengine.deferral import Deferral, run
+from pipeengine.deferral import Deferral
+from pipeengine.deferral import run as run_deferred
 from pipeengine.executor import Executor
 from pipeengine.schedules import SCHEDULES, build
 from pipeengine.transport import NullTransport
@@ -96,7 +114,7 @@ def bare(schedule: str, rank: int, *, split: bool) -> Callable[[], object]:
 
     def backward(stage: int, k: int) -> None:
         made.pop((stage, k)).backward(None if stage == last else ones)
-    do = {"F": forward, "B": backward, "I": backward, "W": lambda *at: run(waiting.pop(at, deque()))}
+    do = {"F": forward, "B": backward, "I": backward, "W": lambda *at: run_deferred(waiting.pop(at, deque()))}
 
     def step() -> None:
         for op, stage, k in actions:
@@ -104,8 +122,9 @@ def bare(schedule: str, rank: int, *, split: bool) -> Callable[[], object]:
     return step
 
 
-def overhead_worker(rank: int, seconds: float) -> dict[str, tuple[float, float, float, int]]:
-    """Per schedule: seconds of a step of worker ``rank``, without an engine, without split backward either; its actions."""
+def overhead_worker(options: argparse.Namespace) -> dict[str, tuple[float, float, float, int]]:
+    """Per schedule: seconds of a step of one worker, without an engine, without split backward either; its actions."""
+    rank = options.rank
     from torch.testing._internal.distributed import fake_pg     # registers the backend
     del fake_pg
     dist.init_process_group("fake", rank=rank, world_size=WORKERS, store=dist.HashStore())
@@ -114,7 +133,7 @@ def overhead_worker(rank: int, seconds: float) -> dict[str, tuple[float, float, 
         step, count[schedule] = alone(schedule, rank)
         steps |= {schedule: step, (schedule, "split"): bare(schedule, rank, split=True),
                   (schedule, "fused"): bare(schedule, rank, split=False)}
-    found = best(steps, seconds)
+    found = best(steps, options.seconds)
     return {schedule: (found[schedule], found[schedule, "split"], found[schedule, "fused"], count[schedule]) for schedule in RUN}
 
 
@@ -137,22 +156,191 @@ def _again(*arguments: str) -> object:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
-COMMANDS = {"overhead": (overhead, overhead_worker)}
+# -- simulated and measured -------------------------------------------------------------------------------------------
+
+BLOCKS, LENGTH, ROWS_EACH = 8, 64, 2            # rows of a micro-batch
+MODELS = {"equal": 256, "heavy head": 12288, "heavy head, planned": 12288}         # tokens of the vocabulary
+COUNTS = (4, 8, 16)
+
+
+def gpt(kind: str) -> tuple[nn.Module, Callable[[int], dict]]:
+    """The model, and a batch of so many micro-batches for it."""
+    torch.manual_seed(0)
+    tokens = MODELS[kind]
+
+    def batch(count: int) -> dict:
+        generator = torch.Generator().manual_seed(0)
+        return {name: torch.randint(tokens, (count * ROWS_EACH, LENGTH), generator=generator) for name in ("tokens", "targets")}
+    return GPT(blocks=BLOCKS, width=256, heads=8, tokens=tokens, length=LENGTH), batch
+
+
+def by_hand(graph: networkx.DiGraph, stages: int, count: int) -> pe.Plan:
+    """Equal numbers of blocks per stage; what comes before them on the first, what comes after on the last."""
+    stage_of, stage = {}, 0
+    for node in topological_order(graph):
+        found = re.match(r"blocks\.(\d+)", str(node))
+        stage = int(found[1]) * stages // BLOCKS if found else stage
+        stage_of[node] = stages - 1 if re.match(r"norm|head|:cross", str(node)) else stage
+    setting = Setting(stage_devices=(0,) * stages, num_microbatches=count)
+    return build_plan(graph, stage_of, setting, lower_bound=0.0, proof="by hand")
+
+
+def trained(kind: str, count: int, schedule: str, graph: networkx.DiGraph) -> tuple[Callable[[], object], pe.Pipeline]:
+    model, batch = gpt(kind)
+    inputs, stages = batch(count), stages_of(schedule)
+    plan = None if "planned" in kind else by_hand(graph, stages, count)
+    pipe = pe.Pipeline(model, inputs, num_microbatches=count, schedule=schedule, num_stages=stages, costs=graph, plan=plan,
+                       check=False)
+    return lambda: pipe.step(**inputs), pipe
+
+
+def table_worker(options: argparse.Namespace) -> list[dict]:
+    """Seconds of a step of every schedule, predicted before it and measured, fastest and median."""
+    dist.init_process_group("gloo")
+    rows = []
+    for kind in options.kinds:
+        model, batch = gpt(kind)
+        graph = pe.profile(model, batch(4), num_microbatches=4)
+        for count in options.counts:
+            rows += [{"kind": kind, "count": count, **row} for row in contest(kind, count, graph, options.seconds)]
+    dist.barrier()
+    dist.destroy_process_group()
+    return rows
+
+
+def is_made_for(schedule: str, count: int) -> bool:
+    with contextlib.suppress(pe.ScheduleError):
+        return build(schedule, num_workers=WORKERS, num_microbatches=count) is not None
+    return False
+
+
+def contest(kind: str, count: int, graph: networkx.DiGraph, seconds: float) -> list[dict]:
+    """All schedules that are made for ``count`` micro-batches, a step each in turns."""
+    pipes = {}
+    for schedule in RUN:
+        if schedule == "auto" or is_made_for(schedule, count):
+            pipes[schedule] = trained(kind, count, schedule, graph)
+    taken: dict[str, list[float]] = {schedule: [] for schedule in pipes}
+    going, begin = torch.ones(1), perf_counter()
+    while going:
+        for schedule, (step, pipe) in pipes.items():
+            for parameter in pipe.parameters():
+                parameter.grad = None
+            dist.barrier()
+            start = perf_counter()
+            step()
+            dist.barrier()
+            taken[schedule].append(perf_counter() - start)
+        going.fill_(perf_counter() - begin < seconds or len(taken["1f1b"]) < 4)
+        dist.broadcast(going, 0)
+    rows = []
+    for schedule, (_, pipe) in pipes.items():
+        timeline = pipe.predicted_timeline()
+        stages = [stage.forward + stage.backward for stage in pipe.plan.stages]
+        rows.append({"schedule": schedule, "predicted": timeline.makespan, "fastest": min(taken[schedule][1:]),
+                     "median": statistics.median(taken[schedule][1:]), "stages": stages})
+        pipe.close()
+    return rows
+
+
+def table(options: argparse.Namespace) -> None:
+    """Printed per cell: simulated milliseconds, measured ones, and by how much they differ."""
+    rows = json.loads(options.data.read_text()) if options.data and options.data.exists() else []
+    missing = [(kind, count) for kind in options.kinds for count in options.counts
+               if not any((row["kind"], row["count"]) == (kind, count) for row in rows)]
+    for kind, count in missing:
+        rows += run(__file__, ["table", "--seconds", str(options.seconds), "--kinds", kind, "--counts", str(count)])
+    if options.data:
+        options.data.write_text(json.dumps(rows, indent=1) + "\n")
+    cells = {(row["kind"], row["count"], row["schedule"]): row for row in rows}
+    for kind in options.kinds:
+        print(f"\n{kind}: milliseconds of a step, simulated / measured (difference)")
+        print(f"{'':18s}" + "".join(f"{f'{count} micro-batches':>26s}" for count in options.counts))
+        for schedule in RUN:
+            found = [cells.get((kind, count, schedule)) for count in options.counts]
+            print(f"{schedule:18s}" + "".join(f"{_cell(row):>26s}" for row in found))
+    off = [row["fastest"] / row["predicted"] - 1 for row in rows]
+    print(f"\nmeasured beside simulated: {min(off):+.1%} to {max(off):+.1%}, median {statistics.median(off):+.1%}; "
+          f"stages take {1e3 * min(min(row['stages']) for row in rows):.1f} ms and more")
+    if options.svg:
+        options.svg.write_text(draw(cells))
+
+
+def _cell(row: dict | None) -> str:
+    if row is None:
+        return "-"
+    return f"{1e3 * row['predicted']:.0f} / {1e3 * row['fastest']:.0f} ({row['fastest'] / row['predicted'] - 1:+.0%})"
+
+
+# -- the picture ------------------------------------------------------------------------------------------------------
+
+NAMES, PANEL, ROW, TOP, GAP = 118, 270, 15, 54, 40      # pixels
+
+
+def draw(cells: dict[tuple[str, int, str], dict]) -> str:
+    """Panels of bars: measured seconds, with a line where the simulation ended; the quickest schedule is dark."""
+    height = len(RUN) * ROW + GAP
+    width, whole = NAMES + len(COUNTS) * PANEL + 12, TOP + len(MODELS) * height
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {whole}" width="{width}" height="{whole}" '
+             'font-family="Helvetica, Arial, sans-serif" font-size="11">', '<rect width="100%" height="100%" fill="white"/>',
+             _text(12, 20, "Milliseconds of a step: bars measured, black lines simulated before", size=14)]
+    for row, kind in enumerate(MODELS):
+        for column, count in enumerate(COUNTS):
+            own = {schedule: cells[kind, count, schedule] for schedule in RUN if (kind, count, schedule) in cells}
+            parts += _panel(NAMES + column * PANEL, TOP + row * height, f"{kind}, {count} micro-batches", own, column == 0)
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _panel(left: int, top: int, title: str, cells: dict[str, dict], named: bool) -> list[str]:
+    most = max(max(row["fastest"], row["predicted"]) for row in cells.values())
+    least = min(row["fastest"] for row in cells.values())
+    parts = [_text(left, top - 4, title, bold=True)]
+    for number, schedule in enumerate(RUN):
+        y = top + number * ROW + 2
+        if named:
+            parts.append(_text(left - 8, y + 9, schedule, anchor="end"))
+        row = cells.get(schedule)
+        if row is None:
+            parts.append(_text(left + 2, y + 9, "not made for so few", color="#888"))
+            continue
+        scale = (PANEL - 70) / most
+        color = "#1f4e79" if row["fastest"] <= 1.01 * least else "#9dc3e6"
+        x = left + row["predicted"] * scale
+        parts += [f'<rect x="{left}" y="{y}" width="{row["fastest"] * scale:.1f}" height="{ROW - 4}" fill="{color}"/>',
+                  f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y - 1}" y2="{y + ROW - 3}" stroke="black" stroke-width="2"/>',
+                  _text(left + max(row["fastest"], row["predicted"]) * scale + 5, y + 9, f"{1e3 * row['fastest']:.0f}")]
+    return parts
+
+
+def _text(x: float, y: float, text: str, *, size: int = 11, anchor: str = "start", color: str = "black", bold: bool = False) -> str:
+    weight = ' font-weight="bold"' if bold else ""
+    return f'<text x="{x:.1f}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{color}"{weight}>{text}</text>'
+
+
+COMMANDS = {"overhead": (overhead, overhead_worker), "table": (table, table_worker)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=COMMANDS)
-    parser.add_argument("--seconds", type=float, default=20, help="how long each process measures")
+    parser.add_argument("--seconds", type=float, default=None, help="how long to measure: each process, or each cell of nine")
+    parser.add_argument("--data", type=Path, help="JSON file to read the table's figures from, or to write them to")
+    parser.add_argument("--kinds", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--counts", nargs="+", type=int, choices=COUNTS, default=list(COUNTS))
+    parser.add_argument("--svg", type=Path, help="draw the table")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.seconds = options.seconds or {"overhead": 20, "table": 8}[options.what]
     command, worker = COMMANDS[options.what]
-    if options.rank is None:
+    if options.rank is None and not options.worker:
         command(options)
         return
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    print(json.dumps(worker(options.rank, options.seconds)))
+    found = worker(options)
+    if options.rank is not None or os.environ["RANK"] == "0":
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Peak memory of every worker in one step, measured by the allocator's events, against what the plan predicts.
 
-    python benchmarks/memory.py                 # the GPT of throughput.py, three workers, 1F1B and GPipe
+    python benchmarks/memory.py                 # the GPT of throughput.py and a tied Llama, two to four workers
+    python benchmarks/memory.py --workers 3 --models gpt
 
 Peak means live tensor bytes that the step adds to the weights: gradients, activations, messages and what operators need for a
-moment. Also printed: the most micro-batches whose activations a worker held at once (1F1B allows stages - rank), and what is
-still alive when the step is over, beyond the gradients.
+moment. Also printed: the most micro-batches whose activations a worker held at once, counted in those of a whole worker, and what
+is still alive when the step is over, beyond the gradients.
 """
 import argparse
 import gc
@@ -18,6 +19,7 @@ from throughput import LENGTH, MICROBATCHES, ROWS, TOKENS, model, run
 from torch.profiler import ProfilerActivity, profile
 
 import pipeengine as pe
+from pipeengine.timeline import OPS
 
 
 def allocations(step) -> list[int]:
@@ -38,25 +40,46 @@ def peak(changes: list[int]) -> tuple[int, int]:
     return most, total
 
 
-def most_held(pipe: pe.Pipeline, worker: int) -> int:
-    """The most micro-batches that ``worker`` held between their forward and their backward in the recorded step."""
+def most_held(pipe: pe.Pipeline, worker: int) -> float:
+    """The most micro-batches that ``worker`` held between their forward and the end of their backward in the recorded step."""
     timeline = pipe.timeline()
     mine = timeline.worker == worker
-    change = {"F": 1, "B": -1}
-    names = "FB"
+    stages = len(set(timeline.stage[mine].tolist()))
+    halved = "W" in (OPS[op] for op in timeline.op[mine])
+    change = {"F": 1, "W" if halved else "B": -1}
     held = most = 0
     for op in timeline.op[mine][timeline.start[mine].argsort()]:
-        held += change.get(names[op], 0)
+        held += change.get(OPS[op], 0)
         most = max(most, held)
-    return most
+    return most / stages
 
 
-def measure(schedule: str) -> dict:
-    """One worker's figures under ``schedule``."""
-    rank = dist.get_rank()
+def gpt() -> tuple[torch.nn.Module, dict]:
     generator = torch.Generator().manual_seed(0)
-    batch = {name: torch.randint(TOKENS, (ROWS, LENGTH), generator=generator) for name in ("tokens", "targets")}
-    pipe = pe.Pipeline(model(), batch, num_microbatches=MICROBATCHES, schedule=schedule, costs="analytic")
+    return model(), {name: torch.randint(TOKENS, (ROWS, LENGTH), generator=generator) for name in ("tokens", "targets")}
+
+
+def llama() -> tuple[torch.nn.Module, dict]:
+    """Twelve layers whose embedding is also the head."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    config = LlamaConfig(num_hidden_layers=12, hidden_size=256, intermediate_size=688, num_attention_heads=8,
+                         num_key_value_heads=4, vocab_size=4096, tie_word_embeddings=True)
+    tokens = torch.randint(4096, (ROWS, LENGTH))
+    return LlamaForCausalLM(config), {"input_ids": tokens, "labels": tokens}
+
+
+MODELS = {"gpt": gpt, "llama": llama}
+SCHEDULES = ("gpipe", "1f1b", "zb-h1", "interleaved-1f1b")
+
+
+def measure(name: str, schedule: str) -> dict:
+    """One worker's figures for the model ``name`` under ``schedule``."""
+    rank = dist.get_rank()
+    made, batch = MODELS[name]()
+    stages = dist.get_world_size() * (2 if schedule.startswith("interleaved") else 1)
+    pipe = pe.Pipeline(made, batch, num_microbatches=MICROBATCHES, schedule=schedule, num_stages=stages, costs="analytic",
+                       check=False)
     pipe.step(**batch)                          # sets things up
     for parameter in pipe.parameters():
         parameter.grad = None
@@ -64,25 +87,18 @@ def measure(schedule: str) -> dict:
     most, left = peak(allocations(lambda: pipe.step(**batch)))
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in pipe.parameters())
     dist.barrier()
-    found = {"schedule": schedule, "worker": rank, "predicted": gradients + activations(pipe, rank), "measured": most,
+    found = {"model": name, "workers": dist.get_world_size(), "schedule": schedule, "worker": rank, "gradients": gradients,
+             "predicted": pipe.predicted_timeline().peak_bytes[rank], "measured": most,
              "left": left - gradients, "held": most_held(pipe, rank)}
     pipe.close()
     return found
 
 
-def activations(pipe: pe.Pipeline, stage: int) -> float:
-    """Bytes that the plan predicts for ``stage``, which has a worker of its own, without weights, gradients and optimizer."""
-    cost, setting = pipe.plan.stages[stage], pipe.plan.setting
-    in_flight = setting.memory_model.in_flight(stage, pipe.plan.num_stages, setting.num_microbatches)
-    workspace = cost.memory_bytes - setting.memory_model.parameter_factor * cost.param_bytes - in_flight * cost.activation_bytes
-    return pipe.predicted_timeline().peak_bytes[stage] + workspace
-
-
-def worker() -> None:
+def worker(models: list[str]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    found = [measure(schedule) for schedule in ("1f1b", "gpipe")]
+    found = [measure(name, schedule) for name in models for schedule in SCHEDULES]
     rows: list = [None] * dist.get_world_size()
     dist.all_gather_object(rows, found)
     if dist.get_rank() == 0:
@@ -93,18 +109,22 @@ def worker() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--workers", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker()
+        worker(options.models)
         return
-    rows = run(__file__, [], num_workers=options.workers)
-    print("schedule  worker  predicted MB  measured MB  ratio  micro-batches held  left over, bytes")
-    for row in sorted(rows, key=lambda row: (row["schedule"], row["worker"])):
-        print(f"{row['schedule']:8s} {row['worker']:7d} {row['predicted'] / 1e6:13.1f} {row['measured'] / 1e6:12.1f} "
-              f"{row['measured'] / row['predicted']:6.2f} {row['held']:19d} {row['left']:17,d}")
-    sys.exit(any(row["schedule"] == "1f1b" and row["held"] > options.workers - row["worker"] for row in rows))
+    rows = [row for count in options.workers for row in run(__file__, ["--models", *options.models], num_workers=count)]
+    print("model  schedule          worker  gradients MB  predicted MB  measured MB  ratio  micro-batches held  left over, bytes")
+    for row in sorted(rows, key=lambda row: (row["model"], row["workers"], row["schedule"], row["worker"])):
+        print(f"{row['model']:6s} {row['schedule']:16s} {row['worker']:3d} of {row['workers']} {row['gradients'] / 1e6:13.1f} "
+              f"{row['predicted'] / 1e6:13.1f} {row['measured'] / 1e6:12.1f} {row['measured'] / row['predicted']:6.2f} "
+              f"{row['held']:19.1f} {row['left']:17,d}")
+    worst = max(abs(row["measured"] / row["predicted"] - 1) for row in rows)
+    print(f"furthest from predicted: {worst:.1%}")
+    sys.exit(any(row["schedule"] == "1f1b" and row["held"] > row["workers"] - row["worker"] for row in rows))
 
 
 if __name__ == "__main__":

@@ -89,7 +89,23 @@ def _stage_cost(graph: nx.DiGraph, nodes: list[Node], stage: int, setting: Setti
     return StageCost(forward=forward, backward=backward, communication=math.fsum(traffic), load=load,
                      param_bytes=parameters, activation_bytes=activations, memory_bytes=memory,
                      sent_bytes=sent, num_nodes=len(nodes), device=device.name,
-                     recomputed=tuple(str(nodes[index]) for index in again))
+                     recomputed=tuple(str(nodes[index]) for index in again),
+                     weight_grad=math.fsum(seconds(each, "weight_grad", device) for each in data),
+                     kept_bytes=math.fsum(each.get("kept_bytes", 0.0) for each in data), workspace_bytes=_scratch(data, grown=False), first_workspace_bytes=_scratch(data, grown=True))
+
+
+def _scratch(data: list[dict], grown: bool) -> float:
+    """The most bytes, beyond those stashed at its start, while a backward walks the nodes, the last one first.
+
+    ``grown``: gradients of parameters stay, since there were none.
+    """
+    more = most = 0.0
+    for each in reversed(data):
+        most = max(most, more + each.get("workspace_bytes", 0.0))
+        more -= each.get("activation_bytes", 0.0)
+        if grown:
+            more += each.get("param_bytes", 0.0) + math.fsum((each.get("shared") or {}).values())
+    return max(most, more)
 
 
 def _recomputed(data: list[dict], stage: int, setting: Setting) -> list[int]:

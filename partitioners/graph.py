@@ -3,9 +3,11 @@
 Node attributes, all optional::
 
     forward, backward   seconds per micro-batch; a number, or a dict from device class to number
+    weight_grad         the part of backward that a schedule may put off (gradients of weights), likewise
     param_bytes         parameters that only this node reads
     shared              dict parameter name -> bytes: parameters that other nodes read too
     activation_bytes    stashed per micro-batch until backward
+    kept_bytes          what stays between the halves of backward: inputs, and gradients of outputs
     output_bytes        the one value it produces
     gradient            whether a gradient of the same size comes back for that value
     transfer            seconds to move the value over a link, both ways; instead of output_bytes over a bandwidth
@@ -31,8 +33,8 @@ from partitioners.devices import Device
 from partitioners.errors import GraphError
 
 Node = Hashable
-COSTS = ("forward", "backward")
-SIZES = ("param_bytes", "activation_bytes", "output_bytes", "memory_bytes", "workspace_bytes", "transfer")
+COSTS = ("forward", "backward", "weight_grad")
+SIZES = ("param_bytes", "activation_bytes", "kept_bytes", "output_bytes", "memory_bytes", "workspace_bytes", "transfer")
 OTHERS = ("shared", "gradient", "colocate", "allowed", "is_backward", "order", "label")
 FORMAT = "pipeline-graph/1"
 WORKLOAD = "pipeline-workload/1"

@@ -40,7 +40,9 @@ class Tie:
 class StageCost:
     """What one stage costs per micro-batch, in seconds and bytes.
 
-    ``load`` is what the objective counts. ``memory_bytes`` is what the schedule needs at its peak; ``sent_bytes`` are
+    ``load`` is what the objective counts. ``weight_grad`` is the part of ``backward`` that a schedule may put off, and
+    ``kept_bytes`` what stays until then; ``workspace_bytes`` is what a backward needs on top of the
+    activations that it lets go of, ``first_workspace_bytes`` the same when it also makes the gradients. ``memory_bytes`` is what the schedule needs at its peak; ``sent_bytes`` are
     values out and gradients back. ``recomputed`` names the nodes whose activations are computed again.
     """
     forward: float
@@ -54,6 +56,10 @@ class StageCost:
     num_nodes: int
     device: str = "device"
     recomputed: tuple[str, ...] = ()
+    weight_grad: float = 0.0
+    kept_bytes: float = 0.0
+    workspace_bytes: float = 0.0
+    first_workspace_bytes: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import networkx
 
 from pipeengine.dataflow import Dataflow
-from pipeengine.recording import Node, Recording, node_refs
+from pipeengine.deferral import Replacement
+from pipeengine.recording import Node, Recording, Ref, node_refs
 
-Seconds = tuple[float, float]
+
+class Seconds(NamedTuple):
+    """What a node takes per micro-batch. ``weight`` is the part of backward that can be put off, None where nobody measured."""
+
+    forward: float
+    backward: float
+    weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -32,24 +40,30 @@ def estimate(recording: Recording, node: Node, device: DeviceDescription) -> Sec
     forward = device.seconds_per_operation + max(node.cost.flops / device.flops_per_second,
                                                  node.cost.bytes / device.bytes_per_second)
     if not any(recording.values[v].spec.requires_grad for v in node.results):
-        return forward, 0.0
+        return Seconds(forward, 0.0)
     wanted = sum(1 for v in node_refs(node) if recording.values[v].spec.requires_grad)
-    return forward, forward * (min(wanted, 2) + node.recompute)
+    return Seconds(forward, forward * (min(wanted, 2) + node.recompute))
 
 
-def cost_graph(flow: Dataflow, seconds: Mapping[int, Seconds]) -> networkx.DiGraph:
-    """The cost graph of the placed nodes, for ``partitioners``. Names are stable from one recording to the next."""
+def cost_graph(flow: Dataflow, seconds: Mapping[int, Seconds], waits: Mapping[int, Replacement] = {}) -> networkx.DiGraph:
+    """The cost graph of the placed nodes, for ``partitioners``. Names are stable from one recording to the next.
+
+    ``waits`` are the nodes whose weight gradients can be put off, as ``put_off`` finds them.
+    """
     recording = flow.recording
     graph = networkx.DiGraph()
     readers = Counter(v for index in flow.placed for v in set(node_refs(recording.nodes[index])))
     labels = _group_labels(flow)
     counted: set[int] = set()
+    held: set[int] = set()
     carrier: dict[int, str] = {}                # value -> the graph node that stands for it
     for index in flow.placed:
         node = recording.nodes[index]
         used = [v for v in node.results if readers[v] or v in flow.goals]
-        graph.add_node(node.name, **_attributes(recording, node, readers, seconds.get(index, (0.0, 0.0)), counted),
-                       order=index, label=_label(node))
+        spent = seconds.get(index, Seconds(0.0, 0.0))
+        graph.add_node(node.name, **_attributes(recording, node, readers, spent, counted), order=index, label=_label(node))
+        if node.results and node.results[0] in waits:
+            graph.nodes[node.name].update(_put_off(recording, node, waits[node.results[0]], spent, held))
         if index in labels or len(used) > 1:
             graph.nodes[node.name]["colocate"] = labels.setdefault(index, node.name)
         carriers = [node.name] if len(used) == 1 else [recording.values[v].name for v in used]
@@ -95,19 +109,33 @@ def _attributes(recording: Recording, node: Node, readers: Counter, seconds: Sec
             own += made.spec.bytes
     kept = sum(size for storage, size in node.cost.saved if storage not in counted)
     counted.update(storage for storage, _ in node.cost.saved)
-    return {"forward": float(seconds[0]), "backward": float(seconds[1]), "param_bytes": own, "shared": shared,
+    return {"forward": float(seconds.forward), "backward": float(seconds.backward), "param_bytes": own, "shared": shared,
             "activation_bytes": kept, "workspace_bytes": _workspace(recording, node), "output_bytes": 0, "gradient": False}
+
+
+def _put_off(recording: Recording, node: Node, replacement: Replacement, seconds: Seconds, held: set[int]) -> dict:
+    """What of a node's backward waits for W, and what it keeps until then: its input and the gradient of its output."""
+    read = [recording.values[a.value] for a in replacement[1] if isinstance(a, Ref)]
+    inputs = [value for value in read if value.kind == "result" and value.storage not in held]
+    held.update(value.storage for value in inputs)
+    both = any(value.kind != "attribute" and value.spec.requires_grad for value in read)
+    weight = seconds.backward / (1 + both) if seconds.weight is None else min(seconds.weight, seconds.backward)
+    return {"weight_grad": float(weight),
+            "kept_bytes": sum(value.spec.bytes for value in inputs) + recording.values[node.results[0]].spec.bytes}
 
 
 def _workspace(recording: Recording, node: Node) -> int:
     """Bytes alive only while the node's backward runs: gradients of its results, its inputs and its parameters.
 
-    That of a parameter too: it is made anew for every micro-batch, and then added to what is there.
+    That of a parameter too: it is made anew for every micro-batch, and then added to what is there. A node that keeps something
+    of its own, such as the logarithms inside a cross-entropy, has a gradient for that on its way too.
     """
     if not any(recording.values[v].spec.requires_grad for v in node.results):
         return 0
-    specs = (recording.values[v].spec for v in {*node.results, *node_refs(node)})
-    return sum(spec.bytes for spec in specs if spec.requires_grad)
+    values = [recording.values[v] for v in {*node.results, *node_refs(node)}]
+    outside = {value.storage for value in values}
+    inside = max((size for storage, size in node.cost.saved if storage not in outside), default=0)
+    return sum(value.spec.bytes for value in values if value.spec.requires_grad) + inside
 
 
 def _label(node: Node) -> str:

@@ -128,7 +128,8 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
         settings, trained = ctx.settings, ctx.trained
-        sizes = None if len(trained) == 1 else [weight.shape[0]]
+        transposed, groups = settings[3], settings[5]
+        sizes = None if len(trained) == 1 else [weight.shape[1] * groups if transposed else weight.shape[0]]
 
         def half(*wanted: bool) -> tuple[torch.Tensor, ...]:
             return torch.ops.aten.convolution_backward(gradient, x, weight, sizes, *settings, wanted)
@@ -219,12 +220,22 @@ def _embedding(module: torch.nn.Embedding, x: Ref, weight: Ref, bias: None) -> R
 
 
 def _convolution(module: torch.nn.modules.conv._ConvNd, x: Ref, weight: Ref, bias: Ref | None) -> Replacement | None:
-    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+    padding = _padding(module)
+    if module.padding_mode != "zeros" or padding is None:
         return None
-    return "convolution", (x, weight, bias, module.stride, module.padding, module.dilation, False, module.output_padding,
+    return "convolution", (x, weight, bias, module.stride, padding, module.dilation, module.transposed, module.output_padding,
                            module.groups)
+
+
+def _padding(module: torch.nn.modules.conv._ConvNd) -> tuple[int, ...] | None:
+    """In numbers, or None where the two sides of an axis differ."""
+    if not isinstance(module.padding, str):
+        return module.padding
+    both = [0 if module.padding == "valid" else d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
+    return None if any(total % 2 for total in both) else tuple(total // 2 for total in both)
 
 
 _MODULES: Mapping[type, Callable[..., Replacement | None]] = {
     torch.nn.Linear: _linear, torch.nn.Embedding: _embedding,
-    torch.nn.Conv1d: _convolution, torch.nn.Conv2d: _convolution, torch.nn.Conv3d: _convolution}
+    **dict.fromkeys((torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d,
+                     torch.nn.ConvTranspose3d), _convolution)}

@@ -18,6 +18,7 @@ import torch
 
 from pipeengine.costs import DeviceDescription, Seconds, estimate
 from pipeengine.dataflow import Dataflow
+from pipeengine.deferral import Deferral, Replacement, run
 from pipeengine.randomness import keyed
 from pipeengine.recording import Node, Recording, fill, refs
 from pipeengine.stage import switch
@@ -37,17 +38,17 @@ class Measured:
     estimated: tuple[str, ...]
 
 
-def measure(flow: Dataflow, model: torch.nn.Module, device: torch.device, *, cache: str | Path | None = None,
-            progress: Callable[[str], None] | None = None) -> Measured:
+def measure(flow: Dataflow, model: torch.nn.Module, device: torch.device, *, waits: Mapping[int, Replacement] = {},
+            cache: str | Path | None = None, progress: Callable[[str], None] | None = None) -> Measured:
     """Forward and backward seconds of every placed node: the minimum over repeats, which other load on the machine cannot lower.
 
-    ``cache`` names a JSON file that keeps results under what was measured, so that it is measured once.
+    For nodes in ``waits`` also what of their backward can be put off. ``cache`` names a JSON file that keeps results under what was measured, so that it is measured once.
     """
     recording = flow.recording
     known = _read(cache)
     keys = {index: signature(recording, recording.nodes[index], model, device) for index in flow.placed}
     pieces = {key: index for index, key in reversed(keys.items()) if key not in known}
-    found = _minima(recording, model, device, pieces, Counter(keys.values()), progress or (lambda line: None))
+    found = _minima(recording, model, device, pieces, waits, Counter(keys.values()), progress or (lambda line: None))
     found.update({key: known[key] for key in keys.values() if key in known})
     seconds = {index: found[key] for index, key in keys.items() if key in found}
     missing = [index for index, key in keys.items() if key not in found]
@@ -59,7 +60,7 @@ def measure(flow: Dataflow, model: torch.nn.Module, device: torch.device, *, cac
 
 
 def _minima(recording: Recording, model: torch.nn.Module, device: torch.device, pieces: Mapping[str, int],
-            copies: Mapping[str, int], progress: Callable[[str], None]) -> dict[str, Seconds]:
+            waits: Mapping[int, Replacement], copies: Mapping[str, int], progress: Callable[[str], None]) -> dict[str, Seconds]:
     """The least that each piece has taken, in passes over all of them until another pass finds hardly less.
 
     A disturbance lasts longer than a piece: only much later is there another chance. Pieces that cannot run alone are left out.
@@ -69,15 +70,16 @@ def _minima(recording: Recording, model: torch.nn.Module, device: torch.device, 
     others = _others(model, device)
     for number in range(_MAX_PASSES):
         for count, (key, index) in enumerate(tuple(waiting.items())):
-            seconds = _time(recording, recording.nodes[index], model, device, others)
-            if seconds is None or max(seconds) > _LONG_SECONDS:
+            node = recording.nodes[index]
+            seconds = _time(recording, node, model, device, others, waits.get(node.results[0]) if node.results else None)
+            if seconds is None or max(seconds[:2]) > _LONG_SECONDS:
                 del waiting[key]
             if seconds is not None:
-                found[key] = tuple(map(min, found.get(key, seconds), seconds))
+                found[key] = _least(found.get(key, seconds), seconds)
             if perf_counter() - told > 2:
                 told = perf_counter()
                 progress(f"measured {count + 1} of {len(waiting)} pieces, pass {number + 1}")
-        total = sum(copies[key] * sum(seconds) for key, seconds in found.items())
+        total = sum(copies[key] * sum(seconds[:2]) for key, seconds in found.items())
         if not waiting or number + 1 >= _MIN_PASSES and total > (1 - _ENOUGH) * before:
             break
         before = total
@@ -90,10 +92,14 @@ def _others(model: torch.nn.Module, device: torch.device) -> torch.Tensor:
     return torch.zeros(min(size, _CACHE_BYTES), dtype=torch.uint8, device=device)
 
 
+def _least(one: Seconds, other: Seconds) -> Seconds:
+    return Seconds(*(None if None in pair else min(pair) for pair in zip(one, other)))
+
+
 def _read(cache: str | Path | None) -> dict[str, Seconds]:
     if cache is None or not Path(cache).exists():
         return {}
-    return {key: tuple(value) for key, value in json.loads(Path(cache).read_text()).items()}
+    return {key: Seconds(*value) for key, value in json.loads(Path(cache).read_text()).items()}
 
 
 def signature(recording: Recording, node: Node, model: torch.nn.Module, device: torch.device) -> str:
@@ -115,12 +121,12 @@ def signature(recording: Recording, node: Node, model: torch.nn.Module, device: 
 
 
 def _time(recording: Recording, node: Node, model: torch.nn.Module, device: torch.device,
-          others: torch.Tensor) -> Seconds | None:
+          others: torch.Tensor, waits: Replacement | None) -> Seconds | None:
     """Seconds of one node alone, or None when it cannot run alone."""
     try:
         with keyed(0, node.name, device), torch.enable_grad():
             piece = _Piece(recording, node, model, device, others)
-            return piece.time()
+            return Seconds(*piece.time(), None if waits is None else piece.weight_seconds(waits))
     except Exception:       # whatever it needs, it has it only inside the model: the caller estimates it
         return None
 
@@ -128,12 +134,12 @@ def _time(recording: Recording, node: Node, model: torch.nn.Module, device: torc
 def _fill_in(recording: Recording, seconds: dict[int, Seconds], missing: list[int]) -> None:
     """Estimate what could not run alone, at the rate that the rest has shown."""
     reference = DeviceDescription()
-    ratios = [sum(time) / sum(guess) for index, time in seconds.items()
-              if sum(guess := estimate(recording, recording.nodes[index], reference)) > 0]
+    ratios = [sum(time[:2]) / sum(guess[:2]) for index, time in seconds.items()
+              if sum((guess := estimate(recording, recording.nodes[index], reference))[:2]) > 0]
     scale = statistics.median(ratios) if ratios else 1.0
     for index in missing:
-        forward, backward = estimate(recording, recording.nodes[index], reference)
-        seconds[index] = forward * scale, backward * scale
+        forward, backward, _ = estimate(recording, recording.nodes[index], reference)
+        seconds[index] = Seconds(forward * scale, backward * scale)
 
 
 class _Piece:
@@ -172,8 +178,8 @@ class _Piece:
             memo[id(tensor)] = made
         return copy.deepcopy(module, memo)
 
-    def _arguments(self) -> tuple[tuple, dict, list[torch.Tensor]]:
-        leaves: list[torch.Tensor] = []
+    def _fresh(self, *encoded: object) -> tuple:
+        """``encoded`` with new leaves for its values, each the same one wherever it stands."""
         fresh: dict[int, torch.Tensor] = {}
 
         def value_of(value: int) -> torch.Tensor:
@@ -182,20 +188,37 @@ class _Piece:
                 tensor = self._given[value].detach()
                 if spec.requires_grad and self._differentiable:
                     tensor.requires_grad_()
-                    leaves.append(tensor)
                     if self._recording.values[value].kind == "attribute":
                         tensor.grad = torch.zeros_like(tensor)      # accumulating is part of the work
                     if self._node.writes:
                         tensor = tensor.clone()
                 fresh[value] = tensor
             return fresh[value]
-        return fill(self._node.args, value_of), fill(self._node.kwargs, value_of), leaves
+        return tuple(fill(one, value_of) for one in encoded)
 
     def _synchronize(self) -> None:
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
 
-    def time(self) -> Seconds:
+    def weight_seconds(self, waits: Replacement) -> float:
+        """Minimum of repeated runs of what the node puts off."""
+        method, given = waits
+        for value in refs(given):
+            self._given.setdefault(value, self._make_up(value))
+        best, deferral = float("inf"), Deferral()
+        for _ in range(_MIN_REPEATS):
+            args, = self._fresh(given)
+            queue = deferral.begin()
+            out = getattr(deferral, method)(*args)
+            out.backward(torch.ones_like(out))
+            self._synchronize()
+            start = self._clock()
+            run(queue)
+            self._synchronize()
+            best = min(best, self._clock() - start)
+        return best
+
+    def time(self) -> tuple[float, float]:
         """Minimum of repeated runs, forward and backward apart."""
         best_forward = best_backward = float("inf")
         start, repeats = perf_counter(), 0
@@ -215,8 +238,8 @@ class _Piece:
             if self._recording.values[value].kind != "attribute":
                 tensor.clone()
 
-    def _once(self) -> Seconds:
-        args, kwargs, _ = self._arguments()
+    def _once(self) -> tuple[float, float]:
+        args, kwargs = self._fresh(self._node.args, self._node.kwargs)
         self._chill()
         with switch(self._node.modes):
             self._synchronize()

@@ -3,10 +3,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from partitioners import Plan
 from pipeengine.drawing import chrome_trace
+from pipeengine.footprint import stage_bytes, step_bytes
 from pipeengine.report import RunReport, StageRow, report_html
 from pipeengine.schedules.form import Edge, Schedule
 from pipeengine.timeline import Costs, Timeline, simulate
@@ -16,10 +18,15 @@ Record = tuple[str, int, int, float, float]         # op, stage, micro-batch, st
 
 def costs_of(plan: Plan, *, hop: float, bandwidth: float | None) -> Costs:
     """The plan's stage costs, as the simulator takes them."""
-    return Costs(forward=tuple(stage.forward for stage in plan.stages), backward=tuple(stage.backward for stage in plan.stages),
-                 hop=hop, bandwidth=bandwidth,
-                 edge_bytes={(b.source, b.target): float(b.bytes) for b in plan.boundaries},
-                 activation=tuple(float(stage.activation_bytes) for stage in plan.stages))
+    stages = plan.stages
+    halves = {}
+    if any(stage.weight_grad for stage in stages):      # else backward is halved where a schedule halves it
+        halves = {"weight_grad": tuple(stage.weight_grad for stage in stages),
+                  "input_grad": tuple(stage.backward - stage.weight_grad for stage in stages),
+                  "weight_activation": tuple(stage.kept_bytes for stage in stages)}
+    return Costs(forward=tuple(stage.forward for stage in stages), backward=tuple(stage.backward for stage in stages), **halves,
+                 hop=hop, bandwidth=bandwidth, edge_bytes={(b.source, b.target): float(b.bytes) for b in plan.boundaries},
+                 activation=tuple(float(stage.activation_bytes) for stage in stages))
 
 
 def edges_of(plan: Plan) -> tuple[Edge, ...]:
@@ -28,8 +35,9 @@ def edges_of(plan: Plan) -> tuple[Edge, ...]:
 
 
 def predict(plan: Plan, schedule: Schedule, *, hop: float, bandwidth: float | None) -> Timeline:
-    """The timeline of one step by the plan's costs."""
-    return simulate(schedule, costs_of(plan, hop=hop, bandwidth=bandwidth), edges_of(plan))
+    """The timeline of one step by the plan's costs; its peaks are what the step adds to each worker's memory."""
+    timeline = simulate(schedule, costs_of(plan, hop=hop, bandwidth=bandwidth), edges_of(plan))
+    return replace(timeline, peak_bytes=step_bytes(plan, schedule))
 
 
 def measured(records: Mapping[int, Sequence[Record]], *, schedule: str, num_workers: int) -> Timeline | None:
@@ -42,13 +50,15 @@ def measured(records: Mapping[int, Sequence[Record]], *, schedule: str, num_work
                                  num_workers=num_workers)
 
 
-def rows(plan: Plan, worker_of: Sequence[int], parameters: Mapping[int, int], num_microbatches: int) -> Iterator[StageRow]:
+def rows(plan: Plan, schedule: Schedule, worker_of: Sequence[int], parameters: Mapping[int, int],
+         num_microbatches: int) -> Iterator[StageRow]:
     """One row per stage: what it holds, and what it sends in a step."""
-    for stage, cost in enumerate(plan.stages):
+    memory = stage_bytes(plan, schedule)
+    for stage in range(plan.num_stages):
         sends = [b for b in plan.boundaries if b.source == stage and b.values and worker_of[b.target] != worker_of[stage]]
         returns = [b for b in plan.boundaries if b.target == stage and b.gradients and worker_of[b.source] != worker_of[stage]]
         yield StageRow(stage, worker_of[stage], modules=describe(plan, stage), parameters=parameters[stage],
-                       predicted_bytes=float(cost.memory_bytes),
+                       predicted_bytes=memory[stage],
                        sent_bytes=float(num_microbatches * (sum(b.bytes for b in sends) + sum(b.gradient_bytes for b in returns))),
                        sent_messages=num_microbatches * (len(sends) + len(returns)))
 

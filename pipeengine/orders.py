@@ -10,7 +10,9 @@ from pipeengine.schedules import build, forward_schedule
 from pipeengine.schedules.form import Edge, I, Schedule
 from pipeengine.timeline import OPS, Costs, simulate
 
-_WINDOW = 2             # receives of one boundary that wait to be read: buffers do not grow with the number of micro-batches
+# Buffers do not grow with the number of micro-batches.
+WINDOW = 2              # receives of one boundary that wait to be read
+UNDERWAY = 4            # messages that a worker has sent and not yet asked after
 
 Links = frozenset[tuple[int, int, bool, bool]]          # (source, target, activation, gradient)
 
@@ -115,7 +117,7 @@ class Orders:
 
     def _listed(self, schedule: Schedule, edges: tuple[Edge, ...]) -> list[tuple]:
         if self.num_workers > 1:
-            return [tuple(action) for action in lower(schedule, edges, self.costs, window=_WINDOW).actions(self.worker)]
+            return [tuple(action) for action in lower(schedule, edges, self.costs, window=WINDOW).actions(self.worker)]
         timeline = simulate(schedule, None, edges)      # in one process any order that respects the schedule will do
         order = sorted(range(len(timeline.start)), key=lambda i: (timeline.start[i], timeline.stage[i]))
         return [(OPS[timeline.op[i]], int(timeline.stage[i]), int(timeline.microbatch[i]), -1) for i in order]

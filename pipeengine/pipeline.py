@@ -21,6 +21,7 @@ from pipeengine.batching import Batch, argument_names, take_apart
 from pipeengine.capturing import Inputs, capture
 from pipeengine.costs import analytic, cost_graph
 from pipeengine.dataflow import Dataflow, analyse
+from pipeengine.deferral import put_off
 from pipeengine.errors import InputError, PipeEngineError, PlanError, WorkerError
 from pipeengine.executor import Executor, Task
 from pipeengine.fidelity import check_recording
@@ -180,8 +181,10 @@ class Pipeline:
             return costs
         if costs not in (None, "measured", "analytic"):
             raise InputError(f'costs is {costs!r}; give "measured", "analytic" or a cost graph')
-        seconds = analytic(flow) if costs == "analytic" else measure(flow, self._model, self._device, progress=self._tell).seconds
-        return cost_graph(flow, seconds)
+        waits = put_off(flow.recording, self._model) if self._orders.splits_backward else {}
+        seconds = analytic(flow) if costs == "analytic" else \
+            measure(flow, self._model, self._device, waits=waits, progress=self._tell).seconds
+        return cost_graph(flow, seconds, waits)
 
     def _tell(self, line: str) -> None:
         """Progress on what takes more than two seconds, from one worker."""
@@ -551,7 +554,7 @@ class Pipeline:
         sizes = {name: p.numel() for name, p in self._model.named_parameters()}
         parameters = {stage: sum(size for name, size in sizes.items() if stage in self._placement.holders.get(name, ()))
                       for stage in range(self._num_stages)}
-        rows = tuple(observe.rows(self._plan, lanes, parameters, self._num_microbatches))
+        rows = tuple(observe.rows(self._plan, self._orders.build(), lanes, parameters, self._num_microbatches))
         return RunReport(type(self._model).__name__, self._orders.name, self._num_microbatches, rows,
                          self.predicted_timeline(), self.timeline(), None if self.loss is None else float(self.loss))
 

@@ -11,6 +11,7 @@ from pipeengine.batching import argument_names, take_apart
 from pipeengine.capturing import Inputs, capture
 from pipeengine.costs import DeviceDescription, analytic, cost_graph
 from pipeengine.dataflow import analyse
+from pipeengine.deferral import put_off
 from pipeengine.errors import InputError
 from pipeengine.measure import measure
 
@@ -31,11 +32,12 @@ def profile(model: torch.nn.Module, example: object, *, num_microbatches: int = 
     where = torch.device(device) if device is not None else _device_of(model)
     with torch.enable_grad():
         flow = analyse(capture(model, batch.again(parts[0]), loss_fn=loss_fn, device=where), outputs=False)
+    waits = put_off(flow.recording, model)
     if costs == "measured":
-        seconds = measure(flow, model, where, cache=cache, progress=progress).seconds
+        seconds = measure(flow, model, where, waits=waits, cache=cache, progress=progress).seconds
     else:
         seconds = analytic(flow, costs if isinstance(costs, DeviceDescription) else DeviceDescription())
-    return cost_graph(flow, seconds)
+    return cost_graph(flow, seconds, waits)
 
 
 def _device_of(model: torch.nn.Module) -> torch.device:

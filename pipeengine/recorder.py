@@ -78,6 +78,11 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def _kept_bytes(tensor: torch.Tensor) -> int:
+    """What stays when ``tensor`` is kept: a view keeps all that it is a view of."""
+    return tensor.untyped_storage().nbytes()
+
+
 def _attention_flops(query, key, value, *args, out_val=None, **kwargs) -> int:
     *batch, rows, width = query.shape
     heads = 1
@@ -517,7 +522,7 @@ class Recorder(TorchFunctionMode):
         reads = tensors((args, kwargs))
         random = self.meter.random
         if recompute:
-            self._saved = {_storage(t): _bytes(t) for t in reads if t.requires_grad}
+            self._saved = {_storage(t): _kept_bytes(t) for t in reads if t.requires_grad}
         if not attributes and path not in self._sealed:
             self._run_real(lambda *a, **k: self._quietly(original, module, a, k), args, kwargs, reads, out, writes,
                            random, scope)
@@ -591,7 +596,7 @@ class Recorder(TorchFunctionMode):
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = _storage(tensor)
         if storage not in self._attribute_storage:
-            self._saved[storage] = max(self._saved.get(storage, 0), _bytes(tensor))
+            self._saved[storage] = _kept_bytes(tensor)
         # A step that saves its own output would hold itself alive for ever through it.
         return tensor if id(tensor) in self._value_of else tensor.detach()
 

@@ -12,9 +12,8 @@ import torch.distributed as dist
 
 from pipeengine import wire
 from pipeengine.errors import WorkerError
+from pipeengine.orders import UNDERWAY
 
-
-_UNDERWAY = 4       # messages that a worker has sent and not yet asked after
 
 
 class Waiter:
@@ -163,7 +162,7 @@ class DistributedTransport:
         head = wire.header(self._step, microbatch, kind, source, target, form.bytes, self._digest) if self._tagged else None
         buffer = wire.pack(tensors, form, head, self._device)
         tag = self._tag(kind, source, target, microbatch) if self._tagged else 0
-        if len(self._sent) >= _UNDERWAY:
+        if len(self._sent) >= UNDERWAY:
             self._forget(2)
         self._sent.append((self._groups[ends].send([buffer], self._place[ends][1], tag), buffer))
         self.messages += 1

@@ -52,6 +52,8 @@ LAYERS = {
     "addmm": Layer(lambda d, x, w, b: d.addmm(b, x, w), lambda x, w, b: torch.addmm(b, x, w), (7, 5), ((5, 3), (3,))),
     "convolution": Layer(lambda d, x, w, b: d.convolution(x, w, b, *STRIDED[1]),
                          lambda x, w, b: F.conv2d(x, w, b, (2, 1), (1, 2), 1, 2), (3, 4, 8, 6), ((6, 2, 3, 3), (6,))),
+    "transposed convolution": Layer(lambda d, x, w, b: d.convolution(x, w, b, (2,), (1,), (1,), True, (1,), 2),
+                                    lambda x, w, b: F.conv_transpose1d(x, w, b, 2, 1, 1, 2), (3, 4, 9), ((4, 3, 3), (6,))),
     "convolution without bias": Layer(lambda d, x, w: d.convolution(x, w, None, (1,), (0,), (2,), False, (0,), 1),
                                       lambda x, w: F.conv1d(x, w, dilation=2), (3, 4, 9), ((5, 4, 3),)),
     "embedding": Layer(lambda d, x, w: d.embedding(x, w, -1, False), F.embedding, INDICES, ((11, 5),)),
@@ -145,12 +147,13 @@ class Glue(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """Two that wait, and two that do not: padding by reflection and by name."""
+    """Four that wait, and two that do not: padding by reflection, and more on one side than on the other."""
 
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2, bias=False, groups=2),
-                                    nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.Conv2d(4, 4, 3, padding="same"))
+                                    nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.Conv2d(4, 4, 4, padding="same"),
+                                    nn.Conv2d(4, 4, 3, padding="same", dilation=2), nn.ConvTranspose2d(4, 2, 4, 2, 1))
 
     def forward(self, x):
         return self.layers(x).square().mean()
@@ -223,7 +226,8 @@ def test_hooks_on_a_module_keep_it_whole():
 
 def test_glue_convolutions_and_embeddings():
     assert waiting(Glue(), X) == {"matrix"}
-    assert waiting(Convolutions(), torch.randn(2, 3, 9, 9)) == {"layers.0.weight", "layers.0.bias", "layers.2.weight"}
+    assert waiting(Convolutions(), torch.randn(2, 3, 9, 9)) == \
+        {"layers.2.weight"} | {f"layers.{i}.{kind}" for i in (0, 5, 6) for kind in ("weight", "bias")}
     tied = zoo.AWKWARD["TiedHead"]
     assert waiting(tied.build(), *tied.batches[0].values()) == {"embedding.weight"} | linears(0, 1, 2, 3)
     bag = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Embedding(9, 4, max_norm=1.0))

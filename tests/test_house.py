@@ -15,7 +15,7 @@ FLOORS = (
     (),
     # 1: order, no torch
     ("errors", "schedules", "program", "check", "channel", "queueing", "orders", "critical_path", "timeline", "synthesis",
-     "drawing", "report", "observe", "simulate_command"),
+     "drawing", "report", "footprint", "observe", "simulate_command"),
     # 2: torch, one process
     ("structure", "recording", "randomness", "recorder", "state", "holding", "interception", "dataflow", "capturing", "costs",
      "measure", "batching", "profiling", "split", "stage", "fidelity", "executor", "variants", "wire",
