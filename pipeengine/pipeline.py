@@ -30,6 +30,7 @@ from pipeengine.orders import Orders
 from pipeengine.outputs import merge_outputs
 from pipeengine.randomness import mix
 from pipeengine.recorder import current_modes
+from pipeengine.recomputation import Recompute, price_modules, price_stages
 from pipeengine.recording import node_refs, refs
 from pipeengine.report import RunReport, report_text
 from pipeengine.shared import Shared, SharedParameters
@@ -50,7 +51,8 @@ class Pipeline:
 
     ``example`` holds the model's inputs for a whole batch: a dict of keyword arguments or a tuple of positional ones. Under
     torchrun every process is a worker; in plain Python all stages run in this process. See the README for every option.
-    ``recompute`` (all stages, or those named) keeps only a stage's inputs for backward and runs its forward again there.
+    ``recompute`` keeps only the inputs of all stages, or of the stages (by number) and modules (by path) that it names, and runs
+    their forward again in backward.
 
     Raises ``CaptureError`` when the model cannot be recorded, ``PartitionError`` when it cannot be cut as asked, ``InputError``
     for options and batches of the wrong kind; the same error on every worker.
@@ -61,7 +63,7 @@ class Pipeline:
                  costs: str | networkx.DiGraph | None = None, loss_fn: Callable | None = None, target: object = None,
                  loss_weight: Callable | None = None, batch_dims: Mapping[str, int | None] | None = None,
                  weights: str | Path | None = None, device: torch.device | str | None = None, mesh: object = None,
-                 seed: int = 0, check: bool = True, recompute: bool | Collection[int] = False):
+                 seed: int = 0, check: bool = True, recompute: bool | Collection[int | str] = False):
         self._closed: str | None = None
         self._model, self._loss_fn, self._loss_weight = model, loss_fn, loss_weight
         self._batch_dims, self._seed, self._schedule = batch_dims, seed, schedule
@@ -81,6 +83,7 @@ class Pipeline:
         plan = self._read_plan(plan)
         world.together(lambda: self._check_options(example, num_microbatches, num_stages, plan))
         self._num_stages = self._count_stages(num_stages, plan)
+        self._again = world.together(lambda: Recompute.of(self._recompute, self._num_stages, self._model))
         self._orders = Orders(self._schedule, self._num_stages, num_microbatches, world.size, world.rank)
         self._worker_of = self._orders.worker_of
         self._own = tuple(s for s in range(self._num_stages) if self._worker_of[s] == world.rank)
@@ -88,9 +91,10 @@ class Pipeline:
         world.agree([self._num_stages, num_microbatches, _number(self._orders.name), _number(self._identity(flow))], None,
                     ("num_stages", "num_microbatches", "the schedule", "the model or the example"))
         graph = world.together(lambda: self._price(flow, costs))
+        price_modules(graph, flow, self._again.spans(flow.recording))
         self._plan: Plan = self._make_plan(graph, plan)
-        self._graph = graph
-        self._orders = dataclasses.replace(self._orders, costs=observe.costs_of(self._plan, **self._link),
+        self._priced = price_stages(self._plan, self._again.stages)
+        self._orders = dataclasses.replace(self._orders, costs=observe.costs_of(self._priced, **self._link),
                                            _known={})
         world.together(lambda: self._place(flow, weights, check))
         self._connect_workers(flow)
@@ -178,7 +182,7 @@ class Pipeline:
     def _price(self, flow: Dataflow, costs) -> networkx.DiGraph:
         if isinstance(costs, networkx.DiGraph):
             partitioners.check(costs)
-            return costs
+            return costs.copy()
         if costs not in (None, "measured", "analytic"):
             raise InputError(f'costs is {costs!r}; give "measured", "analytic" or a cost graph')
         waits = put_off(flow.recording, self._model) if self._orders.splits_backward else {}
@@ -237,18 +241,11 @@ class Pipeline:
             check_recording(self._model, flow, stage_of, self._num_stages, self._example, self._loss_fn)
         load_stage(self._model, self._held, self._device, weights=weights, seed=self._seed)
         self._variants = Variants(self._model, self._placement, self._own, loss_fn=self._loss_fn, device=self._device,
-                                  draw=self._draw, defer=self._orders.splits_backward, recompute=self._recomputed_stages())
+                                  draw=self._draw, defer=self._orders.splits_backward, recompute=self._again)
         variant = self._variants.make(flow.recording, outputs=False)
+        variant.stages.of(self._orders.halved(self._num_microbatches)[0])
         self._example_links = variant.links
         self._example_split = variant.split
-
-    def _recomputed_stages(self) -> frozenset[int]:
-        if isinstance(self._recompute, bool):
-            return frozenset(range(self._num_stages) if self._recompute else ())
-        unknown = set(self._recompute) - set(range(self._num_stages))
-        if unknown:
-            raise InputError(f"recompute names stages {sorted(unknown)}; there are stages 0 to {self._num_stages - 1}")
-        return frozenset(self._recompute)
 
     def _held_names(self, flow: Dataflow) -> frozenset[str]:
         """Parameters of the own stages, and the small buffers that every worker needs to follow the inputs."""
@@ -539,7 +536,7 @@ class Pipeline:
 
     def predicted_timeline(self) -> Timeline:
         """One step as the plan's costs predict it."""
-        return observe.predict(self._plan, self._orders.build(), **self._link)
+        return observe.predict(self._priced, self._orders.build(), **self._link)
 
     @property
     def _link(self) -> dict[str, float | None]:
@@ -554,7 +551,7 @@ class Pipeline:
         sizes = {name: p.numel() for name, p in self._model.named_parameters()}
         parameters = {stage: sum(size for name, size in sizes.items() if stage in self._placement.holders.get(name, ()))
                       for stage in range(self._num_stages)}
-        rows = tuple(observe.rows(self._plan, self._orders.build(), lanes, parameters, self._num_microbatches))
+        rows = tuple(observe.rows(self._priced, self._orders.build(), lanes, parameters, self._num_microbatches))
         return RunReport(type(self._model).__name__, self._orders.name, self._num_microbatches, rows,
                          self.predicted_timeline(), self.timeline(), None if self.loss is None else float(self.loss))
 

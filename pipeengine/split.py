@@ -139,7 +139,7 @@ def _part(flow, stage: int, stage_of, links, loss_stage, num_stages: int, output
     inside = {v for node in nodes for v in node.results}
     merged = sorted([(recording.nodes[n].name, n, recording.nodes[n]) for n in free
                      if not set(recording.nodes[n].results) & inside or not recording.nodes[n].results], key=lambda e: e[1])
-    ordered = tuple(node for _, _, node in sorted([*merged, *((node.name, _first(recording, node), node) for node in nodes)],
+    ordered = tuple(node for _, _, node in sorted([*merged, *((node.name, first_index(recording, node), node) for node in nodes)],
                                                   key=lambda e: e[1]))
     read |= {v for node in ordered for v in node_refs(node)}
     attributes = frozenset(recording.values[v].name for v in read if recording.values[v].kind == "attribute")
@@ -147,7 +147,7 @@ def _part(flow, stage: int, stage_of, links, loss_stage, num_stages: int, output
     return Part(stage, ordered, inputs, receives, sends, tuple(returns), attributes)
 
 
-def _first(recording: Recording, node: Node) -> int:
+def first_index(recording: Recording, node: Node) -> int:
     """Where a (possibly fused) node stands in the recording."""
     return node.call if isinstance(node, _Fused) else recording.index_of(node)
 

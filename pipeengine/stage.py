@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from pipeengine.deferral import Deferral, Replacement
 from pipeengine.randomness import generators, mix, place_number
 from pipeengine.recording import Modes, Node, Rebuilt, Recording, Ref, node_refs
-from pipeengine.split import Part
+from pipeengine.recomputation import Span
+from pipeengine.split import Part, first_index
 from pipeengine.structure import leaves
 
 
@@ -20,11 +21,11 @@ class Draw:
 
     def __init__(self, device: torch.device):
         self._generators = generators(device)
-        self._key: int | None = None
+        self.key: int | None = None
 
     def enter(self, key: int | None) -> list[torch.Tensor] | None:
         """Use the streams of ``key`` from now on; returns what ``leave`` needs."""
-        self._key = key
+        self.key = key
         return None if key is None else [generator.get_state() for generator in self._generators]
 
     def leave(self, states: list[torch.Tensor] | None) -> None:
@@ -32,8 +33,8 @@ class Draw:
             generator.set_state(state)
 
     def __call__(self, place: int) -> None:
-        if self._key is not None:
-            number = mix(self._key, place)
+        if self.key is not None:
+            number = mix(self.key, place)
             for generator in self._generators:
                 generator.manual_seed(number)
 
@@ -52,10 +53,13 @@ class Compiled:
 
 
 def compile_part(part: Part, recording: Recording, model: torch.nn.Module, draw: Draw, *,
-                 put_off: Mapping[int, Replacement] | None = None) -> Compiled:
-    """Write and compile the function of one stage; modules are the user's own. With ``put_off``, weight gradients can wait."""
+                 put_off: Mapping[int, Replacement] | None = None, again: Sequence[Span] = ()) -> Compiled:
+    """Write and compile the function of one stage; modules are the user's own.
+
+    With ``put_off``, weight gradients can wait. Nodes in the spans ``again`` keep no activations: they run again in backward.
+    """
     deferral = None if put_off is None else Deferral()
-    writer = _Writer(part, recording, model, draw, deferral, put_off or {})
+    writer = _Writer(part, recording, model, draw, deferral, put_off or {}, again)
     source = writer.write()
     scope = writer.scope
     exec(compile(source, f"<stage {part.stage}>", "exec"), scope)
@@ -66,13 +70,24 @@ def compile_part(part: Part, recording: Recording, model: torch.nn.Module, draw:
                     tuple(wants for _, wants in received), deferral)
 
 
+@dataclass(frozen=True)
+class Block:
+    """Nodes whose forward runs twice, with the values that they read and those that others read of them."""
+
+    nodes: tuple[Node, ...]
+    reads: tuple[int, ...]
+    results: tuple[int, ...]
+
+
 class _Writer:
     """Turns nodes into lines of Python."""
 
     def __init__(self, part: Part, recording: Recording, model: torch.nn.Module, draw: Draw,
-                 deferral: Deferral | None, put_off: Mapping[int, Replacement]):
+                 deferral: Deferral | None, put_off: Mapping[int, Replacement], again: Sequence[Span]):
         self._part, self._recording, self._model, self._deferral, self._put_off = part, recording, model, deferral, put_off
-        self.scope: dict[str, object] = {"draw": draw, "leaves": leaves, "recomputed": _recomputed}
+        self._again = again
+        self._blocks: list[str] = []
+        self.scope: dict[str, object] = {"draw": draw, "leaves": leaves, "recomputed": _recomputed, "twice": _twice}
         self._globals: dict[int, str] = {}
         self._keep: list[object] = []
         self.random = any(node.random for node in part.nodes)
@@ -80,30 +95,64 @@ class _Writer:
     def write(self) -> str:
         part = self._part
         arguments = [f"v{v}" for v in part.inputs] + [f"v{v}" for link in part.receives for v in link.values]
-        lines = [f"def run({', '.join(dict.fromkeys(arguments))}):"]
-        last = self._last_use(set(arguments))
+        run = self._function("run", arguments, self._steps(), part.returns)
+        return "\n".join([*self._blocks, *run]) + "\n"
+
+    def _steps(self) -> list[Node | Block]:
+        """The part's nodes; those of a span that runs twice together."""
+        steps: list[Node | Block] = []
+        inside: dict[Span, list[Node]] = {}
+        for node in self._part.nodes:
+            index = first_index(self._recording, node)
+            span = next((span for span in self._again if span[0] <= index < span[1]), None)
+            if span is None:
+                steps.append(node)
+            elif span in inside:
+                inside[span].append(node)
+            else:
+                inside[span] = [node]
+                steps.append(span)
+        return [self._block(inside[step]) if isinstance(step, tuple) else step for step in steps]
+
+    def _block(self, nodes: Sequence[Node]) -> Block:
+        made = {v for node in nodes for v in node.results}
+        own = set(map(id, nodes))
+        later = {v for node in self._part.nodes if id(node) not in own for v in node_refs(node)} | set(self._part.returns)
+        read = dict.fromkeys(v for node in nodes for v in node_refs(node)
+                             if v not in made and self._recording.values[v].kind in ("result", "input"))
+        return Block(tuple(nodes), tuple(read), tuple(v for v in dict.fromkeys(v for n in nodes for v in n.results) if v in later))
+
+    def _function(self, name: str, arguments: Sequence[str], steps: Sequence[Node | Block], returns: Sequence[int]) -> list[str]:
+        lines = [f"def {name}({', '.join(dict.fromkeys(arguments))}):"]
+        last = self._last_use(steps, set(arguments), set(returns))
         modes = None
-        for index, node in enumerate(part.nodes):
-            if node.modes != modes:
-                modes = node.modes
+        for index, step in enumerate(steps):
+            wanted = step.modes if isinstance(step, Node) else self._recording.modes
+            if wanted != modes:
+                modes = wanted
                 if modes != self._recording.modes:
                     lines.append(f"    with {self._name(switch(modes), 'with')}:")
             indent = "    " if modes == self._recording.modes else "        "
-            lines += [indent + line for line in self._node(node)]
+            lines += [indent + line for line in (self._node(step) if isinstance(step, Node) else self._twice(step))]
             if last[index]:
                 lines.append(f"{indent}del {', '.join(last[index])}")
-        lines.append(f"    return ({''.join(self._value(v) + ', ' for v in part.returns)})")
-        return "\n".join(lines) + "\n"
+        return [*lines, f"    return ({''.join(self._value(v) + ', ' for v in returns)})"]
 
-    def _last_use(self, kept: set[str]) -> list[list[str]]:
-        """For every node, the local names that nobody needs after it."""
-        returned = set(self._part.returns)
+    def _twice(self, block: Block) -> list[str]:
+        """A function of its own for the block, and the line that calls it."""
+        name, given = f"block{block.nodes[0].call}_{len(self._blocks)}", [f"v{v}" for v in block.reads]
+        self._blocks += self._function(name, given, block.nodes, block.results)
+        call = f"twice({', '.join([name, 'draw' if any(node.random for node in block.nodes) else 'None', *given])})"
+        return [f"{', '.join(f'v{v}' for v in block.results)}, = {call}" if block.results else call]
+
+    def _last_use(self, steps: Sequence[Node | Block], kept: set[str], returned: set[int]) -> list[list[str]]:
+        """For every step, the local names that nobody needs after it."""
         last: dict[int, int] = {}
-        for index, node in enumerate(self._part.nodes):
-            for value in (*node.results, *node_refs(node)):
+        for index, step in enumerate(steps):
+            for value in (*step.results, *(node_refs(step) if isinstance(step, Node) else step.reads)):
                 if self._recording.values[value].kind == "result" and value not in returned and f"v{value}" not in kept:
                     last[value] = index
-        found: list[list[str]] = [[] for _ in self._part.nodes]
+        found: list[list[str]] = [[] for _ in steps]
         for value, index in last.items():
             found[index].append(f"v{value}")
         return found
@@ -174,6 +223,20 @@ class _Writer:
             name = self._globals[id(thing)] = f"{kind}{len(self._globals)}"
             self.scope[name] = thing
         return name
+
+
+def _twice(block: Callable, draw: Draw | None, *arguments: torch.Tensor) -> tuple:
+    """Run ``block`` now, and once more in backward, with the same random numbers."""
+    key = None if draw is None else draw.key
+
+    def run(*arguments: torch.Tensor) -> tuple:
+        states = draw.enter(key)
+        try:
+            return block(*arguments)
+        finally:
+            draw.leave(states)
+    # Every place in the model has its own stream of random numbers, so no state needs to be kept.
+    return checkpoint(block if draw is None else run, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def _recomputed(module: Callable, *args, **kwargs):

@@ -19,6 +19,7 @@ from pipeengine.dataflow import Dataflow, analyse
 from pipeengine.deferral import Replacement, put_off
 from pipeengine.errors import PlanError
 from pipeengine.executor import Runnable, make_runnable
+from pipeengine.recomputation import Recompute, check_twice
 from pipeengine.recording import Node, Recording, Ref, fill, node_refs, refs
 from pipeengine.split import Part, Split, split
 from pipeengine.stage import Draw, compile_part
@@ -64,7 +65,7 @@ class Variants:
 
     def __init__(self, model: torch.nn.Module, placement: Placement, own: Sequence[int], *, loss_fn: Callable | None,
                  device: torch.device, draw: Draw, defer: bool = False,
-                 recompute: frozenset[int] = frozenset()):
+                 recompute: Recompute = Recompute()):
         self._defer, self._recompute = defer, recompute
         self._model, self._placement, self._own = model, placement, tuple(own)
         self._loss_fn, self._device, self._draw = loss_fn, device, draw
@@ -95,17 +96,25 @@ class Variants:
         flow = analyse(recording, outputs=outputs)
         stage_of = self._placement.assign(flow)
         wanted = tuple(dict.fromkeys(refs(recording.output))) if outputs else ()
+        again = () if outputs else self._recompute.spans(recording)
+        for span in again:
+            nodes = recording.nodes[slice(*span)]
+            check_twice(recording, nodes, f"module {nodes[0].name.partition(':')[0]}")
 
         @cache
         def cut_for(halved: bool) -> tuple[Split, Mapping[int, Replacement] | None]:
             waits = put_off(recording, self._model) if halved else None
+            apart = {id(recording.nodes[n]) for span in again for n in range(*span)}
+            apart |= {id(node) for node in recording.nodes if node.results and node.results[0] in (waits or ())}
             return split(flow, stage_of, self._placement.num_stages, outputs=outputs,
-                         keep_apart=lambda node: bool(waits) and bool(node.results) and node.results[0] in waits), waits
+                         keep_apart=lambda node: id(node) in apart), waits
 
         def runnable(stage: int, halved: bool) -> Runnable:
             cut, waits = cut_for(halved)
-            return make_runnable(compile_part(cut.parts[stage], recording, self._model, self._draw, put_off=waits), cut,
-                                 outputs=wanted if outputs else None, recompute=stage in self._recompute)
+            if stage in self._recompute.stages and not outputs:
+                check_twice(recording, cut.parts[stage].nodes, f"stage {stage}")
+            return make_runnable(compile_part(cut.parts[stage], recording, self._model, self._draw, put_off=waits, again=again), cut,
+                                 outputs=wanted if outputs else None, recompute=stage in self._recompute.stages)
         cut, _ = cut_for(self._defer and not outputs)       # the links are the same either way
         written = {storage for node in recording.nodes for storage in node.writes}
         cloned = tuple(i for i, v in enumerate(recording.inputs) if recording.values[v].storage in written)

@@ -382,10 +382,12 @@ DROPOUT = zoo.hugging_face("gpt2", dropout=0.2)
                          ids=lambda case: case.name)
 def test_recomputing_changes_no_bit(case, schedule):
     """The second forward draws the same dropout masks: losses and gradients are equal, for all stages or for some."""
-    found = []
-    for recompute in (False, True, {1}, [0, 2]):
+    found, plan = [], None
+    paths = [path for path, module in case.build().named_modules() if path.count(".") == 1 or path.count(".") == 2]
+    for recompute in (False, True, {1}, [0, 2], paths[1::2], [1, paths[0]]):
         model = case.build()
-        pipe = pipeline(case, model, schedule=schedule, num_stages=3, recompute=recompute)
+        pipe = pipeline(case, model, schedule=schedule, num_stages=3, recompute=recompute, plan=plan)
+        plan = pipe.plan
         found.append([(step(pipe, case, batch), {n: g.clone() for n, g in gradients(model).items()})
                       for batch in case.batches[:2]])
     for other in found[1:]:
@@ -408,7 +410,46 @@ def test_recomputing_saves_memory():
     assert peaks[0] > peaks[1] > peaks[2] > peaks[3] and peaks[3] < peaks[0] / 3, peaks
 
 
-def test_recompute_names_stages_that_exist():
+def test_recomputing_blocks_saves_memory_as_predicted():
+    """Block by block the peak falls as predicted, lower than for the whole stage, whose activations all come back at once."""
+    case = zoo.hugging_face("gpt2")
+    tokens = torch.randint(3, zoo.VOCAB, (8, 48))
+    batch = dict(input_ids=tokens, labels=tokens)
+    blocks = [path for path, module in case.build().named_modules() if path.count(".") == 2 and ".h." in path]
+    for recompute in ([], blocks[:1], blocks, True):
+        pipe = pe.Pipeline(case.build(), batch, num_microbatches=8, num_stages=1, schedule="gpipe", costs="analytic", check=False,
+                           recompute=recompute)
+        pipe.step(**batch)
+        for parameter in pipe.parameters():
+            parameter.grad = None
+        measured, predicted = live(lambda: pipe.step(**batch)).peak, pipe.predicted_timeline()
+        assert measured == pytest.approx(predicted.peak_bytes[0], rel=0.1), recompute
+        peaks = [*peaks, measured] if recompute != [] else [measured]
+        spans = [*spans, predicted.makespan] if recompute != [] else [predicted.makespan]
+    assert peaks[0] > peaks[1] > peaks[3] > peaks[2] and spans == sorted(set(spans)), (peaks, spans)
+
+
+class Counting(nn.Module):
+    """A block that counts its calls in a buffer, behind one that does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain, self.norm = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(LENGTH)
+
+    def forward(self, x):
+        return self.norm(self.plain(x)).square().mean()
+
+
+@pytest.mark.parametrize(("recompute", "what"), [(True, "stage 0"), (["norm"], "module norm")])
+def test_what_would_change_twice_is_refused(recompute, what):
+    with pytest.raises(pe.InputError, match=f"{what} cannot be recomputed: norm changes norm"):
+        pe.Pipeline(Counting(), (X,), num_stages=1, num_microbatches=2, recompute=recompute)
+    pe.Pipeline(Counting(), (X,), num_stages=1, num_microbatches=2, recompute=["plain"]).step(X)
+
+
+def test_recompute_names_stages_and_modules_that_exist():
     case = zoo.AWKWARD["Positional"]
+    with pytest.raises(pe.InputError, match="recompute names 'blocks.9', which is no module of the model; its modules are"):
+        pipeline(case, case.build(), recompute=["blocks.9"])
     with pytest.raises(pe.InputError, match=r"recompute names stages \[2\]; there are stages 0 to 1"):
         pipeline(case, case.build(), recompute=[0, 2])

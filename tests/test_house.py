@@ -19,7 +19,7 @@ FLOORS = (
     # 2: torch, one process
     ("structure", "recording", "randomness", "recorder", "state", "holding", "interception", "dataflow", "capturing", "costs",
      "measure", "batching", "profiling", "split", "stage", "fidelity", "executor", "variants", "wire",
-     "deferral", "outputs", "checkpoints"),
+     "deferral", "recomputation", "outputs", "checkpoints"),
     # 3: torch.distributed
     ("transport", "shared", "world", "weights"),
     # 4: the door
