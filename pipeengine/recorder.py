@@ -80,7 +80,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 def _kept_bytes(tensor: torch.Tensor) -> int:
     """What stays when ``tensor`` is kept: a view keeps all that it is a view of."""
-    return tensor.untyped_storage().nbytes()
+    return tensor.untyped_storage().nbytes() if tensor.layout is torch.strided else _bytes(tensor)
 
 
 def _attention_flops(query, key, value, *args, out_val=None, **kwargs) -> int:
