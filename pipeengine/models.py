@@ -1,50 +1,25 @@
 """Models named on the command line: a factory, or a Hugging Face ``config.json`` (built on meta, without weights)."""
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
 from pathlib import Path
 
 import torch
 
 from pipeengine.errors import InputError
+from pipeengine.naming import named
 
 
 def load(name: str, *, rows: int, length: int | None) -> tuple[torch.nn.Module, object]:
     """The model and an example batch for ``package.module:factory``, ``path/to/file.py:factory`` or a ``config.json``."""
     if name.endswith(".json"):
         return from_config(Path(name), rows=rows, length=length)
-    place, colon, factory = name.rpartition(":")
-    if not colon:
+    if ":" not in name:
         raise InputError(f"{name!r} names no model; give package.module:factory, path/to/file.py:factory (the factory returns "
                          "model, example) or a Hugging Face config.json")
-    made = _call(_module(place), place, factory)
+    made = named(name)()
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], torch.nn.Module)):
         raise InputError(f"{name} returned a {type(made).__name__}; it must return (model, example)")
     return made
-
-
-def _call(module: object, place: str, factory: str) -> object:
-    if not hasattr(module, factory):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise InputError(f"{place} has no {factory!r}; it has {', '.join(known[:8])}")
-    return getattr(module, factory)()
-
-
-def _module(place: str) -> object:
-    try:
-        if not place.endswith(".py"):
-            return importlib.import_module(place)
-        path = Path(place).resolve()
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.path.insert(0, str(path.parent))
-        sys.modules[path.stem] = module
-        spec.loader.exec_module(module)
-        return module
-    except (ImportError, FileNotFoundError) as error:
-        raise InputError(f"cannot import {place}: {error}") from error
 
 
 def from_config(path: Path, *, rows: int, length: int | None) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:

@@ -11,7 +11,7 @@ from pipeengine.drawing import chrome_trace, timeline_svg, timeline_text
 from pipeengine.errors import PipeEngineError, ScheduleError
 from pipeengine.program import check
 from pipeengine.report import seconds_text
-from pipeengine.schedules import SCHEDULES, Edge, Schedule, Topology, build
+from pipeengine.schedules import SCHEDULES, Edge, Schedule, Topology, build, find
 from pipeengine.timeline import Breakdown, Costs, Timeline, breakdown, peak_activations, simulate
 
 
@@ -19,21 +19,23 @@ from pipeengine.timeline import Breakdown, Costs, Timeline, breakdown, peak_acti
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``pipeengine simulate``."""
     parser.add_argument("--schedule", default="all", metavar="NAME",
-                        help=f"all (a table that compares them), or one of {', '.join(SCHEDULES)}; default all")
+                        help=f"all (a table that compares them), one of {', '.join(SCHEDULES)}, or your own: a .csv file of "
+                        "torch's text form, or module:function or path/to/file.py:function; default all")
     parser.add_argument("--workers", type=int, metavar="P", help="number of workers; with --plan, those of the plan")
     parser.add_argument("--microbatches", type=int, metavar="M", help="number of micro-batches; with --plan, the plan's")
     parser.add_argument("--stages-per-worker", type=int, metavar="V", help="for schedules that take any number")
-    parser.add_argument("--forward", type=float, default=1.0, metavar="F",
-                        help="time of one micro-batch's forward on one worker, shared by its stages")
-    parser.add_argument("--input-grad", type=float, default=1.0, metavar="I", help="time of its input gradient")
-    parser.add_argument("--weight-grad", type=float, default=1.0, metavar="W", help="time of its weight gradient")
-    parser.add_argument("--hop", type=float, default=0.0, metavar="C", help="time of one message")
-    parser.add_argument("--max-peak", type=float, metavar="A", help="for auto: activations a worker may keep, in "
-                        "micro-batches (with --plan, in bytes); default those of 1F1B")
+    parser.add_argument("--forward", type=float, metavar="F",
+                        help="time of one micro-batch's forward on one worker, shared by its stages; default 1")
+    parser.add_argument("--input-grad", type=float, metavar="I", help="time of its input gradient; default 1")
+    parser.add_argument("--weight-grad", type=float, metavar="W", help="time of its weight gradient; default 1")
+    parser.add_argument("--hop", type=float, metavar="C", help="time of one message; default 0")
+    parser.add_argument("--max-peak", type=float, metavar="A", help="activations a worker may keep, in micro-batches (with "
+                        "--plan, in bytes); auto is made for it (default those of 1F1B), others that need more are refused")
     parser.add_argument("--objective", choices=("makespan", "span"),
                         help="for auto: what to make short; default makespan")
     parser.add_argument("--weight-activation", type=float, default=1.0, metavar="S",
-                        help="share of a micro-batch's activations kept between I and W; default 1")
+                        help="share of a micro-batch's activations kept between I and W; default 1 (the zero-bubble papers' "
+                        "tables: 0.5)")
     parser.add_argument("--plan", metavar="FILE", help="take stages, times and messages from a plan instead")
     parser.add_argument("--format", choices=("text", "json", "svg", "chrome"), default="text")
     parser.add_argument("--width", type=int, default=120, help="columns of the text grid")
@@ -78,6 +80,12 @@ def _simulated(args: argparse.Namespace,
                names: Sequence[str]) -> tuple[list[_Result], list[tuple[str, PipeEngineError]]]:
     """Each schedule's result, and those that these numbers do not suit, with the reason."""
     results, refused = [], []
+    if args.stages_per_worker is not None and args.stages_per_worker < 1:
+        raise ScheduleError(f"--stages-per-worker is {args.stages_per_worker}; give 1 or more")
+    own = find(args.schedule) if args.schedule != "all" else None
+    if isinstance(own, Schedule):
+        args = argparse.Namespace(**vars(args) | {"workers": args.workers or own.topology.num_workers,
+                                                  "microbatches": args.microbatches or own.num_microbatches})
     ask = _from_plan(args) if args.plan else _from_times(args)
     for name in names:
         try:
@@ -91,10 +99,10 @@ def _from_times(args: argparse.Namespace) -> Callable[[str], _Result]:
     for option in ("workers", "microbatches"):
         if (getattr(args, option) or 0) < 1:
             raise ScheduleError(f"--{option} is {getattr(args, option)}; give 1 or more, or a --plan")
+    times = {name: getattr(args, name) for name in _TIMES if getattr(args, name) is not None}
 
     def costs_for(topology: Topology) -> Costs:
-        return Costs.uniform(topology, forward=args.forward, input_grad=args.input_grad, weight_grad=args.weight_grad,
-                             hop=args.hop, weight_activation=args.weight_activation)
+        return Costs.uniform(topology, **times, weight_activation=args.weight_activation)
 
     def ask(name: str) -> _Result:
         fixed = args.schedule == "all" and name not in _TAKES_STAGES
@@ -103,15 +111,21 @@ def _from_times(args: argparse.Namespace) -> Callable[[str], _Result]:
                          max_peak=args.max_peak, objective=args.objective,
                          costs=costs_for(Topology.looped(args.workers, args.stages_per_worker or 1)))
         costs = costs_for(schedule.topology)
-        work = args.microbatches * (args.forward + args.input_grad + args.weight_grad)
-        return _result(schedule, costs, schedule.topology.chain(), work)
+        work = args.microbatches * sum(times.get(name, 1.0) for name in _TIMES[:3])
+        return _result(schedule, costs, schedule.topology.chain(), work, args.max_peak)
     return ask
+
+
+_TIMES = ("forward", "input_grad", "weight_grad", "hop")
 
 
 _TAKES_STAGES = ("interleaved-1f1b", "bfs", "interleaved-zb", "auto")
 
 
 def _from_plan(args: argparse.Namespace) -> Callable[[str], _Result]:
+    both = [f"--{name.replace('_', '-')}" for name in _TIMES if getattr(args, name) is not None]
+    if both:
+        raise ScheduleError(f"--plan and {both[0]} both give times; give one of them")
     plan = Plan.load(args.plan)
     link = plan.setting.cluster.links[0]
     costs = Costs([stage.forward for stage in plan.stages], backward=[stage.backward for stage in plan.stages],
@@ -131,7 +145,7 @@ def _from_plan(args: argparse.Namespace) -> Callable[[str], _Result]:
             raise ScheduleError(f"schedule {name} on {workers} workers has {schedule.topology.num_stages} stages, the "
                                 f"plan has {plan.num_stages}; plan for that many stages")
         work = microbatches * sum(costs.forward + costs.backward) / workers
-        return _result(schedule, costs, edges, work)
+        return _result(schedule, costs, edges, work, args.max_peak)
     return ask
 
 
@@ -140,11 +154,13 @@ def _stages_per_worker(name: str, args: argparse.Namespace, plan: Plan) -> int:
         return max(plan.num_stages // args.workers, 1)
     if plan.setting.stages_per_worker > 1:
         return plan.setting.stages_per_worker
+    if name not in SCHEDULES:
+        return 1
     return build(name, num_workers=2, num_microbatches=8).topology.num_stages // 2 if name != "auto" else 1
 
 
-def _result(schedule: Schedule, costs: Costs, edges: Sequence[Edge], work: float) -> _Result:
-    check(schedule, edges=edges)
+def _result(schedule: Schedule, costs: Costs, edges: Sequence[Edge], work: float, max_peak: float | None) -> _Result:
+    check(schedule, edges=edges, max_peak=max_peak, costs=costs)
     timeline = simulate(schedule, costs, edges)
     owner, visits = schedule.topology.worker_of, schedule.topology.visits(schedule.num_microbatches)
     messages = sum((edge.activation + edge.gradient) * int((visits[edge.source] & visits[edge.target]).sum())

@@ -26,7 +26,7 @@ def _per_stage(name: str, value: float | Sequence[float], num_stages: int) -> tu
     if len(values) != num_stages:
         raise ScheduleError(f"{name} has {len(values)} entries for {num_stages} stages; give one per stage")
     if not all(0 <= x < float("inf") for x in values):
-        raise ScheduleError(f"{name} is {min(values)} to {max(values)}; times and sizes are finite and not negative")
+        raise ScheduleError(f"{name} is {min(values):g} to {max(values):g}; times and sizes are finite and not negative")
     return values
 
 
@@ -73,6 +73,10 @@ class Costs:
         for name in ("activation", "weight_activation", "transient", "exchange", "optimizer"):
             if getattr(self, name) is not None:
                 put(name, getattr(self, name))
+        _per_stage("edge_bytes", list(self.edge_bytes.values()), len(self.edge_bytes))
+        if not 0 <= self.hop < float("inf") or (self.bandwidth is not None and not self.bandwidth > 0):
+            raise ScheduleError(f"hop is {self.hop} seconds and bandwidth {self.bandwidth} bytes per second; a hop takes 0 or "
+                                "more, a bandwidth is over 0 or left out")
 
     @classmethod
     def uniform(cls, topology: Topology, *, forward: float = 1.0, input_grad: float = 1.0, weight_grad: float = 1.0,

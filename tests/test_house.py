@@ -14,8 +14,8 @@ FLOORS = (
     # 0: partitioners, networkx and numpy
     (),
     # 1: order, no torch
-    ("errors", "schedules", "program", "check", "channel", "queueing", "orders", "critical_path", "timeline", "synthesis",
-     "drawing", "report", "footprint", "observe", "simulate_command"),
+    ("errors", "naming", "schedules", "program", "check", "channel", "queueing", "orders", "critical_path", "timeline",
+     "synthesis", "drawing", "report", "footprint", "observe", "simulate_command"),
     # 2: torch, one process
     ("structure", "recording", "randomness", "recorder", "state", "holding", "interception", "dataflow", "capturing", "costs",
      "measure", "batching", "profiling", "split", "stage", "fidelity", "executor", "variants", "wire",

@@ -67,6 +67,20 @@ def test_own_function_and_own_schedule_are_accepted():
         build(mine(2, 1), num_workers=3, num_microbatches=1)
 
 
+def test_own_text_is_accepted_and_a_broken_one_is_refused_with_its_lines(tmp_path):
+    text = "0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n"
+    (tmp_path / "mine.csv").write_text(text)
+    for schedule in (text, str(tmp_path / "mine.csv")):
+        assert build(schedule, num_workers=2, num_microbatches=2) == build("1f1b", num_workers=2, num_microbatches=2)
+    circle = "worker 0, line 2: 0B0 waits for worker 1, line 4: 1B0"
+    broken = "0F0,0B0,0F1,0B1\n1F1,1F0,1B1,1B0\n"
+    for schedule in (broken, Schedule.from_text(broken), lambda p, m: Schedule.from_text(broken)):
+        with pytest.raises(ScheduleError, match=circle):
+            build(schedule, num_workers=2, num_microbatches=2)
+    with pytest.raises(ScheduleError, match="7 is no schedule"):
+        build(lambda p, m: 7, num_workers=2, num_microbatches=2)
+
+
 def test_unknown_name_is_told_the_nearest():
     with pytest.raises(ScheduleError, match="did you mean '1f1b'.*known: gpipe, 1f1b"):
         build("1f1", num_workers=2, num_microbatches=2)

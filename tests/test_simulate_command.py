@@ -59,12 +59,33 @@ def test_svg_and_chrome(tmp_path):
     (("--schedule", "zb-h2", "--workers", 4, "--microbatches", 4), "nearest that works is 7"),
     (("--schedule", "1f1b", "--workers", 4), "--microbatches is None"),
     (("--schedule", "zb-v", "--workers", 4, "--microbatches", 8, "--stages-per-worker", 3), "has 2 stages per worker, 3 were"),
-    (("--schedule", "1f1b", "--plan", "no-such-plan.json"), "no-such-plan.json")])
+    (("--schedule", "1f1b", "--plan", "no-such-plan.json"), "no-such-plan.json"),
+    (("--schedule", "1f1b", "--plan", "plan.json", "--forward", 2), "--plan and --forward both give times"),
+    (("--schedule", "1f1b", "--workers", 4, "--microbatches", 0), "--microbatches is 0"),
+    (("--schedule", "1f1b", "--workers", 4, "--microbatches", 8, "--forward", -1), "forward is -1 to -1"),
+    (("--schedule", "1f1b", "--workers", 4, "--microbatches", 8, "--hop", -1), "hop is -1.0 seconds"),
+    (("--schedule", "bfs", "--workers", 4, "--microbatches", 8, "--stages-per-worker", -1), "--stages-per-worker is -1"),
+    (("--schedule", "gpipe", "--workers", 4, "--microbatches", 8, "--max-peak", 4), "keeps 8 of activations, the cap is 4"),
+    (("--schedule", "nowhere.csv",), "cannot read the schedule nowhere.csv"),
+    (("--schedule", "no_such_module:made", "--workers", 2, "--microbatches", 2), "cannot import no_such_module")])
 def test_no_answer_is_exit_status_2(words, message):
     code, text = simulate(*words)
     assert code == 2 and message in text
     code, text = simulate(*words, "--format", "json")
     assert code == 2 and message in json.loads(text)["error"]
+
+
+def test_an_own_schedule_is_a_file_or_a_function(tmp_path):
+    file, code = tmp_path / "mine.csv", tmp_path / "mine_made.py"
+    file.write_text("0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n")
+    code.write_text("from pipeengine.schedules import gpipe\ndef order(num_workers, num_microbatches):\n"
+                    "    return gpipe(num_workers, num_microbatches)\n")
+    for words in (("--schedule", file), ("--schedule", f"{code}:order", "--workers", 2, "--microbatches", 2)):
+        status, text = simulate(*words, "--format", "json")
+        assert status == 0 and json.loads(text)["makespan"] == pytest.approx(9), text
+    file.write_text("0F0,0B0,0F1,0B1\n1F1,1F0,1B1,1B0\n")
+    status, text = simulate("--schedule", file)
+    assert status == 2 and "worker 0, line 2: 0B0 waits for worker 1, line 4: 1B0" in text
 
 
 def test_a_plan_gives_stages_times_and_messages(tmp_path):

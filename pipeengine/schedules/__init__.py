@@ -4,11 +4,14 @@
 """
 from __future__ import annotations
 
+import re
 from difflib import get_close_matches
 from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Sequence
 
 from pipeengine.errors import ScheduleError
+from pipeengine.naming import named
 from pipeengine.schedules.dualpipe import dualpipe, dualpipe_v
 from pipeengine.schedules.form import LETTERS, B, Edge, F, I, Lane, Schedule, Topology, W
 from pipeengine.schedules.linear import forward_schedule, gpipe, one_f_one_b, zb_h1, zb_h2
@@ -50,16 +53,20 @@ def build(schedule: str | Callable[..., Schedule] | Schedule, *, num_workers: in
           max_peak: float | Sequence[float] | None = None, objective: str | None = None) -> Schedule:
     """The schedule that a name, a function or a schedule stands for, for these numbers.
 
-    A function is called with ``num_workers`` and ``num_microbatches``, and with ``stages_per_worker``, ``costs``,
-    ``max_peak`` and ``objective`` where it takes them.
+    A name is one of ``SCHEDULES``, or a schedule's text, a ``.csv`` file of it, or ``module:function``. A function is
+    called with ``num_workers`` and ``num_microbatches``, and with ``stages_per_worker``, ``costs``, ``max_peak`` and
+    ``objective`` where it takes them. What is not of ``SCHEDULES`` is checked.
     """
-    if isinstance(schedule, Schedule):
-        return _same_numbers(schedule, num_workers, num_microbatches)
-    if num_workers < 1 or num_microbatches < 1:
-        raise ScheduleError(f"{num_workers} workers and {num_microbatches} micro-batches; give at least one of each")
-    function = _named(schedule) if isinstance(schedule, str) else schedule
-    built = function(num_workers, num_microbatches, **_options(
-        function, stages_per_worker=stages_per_worker, costs=costs, max_peak=max_peak, objective=objective))
+    if num_workers < 1 or num_microbatches < 1 or (stages_per_worker or 1) < 1:
+        raise ScheduleError(f"{num_workers} workers, {num_microbatches} micro-batches and {stages_per_worker or 1} stages "
+                            "per worker; give at least one of each")
+    meant = find(schedule) if isinstance(schedule, str) else schedule
+    if isinstance(meant, Schedule):
+        return _checked(_same_numbers(meant, num_workers, num_microbatches))
+    built = meant(num_workers, num_microbatches, **_options(
+        meant, stages_per_worker=stages_per_worker, costs=costs, max_peak=max_peak, objective=objective))
+    if meant not in SCHEDULES.values():
+        built = _checked(_same_numbers(built, num_workers, num_microbatches))
     has = built.topology.num_stages // (built.topology.num_workers * built.topology.num_routes)
     if stages_per_worker not in (None, has):
         several = [name for name, known in SCHEDULES.items() if "stages_per_worker" in signature(known).parameters]
@@ -84,12 +91,37 @@ def build_short(schedule: str | Callable[..., Schedule] | Schedule, *, num_worke
     raise refusal
 
 
-def _named(name: str) -> Callable[..., Schedule]:
-    if name not in SCHEDULES:
-        nearest = get_close_matches(name.lower(), SCHEDULES, 1, 0.3)
-        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-        raise ScheduleError(f"unknown schedule {name!r}; {hint}known: {', '.join(SCHEDULES)}")
-    return SCHEDULES[name]
+def find(text: str) -> Callable[..., Schedule] | Schedule:
+    """What ``text`` stands for: a name of ``SCHEDULES``, a schedule's text or ``.csv`` file, or ``module:function``."""
+    if text in SCHEDULES:
+        return SCHEDULES[text]
+    if re.match(r"\s*\(?\d+[FBIW]\d+\s*[,;\n]", text):
+        return Schedule.from_text(text)
+    if text.endswith(".csv"):
+        return _from_file(Path(text))
+    if ":" in text:
+        own = named(text, "schedule")
+        if not (callable(own) or isinstance(own, Schedule)):
+            raise ScheduleError(f"{text} is {own!r}; give a function (num_workers, num_microbatches) or a Schedule")
+        return own
+    nearest = get_close_matches(text.lower(), SCHEDULES, 1, 0.5)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    raise ScheduleError(f"unknown schedule {text!r}; {hint}known: {', '.join(SCHEDULES)}; or give your own as a .csv file or as "
+                        "module:function")
+
+
+def _from_file(path: Path) -> Schedule:
+    try:
+        return Schedule.from_text(path.read_text(encoding="utf-8"), name=path.stem)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScheduleError(f"cannot read the schedule {path}: {error}") from error
+
+
+def _checked(schedule: Schedule) -> Schedule:
+    # The checker stands above this table, so it is fetched when called.
+    from pipeengine.program import check
+    check(schedule)
+    return schedule
 
 
 def _options(function: Callable[..., Schedule], **given: object) -> dict[str, object]:
@@ -97,7 +129,9 @@ def _options(function: Callable[..., Schedule], **given: object) -> dict[str, ob
     return {name: value for name, value in given.items() if name in takes and value is not None}
 
 
-def _same_numbers(schedule: Schedule, num_workers: int, num_microbatches: int) -> Schedule:
+def _same_numbers(schedule: object, num_workers: int, num_microbatches: int) -> Schedule:
+    if not isinstance(schedule, Schedule):
+        raise ScheduleError(f"{schedule!r} is no schedule; give a Schedule, or a function that returns one")
     has = schedule.topology.num_workers, schedule.num_microbatches
     if has != (num_workers, num_microbatches):
         raise ScheduleError(f"schedule {schedule.name} is for {has[0]} workers and {has[1]} micro-batches, the run has "
@@ -106,4 +140,4 @@ def _same_numbers(schedule: Schedule, num_workers: int, num_microbatches: int) -
 
 
 __all__ = ["B", "Edge", "F", "I", "LETTERS", "Lane", "SCHEDULES", "Schedule", "Topology", "W", "auto", "build",
-           "build_short", "forward_schedule", "gpipe", "one_f_one_b"]
+           "build_short", "find", "forward_schedule", "gpipe", "one_f_one_b"]
