@@ -40,9 +40,11 @@ def build_plan(graph: nx.DiGraph, stage_of: Mapping[Node, int], setting: Setting
 
 
 def worker_bottleneck(loads: list[float], setting: Setting) -> float:
-    """The largest load of a worker; with several stages per worker, stage ``s`` lives on worker ``s mod workers``."""
-    workers = setting.num_workers(len(loads))
-    return max(math.fsum(loads[worker::workers]) for worker in range(workers))
+    """The largest load of a worker."""
+    together: dict[int, list[float]] = {}
+    for worker, load in zip(setting.workers(len(loads)), loads):
+        together.setdefault(worker, []).append(load)
+    return max(map(math.fsum, together.values()))
 
 
 def link_seconds(graph: nx.DiGraph, order: list[Node], stage_of: Mapping[Node, int],

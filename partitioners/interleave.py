@@ -1,8 +1,10 @@
-"""Several stages per worker, dealt out in turns: the largest sum of a worker's stages as small as possible."""
+"""Several stages per worker: the largest sum of a worker's stages as small as possible."""
 from __future__ import annotations
 
+import itertools
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -16,12 +18,13 @@ from partitioners.search import Solution
 from partitioners.segments import best_cuts, segment_loads, segment_memory
 
 LONG, WINDOWS, RESTARTS, ROUNDS = 800, 600, 60, 60
+FEW = 1000      # ways to cut an order that are simply all priced
 Found = tuple[float, Problem, np.ndarray]    # largest load of a worker, the order, the cuts
 
 
-def interleave(problem: Problem, workers: int, prefer_single_tensor: float, time_limit: float | None,
+def interleave(problem: Problem, worker_of: Sequence[int], prefer_single_tensor: float, time_limit: float | None,
                progress: Callable[[str], None] | None) -> Solution:
-    """Stage ``s`` goes to worker ``s mod workers``. Hill climbing over the cuts of several orders, from many starts.
+    """Stage ``s`` lives on ``worker_of[s]``. Hill climbing over the cuts of several orders, from many starts.
 
     The bound is all work shared out perfectly, or the heaviest item. Of cuts within ``prefer_single_tensor`` of the best
     found, those whose boundaries carry the fewest tensors.
@@ -29,39 +32,39 @@ def interleave(problem: Problem, workers: int, prefer_single_tensor: float, time
     if len(problem.levels) > 1:
         raise PartitionError("several stages per worker need equal devices; give num_stages and no classes")
     bound, proof = simple_bound(problem)
-    work = float(problem.times[problem.levels[0].device].sum()) / workers
+    work = float(problem.times[problem.levels[0].device].sum()) / (max(worker_of) + 1)
     bound, proof = (work, "all work shared out perfectly") if work > bound else (bound, proof)
     deadline = time.monotonic() + (30.0 if time_limit is None else time_limit)
-    best = _climb_all(list(_orders(problem, None)), workers, bound, deadline)
+    best = _climb_all(list(_orders(problem, None)), worker_of, bound, deadline)
     if best is None:
-        raise InfeasibleError(f"no cut into {problem.num_stages} stages on {workers} workers fits; "
+        raise InfeasibleError(f"no cut into {problem.num_stages} stages on {max(worker_of) + 1} workers fits; "
                               "try more memory per worker or fewer stages")
     if progress:
         progress(f"bottleneck {format_seconds(best[0])}, bound {format_seconds(bound)}")
     if prefer_single_tensor > 0:
-        best = _fewest(problem, workers, bound, best[0] * (1 + prefer_single_tensor), deadline) or best
+        best = _fewest(problem, worker_of, bound, best[0] * (1 + prefer_single_tensor), deadline) or best
     load, ordered, cuts = best
     stages = tuple(sum(ordered.items[a:b], ()) for a, b in zip(cuts, cuts[1:]))
     return Solution(stages, (0,) * problem.num_stages, load, bound, proof)
 
 
-def _fewest(problem: Problem, workers: int, bound: float, limit: float, deadline: float) -> Found | None:
+def _fewest(problem: Problem, worker_of: Sequence[int], bound: float, limit: float, deadline: float) -> Found | None:
     """Cuts within ``limit`` where as few tensors cross as possible, if there are any."""
     for most in sorted(set(crossing_tensors(problem)[1:-1].tolist())):
-        best = _climb_all([each for each in _orders(problem, most) if len(each) >= problem.num_stages], workers, bound,
+        best = _climb_all([each for each in _orders(problem, most) if len(each) >= problem.num_stages], worker_of, bound,
                           deadline)
         if best is not None and best[0] <= limit:
             return best
     return None
 
 
-def _climb_all(orders: list[Problem], workers: int, bound: float, deadline: float) -> Found | None:
+def _climb_all(orders: list[Problem], worker_of: Sequence[int], bound: float, deadline: float) -> Found | None:
     """The best cuts over all orders and starts."""
     best: Found | None = None
     for ordered in orders:
-        climber = _Climber(ordered, workers)
-        for cuts in climber.starts():
-            load, found = climber.climb(cuts)
+        climber = _Climber(ordered, worker_of)
+        for cuts in climber.starts() if climber.num_choices > FEW else climber.choices():
+            load, found = climber.climb(cuts) if climber.num_choices > FEW else climber.priced(cuts)
             if np.isfinite(load) and (best is None or load < best[0] * (1 - 1e-12)):
                 best = load, ordered, found
             if time.monotonic() > deadline or (best and best[0] <= bound * (1 + 1e-9)):
@@ -83,9 +86,9 @@ def _orders(problem: Problem, most: int | None) -> Iterator[Problem]:
 class _Climber:
     """Moves one cut at a time to where the two workers beside it are best off."""
 
-    def __init__(self, ordered: Problem, workers: int) -> None:
+    def __init__(self, ordered: Problem, worker_of: Sequence[int]) -> None:
         kind = ordered.levels[0]
-        self.ordered, self.workers, self.stages = ordered, workers, ordered.num_stages
+        self.ordered, self.worker, self.stages = ordered, np.array(worker_of), ordered.num_stages
         loads = segment_loads(ordered, kind)
         possible = np.isfinite(loads)
         # So dear that climbing first removes what is not allowed, yet comparable.
@@ -110,6 +113,15 @@ class _Climber:
             inner = np.maximum.accumulate(np.maximum(inner, steps) - steps) + steps
             yield np.concatenate(([0], np.minimum(inner, size - self.stages + steps), [size]))
 
+    @property
+    def num_choices(self) -> int:
+        return math.comb(len(self.ordered) - 1, self.stages - 1)
+
+    def choices(self) -> Iterator[np.ndarray]:
+        """Every way to cut the order."""
+        for inner in itertools.combinations(range(1, len(self.ordered)), self.stages - 1):
+            yield np.array((0, *inner, len(self.ordered)))
+
     def climb(self, cuts: np.ndarray) -> tuple[float, np.ndarray]:
         """Cuts that no single move improves, and the largest load of a worker."""
         cuts = cuts.copy()
@@ -117,19 +129,23 @@ class _Climber:
             moved = False
             for cut in self.chance.permutation(np.arange(1, self.stages)):
                 moved |= self._move(cuts, int(cut))
-            if not moved and not any([self._move_two(cuts, cut) for cut in range(1, self.stages - 1)]):
+            if not moved and not any(self._move_two(cuts, *pair) for pair in self._pairs(cuts)):
                 break
+        return self.priced(cuts)
+
+    def priced(self, cuts: np.ndarray) -> tuple[float, np.ndarray]:
+        """Largest load of a worker, infinite where something does not fit."""
         loads = self.loads(cuts, self.table)
         fits = self.memory is None or self.loads(cuts, self.memory).max() <= self.room
         return (float(loads.max()) if fits and loads.max() < self.forbidden else np.inf), cuts
 
     def loads(self, cuts: np.ndarray, table: np.ndarray) -> np.ndarray:
         """Sums per worker."""
-        return np.bincount(np.arange(self.stages) % self.workers, table[cuts[:-1], cuts[1:]], self.workers)
+        return np.bincount(self.worker, table[cuts[:-1], cuts[1:]])
 
     def _move(self, cuts: np.ndarray, cut: int) -> bool:
         before, place, after = cuts[cut - 1], cuts[cut], cuts[cut + 1]
-        here, there = (cut - 1) % self.workers, cut % self.workers
+        here, there = self.worker[cut - 1], self.worker[cut]
         loads, change = self.loads(cuts, self.table), slice(before, after + 1)
         left, right = self.table[before, change], self.table[change, after]
         if here == there:
@@ -144,25 +160,37 @@ class _Climber:
         cuts[cut] = before + target
         return True
 
-    def _move_two(self, cuts: np.ndarray, cut: int) -> bool:
-        """Move this cut and the next together; three stages change."""
-        before, after = int(cuts[cut - 1]), int(cuts[cut + 2])
-        stages = np.arange(cut - 1, cut + 2)
-        loads = self.loads(cuts, self.table)
-        np.subtract.at(loads, stages % self.workers, self.table[cuts[stages], cuts[stages + 1]])
-        span = slice(before, after + 1)
-        parts = (self.table[before, span][:, None], self.table[span, span], self.table[span, after][None, :])
-        sums: dict[int, np.ndarray] = {}
-        for stage, part in zip(stages, parts):
-            worker = int(stage % self.workers)
-            sums[worker] = sums.get(worker, loads[worker]) + part
-        worst = None
-        for each in sums.values():
-            worst = each if worst is None else np.maximum(worst, each)
-        worst = np.broadcast_to(worst, (after + 1 - before,) * 2)
-        now = worst[cuts[cut] - before, cuts[cut + 1] - before]
-        first, second = np.unravel_index(int(worst.argmin()), worst.shape)
-        if worst[first, second] >= now * (1 - 1e-12):
+    def _move_two(self, cuts: np.ndarray, one: int, two: int) -> bool:
+        """Move two cuts together; three stages change where they are neighbours, else four."""
+        together = two == one + 1
+        first = np.arange(cuts[one - 1], cuts[two + 1 if together else one + 1] + 1)
+        second = np.arange(cuts[one - 1 if together else two - 1], cuts[two + 1] + 1)
+        parts = {one - 1: self.table[cuts[one - 1], first][:, None], two: self.table[second, cuts[two + 1]][None, :]}
+        if together:
+            parts[one] = self.table[np.ix_(first, second)]
+        else:
+            parts |= {one: self.table[first, cuts[one + 1]][:, None], two - 1: self.table[cuts[two - 1], second][None, :]}
+        worst = self._worst(cuts, parts)
+        now = worst[cuts[one] - first[0], cuts[two] - second[0]]
+        best = np.unravel_index(int(worst.argmin()), worst.shape)
+        if worst[best] >= now * (1 - 1e-12):
             return False
-        cuts[cut], cuts[cut + 1] = before + first, before + second
+        cuts[one], cuts[two] = first[best[0]], second[best[1]]
         return True
+
+    def _worst(self, cuts: np.ndarray, parts: dict[int, np.ndarray]) -> np.ndarray:
+        """Largest load of the workers whose stages get the loads ``parts``."""
+        stages = np.array(list(parts))
+        loads = self.loads(cuts, self.table)
+        np.subtract.at(loads, self.worker[stages], self.table[cuts[stages], cuts[stages + 1]])
+        sums: dict[int, np.ndarray] = {}
+        for stage, part in parts.items():
+            worker = int(self.worker[stage])
+            sums[worker] = sums.get(worker, loads[worker]) + part
+        return np.maximum.reduce(np.broadcast_arrays(*sums.values()))
+
+    def _pairs(self, cuts: np.ndarray) -> list[tuple[int, int]]:
+        """Cuts beside a stage of the fullest worker, each with every other one: nothing else can help."""
+        fullest = np.flatnonzero(self.worker == self.loads(cuts, self.table).argmax())
+        beside = {int(cut) for stage in fullest for cut in (stage, stage + 1)} - {0, self.stages}
+        return [(one, two) for one in range(1, self.stages) for two in range(one + 1, self.stages) if {one, two} & beside]

@@ -71,6 +71,7 @@ class Setting:
     memory_model: MemoryModel = MemoryModel()
     num_microbatches: int = 1
     stages_per_worker: int = 1
+    worker_of: tuple[int, ...] = ()             # empty: stages are dealt out in turns
     allow_empty: bool = False
     recompute: bool = False
 
@@ -86,8 +87,15 @@ class Setting:
         place = self.stage_devices[stage]
         return links[min(max(place - 1, 0), len(links) - 1)], links[min(place, len(links) - 1)]
 
-    def num_workers(self, num_stages: int) -> int:
-        return max(1, -(-num_stages // self.stages_per_worker))
+    def workers(self, num_stages: int) -> tuple[int, ...]:
+        """The worker of each stage."""
+        return self.worker_of or deal(num_stages, self.stages_per_worker)
+
+
+def deal(num_stages: int, stages_per_worker: int) -> tuple[int, ...]:
+    """The worker of each stage when they are dealt out in turns: stage ``s`` on worker ``s mod workers``."""
+    workers = max(1, -(-num_stages // stages_per_worker))
+    return tuple(stage % workers for stage in range(num_stages))
 
 
 @dataclass(frozen=True)
@@ -178,6 +186,7 @@ def _records(kind):
 def _read_setting(obj: Mapping) -> Setting:
     cluster = obj["cluster"]
     return Setting(**{**obj, "stage_devices": tuple(obj["stage_devices"]),
+                      "worker_of": tuple(obj.get("worker_of", ())),
                       "memory_model": MemoryModel(**obj["memory_model"]),
                       "cluster": Cluster(_records(Device)(cluster["devices"]), cluster["ordered"],
                                          _records(Link)(cluster["links"]))})

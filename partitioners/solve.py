@@ -13,7 +13,7 @@ from partitioners.errors import PartitionError
 from partitioners.graph import check
 from partitioners.interleave import interleave
 from partitioners.period import shortest_period
-from partitioners.plan import Plan, Setting
+from partitioners.plan import Plan, Setting, deal
 from partitioners.problem import Problem, build_problem
 from partitioners.recompute import with_recomputation
 from partitioners.search import solve
@@ -24,6 +24,7 @@ OBJECTIVES = ("sum", "overlap", "1f1b")
 def partition(graph: nx.DiGraph, num_stages: int | None = None, *, devices: Cluster | Sequence[Device] | None = None,
               objective: str = "sum", bandwidth: float | None = None, latency: float = 0.0, memory: float | None = None,
               memory_model: MemoryModel = MemoryModel(), num_microbatches: int = 1, stages_per_worker: int = 1,
+              worker_of: Sequence[int] | None = None,
               allow_empty: bool = False, prefer_single_tensor: float = 0.05, gap: float = 0.0,
               time_limit: float | None = None, progress: Callable[[str], None] | None = None,
               recompute: bool = False) -> Plan:
@@ -32,13 +33,16 @@ def partition(graph: nx.DiGraph, num_stages: int | None = None, *, devices: Clus
     ``num_stages`` equal devices, or ``devices``: a ``Cluster``, or classes to use in any order. ``bandwidth`` in bytes
     per second (None: free links), ``latency`` in seconds, ``memory`` in bytes per device. ``objective``: ``"sum"``
     adds computing and communication, ``"overlap"`` takes the larger, ``"1f1b"`` is the period of that schedule with link
-    latency. With several ``stages_per_worker``, stage ``s`` lives on worker ``s mod workers`` and a worker's load counts.
+    latency. With several ``stages_per_worker``, stage ``s`` lives on worker ``s mod workers``, or on ``worker_of[s]`` if that
+    is given (a V: ``(0, 1, 1, 0)``), and a worker's load counts.
     ``recompute`` may compute activations again where memory would not do. Unless ``allow_empty``, there are exactly
     ``num_stages`` stages and each holds parameters. Among cuts within ``prefer_single_tensor`` of the best, the one
     whose boundaries carry the fewest tensors wins. Stops at ``gap`` or after ``time_limit`` seconds.
     """
     if objective not in OBJECTIVES:
         raise PartitionError(f"objective {objective!r} is none of {', '.join(OBJECTIVES)}")
+    if worker_of is not None:
+        stages_per_worker = _most_together(worker_of, num_stages)
     if objective == "1f1b" and (stages_per_worker > 1 or recompute) or (recompute and stages_per_worker > 1):
         raise PartitionError("1f1b, several stages per worker and recompute cannot be combined yet; ask for one of them")
     _check_options(num_stages=num_stages, num_microbatches=num_microbatches, stages_per_worker=stages_per_worker,
@@ -51,8 +55,8 @@ def partition(graph: nx.DiGraph, num_stages: int | None = None, *, devices: Clus
                             num_microbatches=num_microbatches, allow_empty=allow_empty)
     _check_size(graph, problem)
     if stages_per_worker > 1:
-        solution = interleave(problem, -(-problem.num_stages // stages_per_worker), prefer_single_tensor,
-                              time_limit, progress)
+        solution = interleave(problem, worker_of or deal(wanted, stages_per_worker), prefer_single_tensor, time_limit,
+                              progress)
     elif objective == "1f1b":
         solution = shortest_period(problem, gap, time_limit, progress)
     elif recompute and problem.memory_may_bind():
@@ -62,10 +66,18 @@ def partition(graph: nx.DiGraph, num_stages: int | None = None, *, devices: Clus
     used = [stage for stage, items in enumerate(solution.stages) if items]
     setting = Setting(objective=objective, cluster=cluster, memory_model=memory_model,
                       num_microbatches=num_microbatches, stages_per_worker=stages_per_worker, allow_empty=allow_empty,
-                      recompute=recompute, stage_devices=tuple(
-                          _device_index(problem, cluster, solution.levels[stage]) for stage in used))
+                      worker_of=tuple(worker_of or ()) if stages_per_worker > 1 else (), recompute=recompute,
+                      stage_devices=tuple(_device_index(problem, cluster, solution.levels[stage]) for stage in used))
     stage_of = {node: number for number, stage in enumerate(used) for node in solution.stages[stage]}
     return build_plan(graph, stage_of, setting, lower_bound=solution.lower_bound, proof=solution.proof)
+
+
+def _most_together(worker_of: Sequence[int], num_stages: int | None) -> int:
+    """How many stages the fullest worker has; workers are numbered from 0 without gaps."""
+    if len(worker_of) != num_stages or set(worker_of) != set(range(max(worker_of, default=0) + 1)):
+        raise PartitionError(f"worker_of is {tuple(worker_of)}; it must name the worker of each of the {num_stages} stages, "
+                             "workers numbered from 0")
+    return max(map(list(worker_of).count, worker_of))
 
 
 def _check_options(**options: object) -> None:

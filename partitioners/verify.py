@@ -25,10 +25,9 @@ def verify(plan: Plan, graph: nx.DiGraph) -> None:
     _check_stages(plan, graph, stage)
     _check_boundaries(plan, graph, stage)
     _check_workers(plan)
-    workers = -(-plan.num_stages // plan.setting.stages_per_worker)
     loads: dict[int, float] = defaultdict(float)
     for number, cost in enumerate(plan.stages):
-        loads[number % workers] += cost.load
+        loads[_worker(plan, number)] += cost.load
     if plan.objective == "1f1b":
         _same("period", plan.bottleneck, _period(plan, graph, stage))
     else:
@@ -94,11 +93,20 @@ def _period(plan: Plan, graph: nx.DiGraph, stage: dict) -> float:
                for i in range(plan.num_stages) for j in range(i, plan.num_stages))
 
 
+def _worker(plan: Plan, stage: int) -> int:
+    """As the plan says, else in turns."""
+    if plan.setting.worker_of:
+        return plan.setting.worker_of[stage]
+    return stage % -(-plan.num_stages // plan.setting.stages_per_worker)
+
+
 def _check_workers(plan: Plan) -> None:
     """Together, the stages of one worker fit its memory."""
-    workers = -(-plan.num_stages // plan.setting.stages_per_worker)
-    for worker in range(workers):
-        need, room = sum(cost.memory_bytes for cost in plan.stages[worker::workers]), plan.setting.device(worker).memory
+    needs: dict[int, float] = defaultdict(float)
+    for number, cost in enumerate(plan.stages):
+        needs[_worker(plan, number)] += cost.memory_bytes
+    for worker, need in needs.items():
+        room = plan.setting.device(worker).memory
         if room is not None and need > room * (1 + TOLERANCE):
             raise PlanError(f"worker {worker} needs {need:,.0f} bytes for its stages, its device has {room:,.0f}")
 

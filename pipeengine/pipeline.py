@@ -212,8 +212,7 @@ class Pipeline:
         return partitioners.partition(graph, self._num_stages, bandwidth=self._link["bandwidth"],
                                       num_microbatches=self._num_microbatches, prefer_single_tensor=tolerance, gap=_GAP,
                                       time_limit=_PLANNING_SECONDS, memory_model=self._memory_model(),
-                                      stages_per_worker=max(1, self._num_stages // self._world.size)
-                                      if self._world.size > 1 else 1, progress=self._tell)
+                                      worker_of=self._worker_of if self._world.size > 1 else None, progress=self._tell)
 
     def _memory_model(self) -> partitioners.MemoryModel:
         """How many micro-batches a stage holds at once: all where every forward comes first, else as 1F1B does."""

@@ -1,11 +1,12 @@
 """The period of 1F1B, several stages per worker, recomputation: small truths by brute force."""
 import itertools
+import json
 import random
 
 import networkx as nx
 import pytest
 
-from partitioners import InfeasibleError, MemoryModel, PartitionError, partition, read_workload, verify
+from partitioners import InfeasibleError, MemoryModel, PartitionError, Plan, partition, read_workload, verify
 from partitioners.period import period
 from test_partition import DATA
 
@@ -40,16 +41,19 @@ def test_shortest_period_of_chains(seed):
     assert plan.lower_bound <= best * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("worker_of", (None, (0, 1, 1, 0), (0, 1, 2, 0)))
 @pytest.mark.parametrize("seed", range(20))
-def test_several_stages_per_worker_on_chains(seed):
+def test_several_stages_per_worker_on_chains(seed, worker_of):
     chance = random.Random(seed)
     times = [chance.choice([1, 2, 3, 5, 0.5]) for _ in range(chance.randint(4, 8))]
-    plan = partition(chain(times), 4, stages_per_worker=2, latency=0.1, prefer_single_tensor=0)
+    home = {"stages_per_worker": 2} if worker_of is None else {"worker_of": worker_of}
+    plan = partition(chain(times), 4, **home, latency=0.1, prefer_single_tensor=0)
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     verify(plan, chain(times))
 
     def worst(cuts):
         loads = [sum(times[a:b]) + 0.2 * ((a > 0) + (b < len(times))) for a, b in zip(cuts, cuts[1:])]
-        return max(loads[0] + loads[2], loads[1] + loads[3])
+        return max(sum(load for load, home in zip(loads, worker_of or (0, 1, 0, 1)) if home == worker) for worker in range(3))
     assert plan.bottleneck == pytest.approx(min(map(worst, cuts_of(len(times), 4))))
 
 
@@ -100,6 +104,12 @@ def test_recomputation_only_where_memory_needs_it():
     assert [stage.recomputed for stage in tight.stages] != [(), ()] and tight.bottleneck == 7.0
     with pytest.raises(InfeasibleError):
         partition(graph, 2, memory=18)
+
+
+@pytest.mark.parametrize("worker_of", ((0, 1), (0, 2, 2, 0), (), (0, 1, 1, 0, 1)))
+def test_workers_that_do_not_fit_the_stages_are_refused(worker_of):
+    with pytest.raises(PartitionError, match="must name the worker of each of the 4 stages"):
+        partition(chain([1, 2, 3, 4]), 4, worker_of=worker_of)
 
 
 def test_what_cannot_be_combined_is_refused():
