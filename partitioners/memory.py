@@ -1,11 +1,13 @@
 """When memory is what matters: whether anything fits, and what would."""
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 
 from partitioners.devices import Link
+from partitioners.graph import Node
 from partitioners.plan import format_bytes
 from partitioners.problem import Problem
 from partitioners.segments import segment_memory
@@ -26,6 +28,24 @@ def memory_problem(problem: Problem) -> Problem:
         times[device] = np.where(np.isfinite(problem.times[kind.device]), share, np.inf)
     return replace(problem, levels=tuple(levels), times=times, nets=(), shared=(), objective="sum",
                    workspace_bytes=np.zeros(len(problem)))
+
+
+def with_memory(problem: Problem, size: float | None) -> Problem:
+    """The problem on devices of ``size`` bytes, where they have a limit at all."""
+    levels = tuple(kind if kind.device.memory is None else replace(kind, device=replace(kind.device, memory=size))
+                   for kind in problem.levels)
+    old = [kind.device for kind in problem.levels]
+    return replace(problem, levels=levels, times={kind.device: problem.times[device] for kind, device in zip(levels, old)},
+                   forward={kind.device: problem.forward[device] for kind, device in zip(levels, old)})
+
+
+def stage_bytes(problem: Problem, stage: Iterable[Node], in_flight: int) -> float:
+    """Bytes that a stage of these nodes needs, before any recomputation."""
+    nodes = set(stage)
+    items = [item for item, group in enumerate(problem.items) if group[0] in nodes]
+    held = sum(size for pins, size in problem.shared if not set(pins).isdisjoint(items))
+    return float(problem.fixed_bytes[items].sum() + in_flight * problem.activation_bytes[items].sum()
+                 + problem.workspace_bytes[items].max(initial=0.0) + held)
 
 
 def hopeless(problem: Problem) -> str | None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from partitioners.coarse import merge_runs, promising_positions
 from partitioners.errors import InfeasibleError
+from partitioners.memory import with_memory
 from partitioners.orders import candidate_orders
 from partitioners.problem import Kind, Problem, reorder
 from partitioners.search import Solution, runs, solve
@@ -19,7 +20,7 @@ LONG, WINDOWS = 500, 400
 def with_recomputation(problem: Problem, gap: float, time_limit: float | None,
                        progress: Callable[[str], None] | None) -> Solution:
     """Best cuts when each stage recomputes just enough; the bound is the optimum without memory limits."""
-    loose = solve(_unlimited(problem), 0.0, gap, time_limit, progress)
+    loose = solve(with_memory(problem, None), 0.0, gap, time_limit, progress)
     best = None
     for order in candidate_orders(problem):
         ordered = reorder(problem, order)
@@ -34,13 +35,6 @@ def with_recomputation(problem: Problem, gap: float, time_limit: float | None,
         raise InfeasibleError(f"no cut into {problem.num_stages} stages fits, not even when every activation is computed "
                               "again; try more stages, more memory per device or smaller micro-batches")
     return best
-
-
-def _unlimited(problem: Problem) -> Problem:
-    levels = tuple(replace(kind, device=replace(kind.device, memory=None)) for kind in problem.levels)
-    old = [kind.device for kind in problem.levels]
-    return replace(problem, levels=levels, times={kind.device: problem.times[device] for kind, device in zip(levels, old)},
-                   forward={kind.device: problem.forward[device] for kind, device in zip(levels, old)})
 
 
 def recomputing_loads(problem: Problem, kind: Kind) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The search for stages: orders from above, ideals and sweeps from below, and what to say when nothing fits."""
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from partitioners.coarse import crossing_tensors, merge_runs, promising_position
 from partitioners.errors import InfeasibleError
 from partitioners.graph import Node
 from partitioners.ideals import Chain, TooMany, best_chain
-from partitioners.memory import fewest_stages, hopeless, memory_problem
+from partitioners.memory import fewest_stages, hopeless, memory_problem, stage_bytes, with_memory
 from partitioners.orders import candidate_orders, through
 from partitioners.plan import format_seconds
 from partitioners.problem import Kind, Problem, reorder
@@ -145,23 +146,29 @@ def _why_infeasible(problem: Problem, deadline: float) -> str:
     if not problem.memory_may_bind():
         return (f"{text}: order, co-location, allowed classes and the parameters that each stage needs leave none; "
                 "try fewer stages or allow_empty=True")
-    reason = hopeless(problem)
-    if reason:
-        return f"{text}: {reason}; try more memory per device or smaller micro-batches"
-    caps = [kind.device.memory for kind in problem.levels if kind.device.memory is not None]
-    even = optimise(memory_problem(problem), 0.0, deadline, None)
-    ordered = [reorder(problem, order) for order in islice(candidate_orders(problem), FEW_ORDERS)]
-    counts = [count for count in map(fewest_stages, ordered) if count] if len(problem) <= LONG else []
-    advice = []
-    if even is not None and len(set(caps)) == 1:
-        least = even.bottleneck * caps[0]
-        held = sum(size for _, size in problem.shared) + problem.workspace_bytes.max(initial=0.0)
-        advice.append(f"memory of {least + held:,.0f} bytes per device" + (" or less" if held else ""))
-    if counts and min(counts) > problem.num_stages:
-        advice.append(f"{min(counts)} stages")
+    least, alone = _least_memory(problem, deadline), hopeless(problem)
+    advice = [f"memory of {least} per device"] if least else []
+    if not alone and len(problem) <= LONG:
+        orders = (reorder(problem, order) for order in islice(candidate_orders(problem), FEW_ORDERS))
+        counts = [count for count in map(fewest_stages, orders) if count]
+        advice += [f"{min(counts)} stages"] if counts and min(counts) > problem.num_stages else []
     total = problem.fixed_bytes.sum() + problem.levels[0].in_flight * problem.activation_bytes.sum()
-    return (f"{text}: the model needs {total:,.0f} bytes in all and a device has {min(caps):,.0f}; "
-            f"try {' or '.join(advice or ['more memory per device'])}")
+    room = min(kind.device.memory for kind in problem.levels if kind.device.memory is not None)
+    reason = alone or f"the model needs {total:,.0f} bytes in all and a device has {room:,.0f}"
+    return f"{text}: {reason}; try {' or '.join(advice or ['more memory per device or smaller micro-batches'])}"
+
+
+def _least_memory(problem: Problem, deadline: float) -> str | None:
+    """Bytes per device that would do, where all devices with a limit have the same; "or less" where not proved."""
+    if len({kind.device.memory for kind in problem.levels} - {None}) != 1:
+        return None
+    even = optimise(memory_problem(with_memory(problem, 1.0)), 0.0, deadline, None)
+    if even is None:
+        return None
+    limited = [(stage, problem.levels[level]) for stage, level in zip(even.stages, even.levels)
+               if problem.levels[level].device.memory is not None]
+    need = max((stage_bytes(problem, stage, kind.in_flight) for stage, kind in limited), default=0.0)
+    return f"{math.ceil(need * (1 - 1e-12)):,} bytes" + (" or less" if need > even.lower_bound * (1 + 1e-9) else "")
 
 
 def _by_ideals(problem: Problem, whole: Problem, best: Solution | None, gap: float, deadline: float,
