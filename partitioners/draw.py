@@ -1,14 +1,17 @@
 """A plan as a picture: the graph coloured by stage, wrapped like text, over bars of the stages' loads."""
 from __future__ import annotations
 
+from dataclasses import dataclass
 from html import escape
 
 import networkx as nx
 
-from partitioners.graph import topological_order
+from partitioners.graph import Node, topological_order
 from partitioners.plan import Plan, StageCost, format_bytes, format_seconds
 
 WIDTH, MARGIN, STEP, LANE = 1200, 40, 11, 11
+WIDEST = 36.0   # distance between the columns of a small graph
+FAR = 14        # columns, or lanes, beyond which a line is faint
 Point = tuple[float, float]
 
 
@@ -19,13 +22,13 @@ def colour(stage: int, lightness: int = 52) -> str:
 
 def draw(plan: Plan, graph: nx.DiGraph) -> str:
     """The plan as an SVG document. Hovering over a node or bar tells its figures."""
-    points, bottom = _layout(graph)
-    bars, height = _bars(plan, bottom + 30)
+    layout = _layout(graph)
+    bars, height = _bars(plan, layout.bottom + 30)
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height:.0f}" '
         f'viewBox="0 0 {WIDTH} {height:.0f}" font-family="sans-serif" font-size="12">',
-        f'<rect width="{WIDTH}" height="{height:.0f}" fill="white"/>', _caption(plan), *_edges(plan, graph, points),
-        *_nodes(plan, graph, points), *bars, "</svg>"])
+        f'<rect width="{WIDTH}" height="{height:.0f}" fill="white"/>', _caption(plan), *_edges(plan, graph, layout),
+        *_nodes(plan, graph, layout), *bars, "</svg>"])
 
 
 def _caption(plan: Plan) -> str:
@@ -35,49 +38,73 @@ def _caption(plan: Plan) -> str:
     return f'<text x="{MARGIN}" y="24" font-size="15">{escape(text)}</text>'
 
 
-def _layout(graph: nx.DiGraph) -> tuple[dict, float]:
-    """Place by depth, from left to right in wrapped rows; nodes of one depth under each other."""
-    depth: dict = {}
-    for node in topological_order(graph):
-        depth[node] = max((depth[before] + 1 for before in graph.predecessors(node)), default=0)
-    per_row = (WIDTH - 2 * MARGIN) // STEP
-    columns: dict[int, list] = {}
-    for node, level in depth.items():
-        columns.setdefault(level, []).append(node)
-    rows = [range(start, min(start + per_row, len(columns))) for start in range(0, len(columns), per_row)]
+@dataclass(frozen=True)
+class _Layout:
+    """Where each node is, the distance between columns, and where the graph ends."""
+    points: dict[Node, Point]
+    step: float
+    bottom: float
+
+    @property
+    def size(self) -> float:
+        """How much larger than at its closest."""
+        return min(self.step / STEP, 2.0)
+
+
+def _columns(graph: nx.DiGraph) -> list[list[Node]]:
+    """Nodes by depth, each right before its first reader; those on the longest paths come first in their column."""
+    order, early = topological_order(graph), {}
+    for node in order:
+        early[node] = max((early[before] + 1 for before in graph.predecessors(node)), default=0)
+    late = dict(early)
+    for node in reversed(order):
+        late[node] = min((late[after] - 1 for after in graph.successors(node)), default=early[node])
+    columns: list[list[Node]] = [[] for _ in range(max(late.values()) + 1)]
+    for node in sorted(order, key=lambda node: late[node] - early[node]):
+        columns[late[node]].append(node)
+    return columns
+
+
+def _layout(graph: nx.DiGraph) -> _Layout:
+    """Columns from left to right in wrapped rows."""
+    columns = _columns(graph)
+    step = min(max((WIDTH - 2 * MARGIN) / len(columns), STEP), WIDEST)
+    per_row, lane = int((WIDTH - 2 * MARGIN) / step + 1e-9), LANE * min(step / STEP, 2.0)
     points, top = {}, 45.0
-    for row in rows:
-        tallest = max(len(columns[level]) for level in row)
-        for level in row:
-            for lane, node in enumerate(columns[level]):
-                points[node] = (MARGIN + (level - row.start + 0.5) * STEP, top + (lane + 0.5) * LANE)
-        top += tallest * LANE + 14
-    return points, top
+    for start in range(0, len(columns), per_row):
+        row = columns[start:start + per_row]
+        for place, nodes in enumerate(row):
+            for number, node in enumerate(nodes):
+                points[node] = (MARGIN + (place + 0.5) * step, top + (number + 0.5) * lane)
+        top += max(map(len, row)) * lane + 14
+    return _Layout(points, step, top)
 
 
-def _edges(plan: Plan, graph: nx.DiGraph, points: dict) -> list[str]:
-    """Thin grey inside a stage, dark across a cut; edges over many columns bend below their row."""
-    lines = []
-    for u, v in graph.edges:
-        (x, y), (a, b) = points[u], points[v]
-        if abs(b - y) > 40 * LANE or a < x:
-            continue
+def _edges(plan: Plan, graph: nx.DiGraph, layout: _Layout) -> list[str]:
+    """Thin grey inside a stage; dark to the first reader on each other stage; faint where the way is long."""
+    lines, seen = [], set()
+    for u, v in sorted(graph.edges, key=lambda edge: layout.points[edge[1]][::-1]):
+        (x, y), (a, b) = layout.points[u], layout.points[v]
         cut = plan.stage_of[str(u)] != plan.stage_of[str(v)]
-        style = 'stroke="#222" stroke-width="1.4"' if cut else 'stroke="#bbb" stroke-width="0.6"'
-        bend = min(0.12 * (a - x), LANE) if a - x > 1.5 * STEP else 0.0
+        far = a < x or a - x > FAR * layout.step or abs(b - y) > FAR * LANE * layout.size
+        if far and (u, plan.stage_of[str(v)]) in seen:
+            continue
+        seen.add((u, plan.stage_of[str(v)]))
+        style = 'stroke="#222" stroke-width="1.2"' if cut else 'stroke="#bbb" stroke-width="0.6"'
+        bend = min(0.12 * (a - x), LANE) if a - x > 1.5 * layout.step else 0.0
         middle = f"Q{(x + a) / 2:.1f} {(y + b) / 2 + bend:.1f} {a:.1f} {b:.1f}"
-        lines.append(f'<path d="M{x:.1f} {y:.1f} {middle}" fill="none" {style}/>')
+        lines.append(f'<path d="M{x:.1f} {y:.1f} {middle}" fill="none" {style}' + (' opacity="0.18"/>' if far else "/>"))
     return lines
 
 
-def _nodes(plan: Plan, graph: nx.DiGraph, points: dict) -> list[str]:
+def _nodes(plan: Plan, graph: nx.DiGraph, layout: _Layout) -> list[str]:
     """Dots whose area follows the time of the node."""
     times = {node: _seconds(data) for node, data in graph.nodes(data=True)}
     largest = max(times.values()) or 1.0
     dots = []
-    for node, (x, y) in points.items():
+    for node, (x, y) in layout.points.items():
         stage, data = plan.stage_of[str(node)], graph.nodes[node]
-        radius = 2.2 + 2.8 * (times[node] / largest) ** 0.5
+        radius = layout.size * (2.2 + 2.8 * (times[node] / largest) ** 0.5)
         title = escape(f"{data.get('label') or node}: stage {stage}, {format_seconds(times[node])}, "
                        f"output {format_bytes(data.get('output_bytes', 0.0))}")
         dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="{colour(stage)}">'
@@ -95,16 +122,17 @@ def _seconds(data: dict) -> float:
 
 def _bars(plan: Plan, top: float) -> tuple[list[str], float]:
     """One bar per stage: forward, backward, link; a line where the bound is."""
-    height, left, right = 18, MARGIN + 90, WIDTH - 330
+    names = [f"stage {stage} ({cost.device})" for stage, cost in enumerate(plan.stages)]
+    height, left, right = 18, MARGIN + 12 + min(6.6 * max(map(len, names)), 260.0), WIDTH - 330
     scale = (right - left) / (max(max(cost.load, cost.forward + cost.backward + cost.communication)
                                   for cost in plan.stages) or 1.0)
     lines = []
     for stage, cost in enumerate(plan.stages):
         y = top + stage * (height + 6)
-        lines.append(f'<text x="{MARGIN}" y="{y + 13:.0f}">stage {stage} ({escape(cost.device)})</text>')
+        lines.append(f'<text x="{MARGIN}" y="{y + 13:.0f}">{escape(names[stage][:40])}</text>')
         lines += _bar(cost, stage, left, y, scale, height)
-        text = (f"{format_seconds(cost.load)}, {cost.num_nodes} nodes, {format_bytes(cost.memory_bytes)}, "
-                f"sends {format_bytes(cost.sent_bytes)}")
+        text = (f"{format_seconds(cost.load)}, {cost.num_nodes} nodes, {format_bytes(cost.memory_bytes)}"
+                + (f", sends {format_bytes(cost.sent_bytes)}" if cost.sent_bytes else ""))
         lines.append(f'<text x="{right + 8}" y="{y + 13:.0f}">{escape(text)}</text>')
     bottom = top + len(plan.stages) * (height + 6)
     x = left + plan.lower_bound * scale

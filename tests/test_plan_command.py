@@ -4,9 +4,10 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 from xml.etree import ElementTree
 
+import networkx as nx
 import pytest
 
-from partitioners import Plan
+from partitioners import Device, Plan, draw, partition
 from partitioners.command import main, parse_rate, parse_seconds, parse_size
 
 DATA = Path(__file__).parent / "data"
@@ -61,6 +62,24 @@ def test_text_tells_the_second_choice(capsys, tmp_path):
     text = capsys.readouterr().out
     assert "after node5 (3)" in text and "second choice" in text and "links: if they were free" in text
     assert Plan.load(tmp_path / "p.json").num_stages == 4
+
+
+def test_picture_stays_in_its_frame_and_no_label_meets_a_bar():
+    graph = nx.path_graph(700, create_using=nx.DiGraph)
+    for node in graph:
+        graph.nodes[node].update(forward=1.0, param_bytes=1, output_bytes=1)
+    graph.add_edges_from((f"constant {node}", node) for node in range(0, 700, 2))
+    plan = partition(graph, devices=[Device("a device with a long name", 12)])
+    tree = ElementTree.fromstring(draw(plan, graph))
+    height, space = float(tree.get("height")), "{http://www.w3.org/2000/svg}"
+    dots = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in tree.iter(space + "circle")]
+    bars = [(float(bar.get("x")), float(bar.get("y"))) for bar in list(tree.iter(space + "rect"))[1:]]
+    assert len(set(dots)) == len(graph) and max(x for x, _ in dots) < 1200
+    # A constant is drawn beside its reader, not in one tall column at the left.
+    assert max(y for _, y in dots) < min(y for _, y in bars) < 45 + 8 * 60
+    labels = {text.text: float(text.get("x")) for text in tree.iter(space + "text") if text.text.startswith("stage ")}
+    assert len(labels) == 12 and all(x + 6.0 * len(text) < min(x for x, _ in bars) for text, x in labels.items())
+    assert max(y for _, y in bars) + 18 < height
 
 
 def test_picture_is_svg_with_every_node(capsys):
