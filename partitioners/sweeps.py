@@ -22,8 +22,9 @@ PRIMAL_STEP = 12.0      # seconds for one primal step
 THRIFTS = (1.2, 0.6)    # multiples of an ideal's cut that primal sweeps take off its work
 LEAST_THRIFT = 0.1
 FIRST_STEP, STEP = 0.06, 0.015  # steps of the target of primal sweeps, as fractions of the best load known
-MANY, LIKELY = 8, 0.05  # number of stages beyond which a gap of less than that is first not even tried
+MANY, LIKELY = 8, 0.085  # number of stages beyond which a gap of less than that is first not even tried
 EPSILON = 1e-9
+ALL = 1 - 1e-6          # of all work
 
 
 class NoSolver(Exception):
@@ -209,22 +210,42 @@ class Sweeper:
             thrift *= 0.6
         return start if found is None else found
 
-    def dual(self, target: float, guide: list[float], slack: float, deadline: float, step_gap: float = STEP_GAP) -> bool:
-        """Whether no ``len(guide)`` stages have loads of ``target`` or less. False also where time was too short.
+    def dual(self, target: float, guide: list[float], slack: float, deadline: float,
+             step_gap: float = STEP_GAP) -> list[float]:
+        """Work that 1, 2, ... stages with loads of ``target`` or less cannot exceed, as far as it is less than all.
 
         ``guide[j]``: work that ``j + 1`` stages hold at a load a little higher. How much less than that they hold at
         ``target`` does not matter, so each step only looks above it, less ``slack`` of it.
         """
-        target, reached, stages = target / self.scale, 0.0, len(guide)
+        target, reached = target / self.scale, [0.0]
         for stage, expected in enumerate(guide):
             left = deadline - time.monotonic()
             if left <= 0:
+                break
+            ends = Window(min(expected * (1 - slack) - 1e-7, reached[-1] + target), min(1.0, reached[-1] + target))
+            starts = Window(max(ends.low - target, 0.0), reached[-1])
+            bound, _ = self.step(target, None, starts, ends, step_gap, left / (len(guide) - stage) * 1.5)
+            if bound >= ALL:
+                break
+            reached.append(bound)
+        return reached[1:]
+
+    def meets(self, target: float, others: list[float], stages: int, deadline: float) -> bool:
+        """Whether so many stages may hold all work at ``target``, ``others`` being ``dual`` from the other end."""
+        target, reached = target / self.scale, 0.0
+        least = [1.0 - work for work in [0.0, *others]][::-1]
+        least = [0.0] * (stages + 1 - len(least)) + least
+        for stage in range(stages):
+            left = deadline - time.monotonic()
+            starts, ends = Window(least[stage], reached), Window(least[stage + 1], min(1.0, reached + target))
+            if starts.low > starts.high + EPSILON or ends.low > ends.high + EPSILON:
                 return False
-            ends = Window(min(expected * (1 - slack) - 1e-7, reached + target), min(1.0, reached + target))
-            starts = Window(max(ends.low - target, 0.0), reached)
-            reached, _ = self.step(target, None, starts, ends, step_gap, left / (stages - stage) * 1.5)
-            if reached >= 1.0 - 1e-6:
+            if left <= 0 or 2 * stage > stages:
+                break
+            bound, found = self.step(target, None, starts, ends, STEP_GAP, left / 2)
+            if found is None and bound <= ends.low:
                 return False
+            reached = bound
         return True
 
     def cut(self, ideal: frozenset[int]) -> float:
@@ -328,7 +349,7 @@ def _from_above(sweeper: Sweeper, bracket: Bracket, evaluate: Callable[[list[fro
 
 def _from_below(sweeper: Sweeper, bracket: Bracket, gap: float, deadline: float) -> Iterator[Bracket]:
     """Dual sweeps, first at the gap wanted or likely, then closer or further away."""
-    dual, guide = _cheaper_end(sweeper, bracket.chain)
+    near, far, guide = _ends(sweeper, bracket.chain)
     wanted = max(gap, 0.01) * 0.98
     aim, unproved = max(wanted, LIKELY if len(guide) > MANY else 0.0), 0.0
     while time.monotonic() < deadline and bracket.upper - bracket.lower > gap * bracket.upper:
@@ -336,28 +357,37 @@ def _from_below(sweeper: Sweeper, bracket: Bracket, gap: float, deadline: float)
         close = bracket.upper - bracket.lower < 4e-3 * bracket.upper
         if target <= bracket.lower or aim - unproved < 2e-4:
             break
-        if dual.dual(target, guide, 0.6 * aim, deadline, 1e-7 if close else STEP_GAP):
+        # On a slow machine, too, there must be time for something easier.
+        limit = deadline - (0.35 * (deadline - time.monotonic()) if len(guide) > MANY else 0.0)
+        if _refuted(near, far, target, guide, 0.6 * aim, limit, 1e-7 if close else STEP_GAP):
             bracket = Bracket(bracket.upper, target, bracket.chain)
             yield bracket
-            aim = 0.5 * (unproved + aim) if unproved or aim <= wanted else wanted
+            aim = 0.5 * (unproved + aim) if unproved or aim <= wanted else max(0.75 * aim, wanted)
         else:
             unproved, proved = aim, 1 - bracket.lower / bracket.upper
             aim = min(1.6 * aim, 0.5 * (aim + proved))
     if not unproved and time.monotonic() < deadline and gap < 2e-4:
         # Nothing failed on the way, so the best load may well be the optimum itself.
-        if dual.dual(bracket.upper * (1 - 2e-10), guide, 1e-9, deadline, 1e-10):
+        if len(near.dual(bracket.upper * (1 - 2e-10), guide, 1e-9, deadline, 1e-10)) == len(guide):
             yield Bracket(bracket.upper, bracket.upper, bracket.chain)
 
 
-def _cheaper_end(sweeper: Sweeper, chain: tuple[frozenset[int], ...]) -> tuple[Sweeper, list[float]]:
-    """A sweeper from the end where cuts are cheap, and the work that ``chain`` holds from there.
+def _refuted(near: Sweeper, far: Sweeper, target: float, guide: list[float], slack: float, deadline: float,
+             step_gap: float) -> bool:
+    """Whether no chain has loads of ``target`` or less: seen from one end, or where sweeps from both ends do not meet."""
+    begin = time.monotonic()
+    reached = near.dual(target, guide, slack, begin + 0.8 * (deadline - begin), step_gap)
+    return len(reached) == len(guide) or not far.meets(target, reached, len(guide), deadline)
+
+
+def _ends(sweeper: Sweeper, chain: tuple[frozenset[int], ...]) -> tuple[Sweeper, Sweeper, list[float]]:
+    """Sweepers from both ends, that where cuts are cheap first, and the work that ``chain`` holds from there.
 
     The dear cuts then come last, where little is left to choose.
     """
     held, cuts = [0.0, *sweeper.held(list(chain))], [sweeper.cut(ideal) for ideal in chain]
-    half = len(chain) // 2
+    half, stages = len(chain) // 2, sweeper.problem.num_stages
+    near, far = sweeper, Sweeper(backwards(sweeper.problem))
     if sum(cuts[:half]) > sum(cuts[len(cuts) - half:]):
-        sweeper = Sweeper(backwards(sweeper.problem))
-        held = [1.0 - work for work in reversed(held)]
-    stages = sweeper.problem.num_stages
-    return sweeper, np.interp(np.arange(1, stages + 1) * (len(chain) / stages), np.arange(len(held)), held).tolist()
+        near, far, held = far, near, [1.0 - work for work in reversed(held)]
+    return near, far, np.interp(np.arange(1, stages + 1) * (len(chain) / stages), np.arange(len(held)), held).tolist()

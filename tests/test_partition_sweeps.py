@@ -70,8 +70,11 @@ def test_the_optimum_is_always_inside_the_bracket(seed, stages, memory):
 def test_nothing_feasible_is_ever_refuted(seed, turn):
     problem = turn(branching(seed, 3))
     best, ideals = chain_of(problem, float("inf"))
-    sweeper, far = Sweeper(problem), time.monotonic() + 60
-    for guide in (sweeper.held(list(ideals)), [0.2, 0.3, 1.0], [0.7, 0.9, 1.0], [0.0, 0.0, 0.0]):
-        guide += [1.0] * (3 - len(guide))
-        assert not sweeper.dual(best * (1 + 1e-6), guide, 0.01, far)
-    assert sweeper.dual(0.5 * best, [0.0, 0.0, 0.0], 0.0, far)
+    near, far, late = Sweeper(problem), Sweeper(backwards(problem)), time.monotonic() + 60
+    held = near.held(list(ideals)) + [1.0] * (3 - len(ideals))
+    for guide in (held, [0.2, 0.3, 1.0], [0.7, 0.9, 1.0], [0.0, 0.0, 0.0]):
+        reached = near.dual(best * (1 + 1e-6), guide, 0.01, late)
+        assert len(reached) < 3 and all(most >= work - 1e-9 for most, work in zip(reached, held))
+        assert far.meets(best * (1 + 1e-6), reached, 3, late)
+    reached = near.dual(0.5 * best, [0.0, 0.0, 0.0], 0.0, late)
+    assert len(reached) == 3 or not far.meets(0.5 * best, reached, 3, late)
