@@ -10,7 +10,8 @@ import numpy as np
 from pipeengine.errors import ScheduleError
 from pipeengine.timeline import OPS, RG, SA, Timeline
 
-COLOURS = {"F": "#3f72b0", "B": "#dd8a35", "I": "#dd8a35", "W": "#5d9e60", "X": "#8767a8", "U": "#767d87"}
+# In grey print these are four steps from dark to light: F, B, I, W.
+COLOURS = {"F": "#224a86", "B": "#c4622d", "I": "#e3a050", "W": "#b4dba4", "X": "#8767a8", "U": "#767d87"}
 MEANING = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient",
            "X": "shared gradients", "U": "update"}
 _MANY = 20_000
@@ -97,25 +98,28 @@ def timeline_svg(panels: Sequence[tuple[str, Timeline]], *, width: float = 960, 
     workers = max(timeline.num_workers for _, timeline in panels)
     lane = 26.0 if workers <= 8 else 18.0 if workers <= 24 else 10.0
     left, right, top = 74.0, 62.0, 38.0
-    parts, letters = [], []
+    parts, letters, several = [], [], False
     for title, timeline in panels:
         frame = _Frame(left, top + 20, width - left - right, lane, float(timeline.start.min()), seconds)
         parts.append(_panel(title, timeline, frame, width, unit, hover))
         letters += [OPS[op] for op in np.unique(timeline.op[timeline.computes])]
+        several |= bool(_shades(timeline).any())
         top = frame.top + timeline.num_workers * lane + 44
     head = f'viewBox="0 0 {width:g} {top - 4:g}" width="{width:g}" height="{top - 4:g}" class="timeline"'
     space = ' xmlns="http://www.w3.org/2000/svg"' if standalone else ""
     back = f'<rect width="{width:g}" height="{top - 4:g}" fill="#fff"/>' if standalone else ""
     return (f'<svg{space} {head} font-family="Helvetica, Arial, sans-serif" font-size="11" fill="#222">'
-            f"{back}{_legend(letters, left)}{''.join(parts)}</svg>")
+            f"{back}{_legend(letters, left, several)}{''.join(parts)}</svg>")
 
 
-def _legend(letters: Iterable[str], left: float) -> str:
+def _legend(letters: Iterable[str], left: float, several: bool) -> str:
     parts, x = [], left
     for letter in [letter for letter in MEANING if letter in set(letters)]:
         parts.append(f'<rect x="{x:g}" y="12" width="12" height="12" rx="2" fill="{COLOURS[letter]}"/>'
                      f'<text x="{x + 17:g}" y="22">{letter} {MEANING[letter]}</text>')
         x += 36 + 6.1 * len(MEANING[letter]) + 12
+    if several:
+        parts.append(f'<text x="{x:g}" y="22" fill="#666">lighter: later stages of the same worker</text>')
     return "".join(parts)
 
 
@@ -170,8 +174,18 @@ def _shades(timeline: Timeline) -> np.ndarray:
 
 def _shade(colour: str, rank: int, ranks: int) -> str:
     """``colour``, towards white for later stages of a worker."""
-    part = 0.0 if ranks < 2 else 0.5 * rank / (ranks - 1)
-    return "#" + "".join(f"{round(int(colour[i:i + 2], 16) * (1 - part) + 255 * part):02x}" for i in (1, 3, 5))
+    part = 0.0 if ranks < 2 else 0.45 * rank / (ranks - 1)
+    return "#" + "".join(f"{round(value * (1 - part) + 255 * part):02x}" for value in _rgb(colour))
+
+
+def _rgb(colour: str) -> tuple[int, ...]:
+    return tuple(int(colour[i:i + 2], 16) for i in (1, 3, 5))
+
+
+def _ink(fill: str) -> str:
+    """The colour of text on ``fill``: white where it is dark."""
+    red, green, blue = _rgb(fill)
+    return "#222" if 0.3 * red + 0.59 * green + 0.11 * blue > 145 else "#fff"
 
 
 def _blocks(timeline: Timeline, frame: _Frame, hover: bool) -> str:
@@ -187,7 +201,7 @@ def _blocks(timeline: Timeline, frame: _Frame, hover: bool) -> str:
     draw = _rectangles if hover and len(keep) <= _HOVER else _paths
     fills = [_shade(COLOURS[OPS[op]], int(r), ranks) for op, r in zip(timeline.op[keep], rank)]
     return (draw(timeline, keep, low, high, top, frame.lane - 4, fills)
-            + _numbers(timeline, keep, low, high, top, frame, rank, ranks))
+            + _numbers(timeline, keep, low, high, top, frame, fills))
 
 
 def _rectangles(timeline: Timeline, keep: np.ndarray, low: np.ndarray, high: np.ndarray, top: np.ndarray,
@@ -215,17 +229,16 @@ def _paths(timeline: Timeline, keep: np.ndarray, low: np.ndarray, high: np.ndarr
 
 
 def _numbers(timeline: Timeline, keep: np.ndarray, low: np.ndarray, high: np.ndarray, top: np.ndarray, frame: _Frame,
-             rank: np.ndarray, ranks: int) -> str:
+             fills: Sequence[str]) -> str:
     """Micro-batch numbers in the blocks that have room for them."""
     if frame.lane < 12:
         return ""
     size = min(10.0, frame.lane * 0.5)
     parts = []
-    for i, x, end, y, shade in zip(keep.tolist(), low, high, top, rank):
+    for i, x, end, y, fill in zip(keep.tolist(), low, high, top, fills):
         text = str(timeline.microbatch[i]) if timeline.microbatch[i] >= 0 else OPS[timeline.op[i]]
         if end - x >= size * 0.6 * len(text) + 2:
-            colour = "#222" if ranks > 1 and shade > (ranks - 1) / 2 else "#fff"
-            parts.append(f'<text x="{(x + end - 0.6) / 2:.2f}" y="{y + frame.lane / 2 + 1.5:.2f}" fill="{colour}">'
+            parts.append(f'<text x="{(x + end - 0.6) / 2:.2f}" y="{y + frame.lane / 2 + 1.5:.2f}" fill="{_ink(fill)}">'
                          f'{text}</text>')
     return f'<g font-size="{size:g}" text-anchor="middle" pointer-events="none">{"".join(parts)}</g>'
 
