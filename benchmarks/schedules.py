@@ -122,17 +122,28 @@ def _instance(seed: int, kept: float) -> tuple[int, int, Costs]:
 
 
 def channel() -> None:
-    """8 workers, 16 micro-batches: percent longer on one in-order channel per worker, by hop (in forwards of a worker)."""
-    hops = (0.02, 0.05, 0.1)
-    print(f"{'schedule':18}" + "".join(f"{hop:9.2f}" for hop in hops))
+    """Percent longer on one in-order channel per worker, by hop (in forwards of a worker); 4 and 8 workers, m = 2p and 4p.
+
+    The largest of the four for equal stages; their mean for stages up to 30 % apart.
+    """
+    hops = (0.05, 0.1, 0.2)
+    print("| schedule | " + " | ".join(f"{kind}, hop {hop}" for kind in ("equal", "30 % apart") for hop in hops) + " |")
+    print("|---" * 7 + "|")
     for name in SCHEDULES:
-        losses = []
-        for hop in hops:
-            schedule = build(name, num_workers=8, num_microbatches=16)
-            costs = Costs.uniform(schedule.topology, hop=hop)
-            program = lower(schedule, costs=costs)
-            losses.append(simulate_channel(program, costs).makespan / simulate(program, costs).makespan - 1)
-        print(f"{name:18}" + "".join(f"{100 * loss:8.2f}%" for loss in losses))
+        equal = [max(_channel_losses(name, hop, 0.0)) for hop in hops]
+        apart = [sum(_channel_losses(name, hop, 0.3)) / 4 for hop in hops]
+        print(f"| `{name}` | " + " | ".join(f"{100 * loss:.2f} %" for loss in equal + apart) + " |")
+
+
+def _channel_losses(name: str, hop: float, spread: float) -> list[float]:
+    losses = []
+    for workers, microbatches in ((4, 8), (4, 16), (8, 16), (8, 32)):
+        schedule, draw = build(name, num_workers=workers, num_microbatches=microbatches), random.Random(microbatches)
+        costs = Costs(*([share * draw.uniform(1 - spread, 1 + spread) for share in schedule.topology.shares()]
+                        for _ in range(3)), hop=hop)
+        program = lower(schedule, costs=costs)
+        losses.append(simulate_channel(program, costs).makespan / simulate(program, costs).makespan - 1)
+    return losses
 
 
 if __name__ == "__main__":
