@@ -1,6 +1,7 @@
 """Why a plan is as it is, in the model's own names: each cut, its second choice, and what limits further gain."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import networkx as nx
@@ -9,18 +10,22 @@ import numpy as np
 from partitioners.bounds import simple_bound
 from partitioners.coarse import merge_runs, promising_positions
 from partitioners.devices import Link
+from partitioners.period import period, round_trips
 from partitioners.plan import Plan, format_bytes, format_seconds
 from partitioners.problem import Problem, build_problem, reorder
-from partitioners.segments import segment_loads
+from partitioners.recompute import recomputing_loads
+from partitioners.segments import segment_loads, segment_memory
 
 LONG, WINDOWS = 1500, 1000
+NEARBY = 40     # other places of a cut that are priced where one stage's load is not all
 
 
 @dataclass(frozen=True)
 class CutStory:
     """The cut after stage ``stage``: the nodes on both sides, and the best bottleneck if it must be elsewhere.
 
-    ``second`` names the last node before that other place; both are None where there is no other place.
+    ``second`` names the last node before that other place; both are None where there is no other place. The other cuts
+    move along where a stage's load is all that counts; for 1F1B, several stages per worker and recomputation they stay.
     """
     stage: int
     last: str
@@ -82,20 +87,60 @@ def _by_stage(plan: Plan) -> bool:
 def cut_stories(plan: Plan, graph: nx.DiGraph) -> tuple[CutStory, ...]:
     """One story per cut, from the inputs to the outputs."""
     problem, cuts, levels = _ordered_problem(plan, graph)
-    if not _by_stage(plan):
-        return tuple(CutStory(stage, _last(graph, problem.items[:cut]), str(problem.items[cut][0]), None, None)
-                     for stage, cut in enumerate(cuts))
+    choices = _second_choices(problem, cuts, levels) if _by_stage(plan) else _nearby_choices(plan, problem, cuts, levels)
+    return tuple(CutStory(stage, _last(graph, problem.items[:cut]), str(problem.items[cut][0]),
+                          _last(graph, problem.items[:place]) if np.isfinite(price) else None,
+                          price if np.isfinite(price) else None)
+                 for stage, (cut, (place, price)) in enumerate(zip(cuts, choices)))
+
+
+def _second_choices(problem: Problem, cuts: list[int], levels: list[int]) -> list[tuple[int, float]]:
+    """For each cut the best other place, all other cuts chosen anew, and the bottleneck there (inf: there is none)."""
     ahead, back = _sweeps(problem, levels)
-    stories = []
+    choices = []
     for stage, cut in enumerate(cuts):
         either = np.maximum(ahead[stage + 1], back[stage + 1])
-        either[cut] = np.inf
+        either[[0, cut]] = np.inf
         place = int(either.argmin())
-        found = bool(np.isfinite(either[place])) and 0 < place <= len(problem)
-        stories.append(CutStory(stage, _last(graph, problem.items[:cut]), str(problem.items[cut][0]),
-                                _last(graph, problem.items[:place]) if found else None,
-                                float(either[place]) if found else None))
-    return tuple(stories)
+        choices.append((place, float(either[place])))
+    return choices
+
+
+def _nearby_choices(plan: Plan, problem: Problem, cuts: list[int], levels: list[int]) -> list[tuple[int, float]]:
+    """For each cut the best other place while the other cuts stay, and the bottleneck there (inf: there is none)."""
+    price, tables = _pricing(plan, problem, levels)
+    choices = []
+    for stage, cut in enumerate(cuts):
+        places = [0, *cuts, len(problem)]
+        first, last = places[stage], places[stage + 2]
+        larger = np.maximum(tables[stage][first, first + 1:last], tables[stage + 1][first + 1:last, last])
+        best = cut, np.inf
+        for place in (np.argsort(larger, kind="stable")[:NEARBY] + first + 1).tolist():
+            places[stage + 1] = place
+            if place != cut and np.isfinite(larger[place - first - 1]) and (found := price(places)) < best[1]:
+                best = place, found
+        choices.append(best)
+    return choices
+
+
+def _pricing(plan: Plan, problem: Problem, levels: list[int]) -> tuple[Callable[[list[int]], float], list[np.ndarray]]:
+    """The bottleneck of any cuts of this order under the plan's objective, and the loads of segments per stage."""
+    setting, kinds = plan.setting, [problem.levels[level] for level in levels]
+    priced = replace(problem, nets=(), objective="sum") if plan.objective == "1f1b" else problem
+    load = recomputing_loads if setting.recompute else segment_loads
+    tables = {kind: load(priced, kind) for kind in dict.fromkeys(kinds)}
+    trips = [round_trips(problem, kind.link_out) for kind in kinds]
+    workers, cap = setting.workers(plan.num_stages), kinds[0].device.memory
+    memory = segment_memory(problem, kinds[0]) if max(workers) + 1 < plan.num_stages and cap is not None else None
+
+    def bottleneck(places: list[int]) -> float:
+        loads = [float(tables[kind][a, b]) for kind, a, b in zip(kinds, places, places[1:])]
+        if plan.objective == "1f1b":
+            return period(loads, [float(trip[place]) for trip, place in zip(trips, places[1:-1])])
+        if memory is not None and np.bincount(workers, memory[places[:-1], places[1:]]).max() > cap * (1 + 1e-12):
+            return np.inf
+        return float(np.bincount(workers, loads).max())
+    return bottleneck, [tables[kind] for kind in kinds]
 
 
 def _last(graph: nx.DiGraph, items: tuple[tuple, ...]) -> str:
@@ -151,7 +196,7 @@ def _tell(plan: Plan, graph: nx.DiGraph, names: dict[str, object], story: CutSto
              f"{_title(graph, names, story.first)}: loads {format_seconds(load[0])} | {format_seconds(load[1])}, "
              f"{len(values)} tensor{'s' * (len(values) != 1)} of {format_bytes(sum(_size(graph, names, v) for v in values))}"]
     if story.second is None:
-        lines += ["    there is no other place for it"] if _by_stage(plan) else []
+        lines.append("    there is no other place for it")
     else:
         change = _change(story.second_bottleneck, plan.bottleneck)
         lines.append(f"    second choice: after {_title(graph, names, story.second)}; bottleneck "
@@ -171,8 +216,9 @@ def _size(graph: nx.DiGraph, names: dict[str, object], name: str) -> float:
 def _tell_limits(plan: Plan, found: Limits) -> list[str]:
     worst = max(range(plan.num_stages), key=lambda stage: plan.stages[stage].load)
     lines = [f"what limits further gain: stage {worst} is the bottleneck at {format_seconds(plan.bottleneck)}; "
-             f"no plan is below {format_seconds(plan.lower_bound)} ({plan.proof})",
-             f"    {found.reason}: {format_seconds(found.bound)}"]
+             f"no plan is below {format_seconds(plan.lower_bound)} ({plan.proof})"]
+    if found.reason != plan.proof:
+        lines.append(f"    {found.reason}: {format_seconds(found.bound)}")
     if found.free_links < plan.bottleneck * (1 - 1e-9):
         lines.append(f"    links: if they were free, {format_seconds(found.free_links)} "
                      f"({_change(found.free_links, plan.bottleneck)})")

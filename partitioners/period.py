@@ -18,13 +18,15 @@ import numpy as np
 from partitioners.coarse import crossing_seconds, merge_runs, promising_positions
 from partitioners.devices import Link
 from partitioners.errors import PartitionError
+from partitioners.ideals import lattice
 from partitioners.orders import candidate_orders
-from partitioners.problem import Problem, reorder
+from partitioners.problem import Kind, Problem, reorder
 from partitioners.search import Solution, loads_of, solve
 from partitioners.segments import Cuts
 
 LONG, WINDOWS = 500, 400
-CLOSE = 1e-7    # relative width at which the bisection stops
+FEW = 500       # ideals of which all pairs are priced
+CLOSE = 1e-10    # relative width at which the bisection stops
 
 
 def period(times: Sequence[float], round_trips: Sequence[float]) -> float:
@@ -51,7 +53,9 @@ def shortest_period(problem: Problem, gap: float, time_limit: float | None,
         ordered = reorder(problem, order)
         if len(ordered) > LONG:
             ordered = merge_runs(ordered, promising_positions(ordered, WINDOWS))
-        found = _bisect(ordered, free.bottleneck, best.bottleneck if best else np.inf)
+        trips = [round_trips(ordered, ordered.levels[level].link_out) for level in _levels(ordered)]
+        found = _bisect(ordered, loads_of(replace(ordered, nets=(), objective="sum")), trips, free.bottleneck,
+                        best.bottleneck if best else np.inf)
         if found is not None:
             positions = found.positions
             stages = tuple(sum(ordered.items[a:b], ()) for a, b in zip(positions, positions[1:]))
@@ -59,16 +63,36 @@ def shortest_period(problem: Problem, gap: float, time_limit: float | None,
         if best and (best.bottleneck <= free.lower_bound * (1 + 1e-9)
                      or (time_limit is not None and time.monotonic() - begin > time_limit)):
             break
+    best = _of_all_ideals(problem, free, best) or best
     if best is None:
         raise PartitionError("no order of the graph could be cut for the objective 1f1b; try the objective sum")
     return best
 
 
-def _bisect(ordered: Problem, low: float, known: float) -> Cuts | None:
-    """The shortest period of this order, if it is below ``known``."""
+def _of_all_ideals(problem: Problem, free: Solution, best: Solution | None) -> Solution | None:
+    """The shortest period there is, if ideals are few."""
+    few = lattice(replace(problem, nets=(), objective="sum"), FEW)
+    if few is None or (best and best.bottleneck <= free.lower_bound * (1 + 1e-9)):
+        return None
+    trips = [np.array([_round_trip(problem, problem.levels[level].link_out, held) for held in few.items])
+             for level in _levels(problem)]
+    found = _bisect(problem, few.loads, trips, free.bottleneck, best.bottleneck if best else np.inf)
+    stages = few.stages(problem, found.positions) if found else None
+    better = Solution(stages, found.levels, found.bottleneck) if found else best
+    return better and replace(better, lower_bound=max(free.lower_bound, better.bottleneck * (1 - 2 * CLOSE)),
+                              proof="every chain of ideals was priced")
+
+
+def _round_trip(problem: Problem, link: Link, held: frozenset[int]) -> float:
+    """Seconds there and back of the values that ``held`` hands to the rest."""
+    return sum(net.seconds(link) for net in problem.nets
+               if net.source >= 0 and 0 < len(held.intersection(net.pins)) < len(net.pins))
+
+
+def _bisect(ordered: Problem, tables: dict[Kind, np.ndarray], trips: list[np.ndarray], low: float,
+            known: float) -> Cuts | None:
+    """The shortest period of chains of places (positions of an order, or ideals), if it is below ``known``."""
     levels = _levels(ordered)
-    tables = loads_of(replace(ordered, nets=(), objective="sum"))
-    trips = [_round_trips(ordered, ordered.levels[level].link_out) for level in levels]
     steps = [(level, tables[ordered.levels[level]]) for level in levels]
 
     def attempt(limit: float) -> Cuts | None:
@@ -93,7 +117,7 @@ def _levels(problem: Problem) -> list[int]:
     return list(range(len(problem.levels))) if problem.counts is None else [0] * problem.num_stages
 
 
-def _round_trips(problem: Problem, link: Link) -> np.ndarray:
+def round_trips(problem: Problem, link: Link) -> np.ndarray:
     """Seconds there and back of the values that cross each position; ties are exchanged once per step, not here."""
     kind = replace(problem.levels[0], link_in=link)
     values = tuple(net for net in problem.nets if net.source >= 0)

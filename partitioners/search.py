@@ -53,7 +53,7 @@ def solve(problem: Problem, prefer_single_tensor: float, gap: float, time_limit:
     deadline = time.monotonic() + time_limit
     solution = _relaxed(problem, gap, deadline, progress) or optimise(problem, gap, deadline, progress)
     if solution is None:
-        raise InfeasibleError(_why_infeasible(problem, deadline))
+        raise InfeasibleError(why_infeasible(problem, deadline))
     if prefer_single_tensor > 0:
         limit = solution.bottleneck * (1 + prefer_single_tensor)
         fewest = _fewest_tensors(list(tables(problem)), limit)
@@ -140,7 +140,7 @@ def _fit(problem: Problem, bound: float, proof: str, deadline: float) -> tuple[S
     return cuts and Solution(runs(ordered, cuts), cuts.levels, cuts.bottleneck, bound, proof), True
 
 
-def _why_infeasible(problem: Problem, deadline: float) -> str:
+def why_infeasible(problem: Problem, deadline: float) -> str:
     """What does not fit, and what would."""
     text = f"no cut into {problem.num_stages} stages is possible"
     if not problem.memory_may_bind():

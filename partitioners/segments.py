@@ -176,9 +176,10 @@ def states(problem: Problem) -> tuple[list[tuple[int, ...]], dict[tuple[int, ...
 def best_cuts(problem: Problem, loads: dict[Kind, np.ndarray], positions: np.ndarray | None = None) -> Cuts | None:
     """Cuts with the smallest possible largest load; None if there are none. O(stages n^2).
 
-    Only ``positions`` may be cut, if given. Among equals, earlier cuts win, so the answer never depends on chance.
+    Only ``positions`` may be cut, if given. Among equals, earlier cuts win, so the answer never depends on chance. The
+    places may also be ideals: whatever ``loads`` has rows for, from the empty one to the full one.
     """
-    size = len(problem)
+    size = len(next(iter(loads.values()))) - 1
     places = np.arange(size + 1) if positions is None else np.unique(np.concatenate(([0], positions, [size])))
     tables = {kind: table if positions is None else table[np.ix_(places, places)] for kind, table in loads.items()}
     order, ways = states(problem)

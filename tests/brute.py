@@ -85,3 +85,55 @@ def _load(graph, stage, number, device, objective, num_microbatches, factor, dep
                 into += (latency_in + size / rate_in) / num_microbatches
                 out += (latency_out + size / rate_out) / num_microbatches
     return compute + into + out if objective == "sum" else max(compute, into, out)
+
+
+def brute_force_variant(graph, num_stages, variant, *, latency, bandwidth, memory, num_microbatches):
+    """Smallest period of 1F1B (``"1f1b"``), load of a worker with two stages (``"turns"``), or load of a stage that
+    computes again what it must (``"recompute"``); parameters count once, stages are never empty."""
+    device = dict(name="device", link_in=(latency, bandwidth), link_out=(latency, bandwidth))
+    best, nodes, stages = math.inf, list(graph), range(num_stages)
+    for choice in itertools.product(stages, repeat=len(nodes)):
+        stage = dict(zip(nodes, choice))
+        labels = {(data["colocate"], stage[node]) for node, data in graph.nodes(data=True) if "colocate" in data}
+        if not _in_order(graph, stage) or not _all_full(graph, stage, num_stages) or len(dict(labels)) < len(labels):
+            continue
+        need = [_bytes(graph, stage, number, num_microbatches, ()) for number in stages]
+        loads = [_load(graph, stage, number, device, "sum", num_microbatches, 1.0, 1) for number in stages]
+        if variant == "recompute":
+            best = min(best, max(loads[number] + _again(graph, stage, number, num_microbatches, memory) for number in stages))
+            continue
+        workers = -(-num_stages // 2) if variant == "turns" else num_stages
+        if memory is not None and max(sum(need[worker::workers]) for worker in range(workers)) > memory:
+            continue
+        if variant == "turns":
+            best = min(best, max(sum(loads[worker::workers]) for worker in range(workers)))
+        else:
+            best = min(best, _period(graph, stage, num_stages, latency, bandwidth))
+    return best
+
+
+def _bytes(graph, stage, number, num_microbatches, dropped):
+    mine, shared = [node for node in graph if stage[node] == number], {}
+    for node in mine:
+        shared |= graph.nodes[node].get("shared") or {}
+    return sum(shared.values()) + sum(graph.nodes[node]["param_bytes"] + num_microbatches * (
+        0 if node in dropped else graph.nodes[node]["activation_bytes"]) for node in mine)
+
+
+def _again(graph, stage, number, num_microbatches, memory):
+    """Least seconds of computing again that make the stage fit."""
+    mine = [node for node in graph if stage[node] == number]
+    return min((sum(graph.nodes[node]["forward"] for node in dropped)
+                for count in range(len(mine) + 1) for dropped in itertools.combinations(mine, count)
+                if _bytes(graph, stage, number, num_microbatches, dropped) <= memory), default=math.inf)
+
+
+def _period(graph, stage, num_stages, latency, bandwidth):
+    times, trips = [0.0] * num_stages, [0.0] * num_stages
+    for node, data in graph.nodes(data=True):
+        times[stage[node]] += data["forward"] + data["backward"]
+        last = max([stage[reader] for reader in graph.successors(node)], default=stage[node])
+        for cut in range(stage[node], last):
+            trips[cut] += (2 if data["gradient"] else 1) * (latency + data["output_bytes"] / bandwidth)
+    return max((sum(times[first:last + 1]) + sum(trips[first:last])) / (last - first + 1)
+               for first in range(num_stages) for last in range(first, num_stages))

@@ -5,6 +5,7 @@ import random
 
 import networkx as nx
 import pytest
+from brute import brute_force_variant
 
 from partitioners import InfeasibleError, MemoryModel, PartitionError, Plan, partition, read_workload, verify
 from partitioners.period import period
@@ -94,6 +95,42 @@ def _cheapest(graph, nodes, memory):
         if need <= memory:
             best = min(best, sum(graph.nodes[node]["forward"] * (1 + flag) + 2.0 for node, flag in zip(nodes, flags)))
     return best
+
+
+def branching(chance, colocated):
+    graph = nx.DiGraph()
+    for node in range(chance.randint(4, 6)):
+        graph.add_node(node, forward=chance.choice([1, 2, 3, 5, 0.5]), backward=chance.choice([0, 2.0]), order=node,
+                       output_bytes=chance.choice([0, 1, 2]), gradient=chance.random() < 0.7,
+                       param_bytes=chance.choice([1, 1, 2]), activation_bytes=chance.choice([0, 2, 4]))
+        graph.nodes[node].update({"colocate": 0} if colocated and chance.random() < 0.2 else {})
+        graph.nodes[node].update({"shared": {"w": 2}} if chance.random() < 0.1 else {})
+        graph.add_edges_from((before, node) for before in chance.sample(range(node), min(node, chance.choice([1, 1, 2]))))
+    return graph
+
+
+@pytest.mark.parametrize("variant, exact", [("1f1b", True), ("recompute", True), ("turns", False)])
+@pytest.mark.parametrize("seed", range(5))
+def test_variants_on_random_graphs(variant, exact, seed):
+    chance = random.Random(seed)
+    for _ in range(25):
+        graph = branching(chance, colocated=variant != "recompute")
+        stages, batches = chance.choice([3, 4] if variant == "turns" else [2, 3]), chance.choice([1, 2])
+        total = sum(data["param_bytes"] + batches * data["activation_bytes"] for _, data in graph.nodes(data=True))
+        latency, bandwidth = chance.choice([(0.0, 1e30), (0.2, 4.0), (1.0, 1.0)])
+        memory = chance.choice([0.3, 0.4, 0.5, 0.6] if variant == "recompute" else [None, 0.5, 0.7])
+        limits = dict(latency=latency, bandwidth=bandwidth, memory=memory and memory * total, num_microbatches=batches)
+        best = brute_force_variant(graph, stages, variant, **limits)
+        try:
+            plan = partition(graph, stages, prefer_single_tensor=0, memory_model=MemoryModel(1.0, "gpipe"), **limits,
+                             **{"1f1b": {"objective": "1f1b"}, "recompute": {"recompute": True},
+                                "turns": {"stages_per_worker": 2}}[variant])
+        except PartitionError:
+            assert best == float("inf")
+            continue
+        verify(plan, graph)
+        assert plan.lower_bound <= best * (1 + 1e-9) and best <= plan.bottleneck * (1 + 1e-9)
+        assert not exact or plan.bottleneck == pytest.approx(best, rel=1e-9)
 
 
 def test_recomputation_only_where_memory_needs_it():
