@@ -79,6 +79,30 @@ def fifo(draw, rows, _):
     row[i], row[j] = row[j], row[i]
 
 
+def late_receive(draw, rows, _):
+    """A receive is posted after the action that needs it."""
+    row = draw.choice([row for row in rows if any(action[0] in ("RA", "RG") for action in row)])
+    receive = draw.choice([action for action in row if action[0] in ("RA", "RG")])
+    needs = ("F",) if receive[0] == "RA" else ("B", "I")
+    at = next(i for i, action in enumerate(row) if action[0] in needs and action[1:3] == receive[1:3])
+    row.insert(at, row.pop(row.index(receive)))
+
+
+def wrong_peer(draw, rows, program):
+    """One side of a message names another stage."""
+    row = draw.choice([row for row in rows if any(action[3] >= 0 for action in row)])
+    i = draw.choice([i for i, action in enumerate(row) if action[3] >= 0])
+    others = [s for s in range(program.topology.num_stages) if s != row[i][3]]
+    row[i] = (*row[i][:3], draw.choice(others))
+
+
+def wrong_kind(draw, rows, _):
+    """An activation is taken for a gradient, or the other way round."""
+    row = draw.choice([row for row in rows if any(action[3] >= 0 for action in row)])
+    i = draw.choice([i for i, action in enumerate(row) if action[3] >= 0])
+    row[i] = (row[i][0][0] + ("G" if row[i][0][1] == "A" else "A"), *row[i][1:])
+
+
 def cycle(draw, rows, program):
     """Stage s runs backward k before forward j, though the next stage runs forward j before backward k."""
     owner = program.topology.worker_of
@@ -94,7 +118,7 @@ def cycle(draw, rows, program):
     row.insert(row.index(("F", s, j, -1)), back)
 
 
-FAULTS = (drop, duplicate, wrong_worker, swap, send_too_early, fifo, cycle)
+FAULTS = (drop, duplicate, wrong_worker, swap, send_too_early, late_receive, wrong_peer, wrong_kind, fifo, cycle)
 
 
 def test_every_seeded_fault_is_found():
