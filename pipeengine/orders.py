@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from pipeengine.errors import ScheduleError
 from pipeengine.program import lower
-from pipeengine.schedules import build, forward_schedule
+from pipeengine.schedules import SCHEDULES, build, find, forward_schedule
 from pipeengine.schedules.form import Edge, I, Schedule
 from pipeengine.timeline import OPS, Costs, simulate
 
@@ -31,6 +31,10 @@ class Orders:
     worker: int
     costs: Costs | None = None
     _known: dict[tuple, object] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.schedule, str) and self.schedule not in SCHEDULES:
+            object.__setattr__(self, "schedule", find(self.schedule))
 
     @property
     def name(self) -> str:

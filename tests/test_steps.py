@@ -489,3 +489,16 @@ def test_dropout_over_workers_is_that_of_one_process(schedule):
         for name, grad in found[1].items():
             worst, _ = worst_difference({name: gradients(model)[name]}, {name: grad})
             assert worst <= 1e-6, (name, worst)
+
+
+def test_an_own_order_is_a_file_and_a_broken_one_is_refused_with_its_lines(tmp_path):
+    file = tmp_path / "mine.csv"
+    file.write_text("0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n")
+    model, example = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))), (torch.randn(4, 4),)
+    options = dict(num_microbatches=2, loss_fn=F.mse_loss, schedule=str(file))
+    pipe = pipeline(model, example, **options)
+    loss = pipe.step(*example, target=torch.zeros(4, 4))
+    assert loss == pytest.approx(float(F.mse_loss(model(*example), torch.zeros(4, 4)))) and "schedule mine" in str(pipe.report())
+    file.write_text("0F0,0B0,0F1,0B1\n1F1,1F0,1B1,1B0\n")
+    with pytest.raises(pe.ScheduleError, match="worker 0, line 2: 0B0 waits for worker 1, line 4: 1B0"):
+        pipeline(model, example, **options)
