@@ -209,8 +209,8 @@ def _chrome(args: argparse.Namespace, results: list[_Result], refused: object) -
 # ---------------------------------------------------------------- all of them
 
 def _table(args: argparse.Namespace, results: list[_Result], refused: list[tuple[str, PipeEngineError]]) -> str:
-    heads = ("schedule", "stages", "makespan", "span", "bubble", "fill/drain", "imbalance", "comm.", "peak", "messages")
-    rows = [(r.schedule.name, str(r.schedule.topology.num_stages), seconds_text(r.timeline.makespan),
+    heads = ("schedule", "workers", "stages", "makespan", "span", "bubble", "fill/drain", "imbalance", "comm.", "peak", "messages")
+    rows = [(r.schedule.name, str(r.timeline.num_workers), str(r.schedule.topology.num_stages), seconds_text(r.timeline.makespan),
              seconds_text(r.timeline.span), f"{100 * r.bubble:.2f} %", seconds_text(r.parts.fill_drain),
              _signed(r.parts.imbalance), _signed(r.parts.communication), f"{max(r.peaks):,.4g}", f"{r.messages:,}")
             for r in sorted(results, key=lambda r: r.timeline.makespan)]
