@@ -35,8 +35,11 @@ def edges_of(plan: Plan) -> tuple[Edge, ...]:
 
 
 def predict(plan: Plan, schedule: Schedule, *, hop: float, bandwidth: float | None) -> Timeline:
-    """The timeline of one step by the plan's costs; its peaks are what the step adds to each worker's memory."""
-    timeline = simulate(schedule, costs_of(plan, hop=hop, bandwidth=bandwidth), edges_of(plan))
+    """The timeline of one step by the plan's costs; its peaks are what the step adds to each worker's memory.
+
+    A worker runs one action at a time, also where the schedule has two as one block.
+    """
+    timeline = simulate(replace(schedule, pairs=()), costs_of(plan, hop=hop, bandwidth=bandwidth), edges_of(plan))
     return replace(timeline, peak_bytes=step_bytes(plan, schedule))
 
 

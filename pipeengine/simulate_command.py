@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Callable, NamedTuple, Sequence
 
 from partitioners.plan import Plan
 from pipeengine.drawing import chrome_trace, timeline_svg, timeline_text
 from pipeengine.errors import PipeEngineError, ScheduleError
+from pipeengine.observe import costs_of, edges_of
 from pipeengine.program import check
 from pipeengine.report import seconds_text
 from pipeengine.schedules import SCHEDULES, Edge, Schedule, Topology, build, find
@@ -33,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "--plan, in bytes); auto is made for it (default those of 1F1B), others that need more are refused")
     parser.add_argument("--objective", choices=("makespan", "span"),
                         help="for auto: what to make short; default makespan")
-    parser.add_argument("--weight-activation", type=float, default=1.0, metavar="S",
-                        help="share of a micro-batch's activations kept between I and W; default 1 (the zero-bubble papers' "
-                        "tables: 0.5)")
+    parser.add_argument("--weight-activation", type=float, metavar="S",
+                        help="share of a micro-batch's activations kept between I and W; default 1, or the plan's (the "
+                        "zero-bubble papers' tables: 0.5)")
     parser.add_argument("--plan", metavar="FILE", help="take stages, times and messages from a plan instead")
     parser.add_argument("--format", choices=("text", "json", "svg", "chrome"), default="text")
     parser.add_argument("--width", type=int, default=120, help="columns of the text grid")
@@ -102,7 +103,8 @@ def _from_times(args: argparse.Namespace) -> Callable[[str], _Result]:
     times = {name: getattr(args, name) for name in _TIMES if getattr(args, name) is not None}
 
     def costs_for(topology: Topology) -> Costs:
-        return Costs.uniform(topology, **times, weight_activation=args.weight_activation)
+        kept = 1.0 if args.weight_activation is None else args.weight_activation
+        return Costs.uniform(topology, **times, weight_activation=kept)
 
     def ask(name: str) -> _Result:
         fixed = args.schedule == "all" and name not in _TAKES_STAGES
@@ -128,12 +130,9 @@ def _from_plan(args: argparse.Namespace) -> Callable[[str], _Result]:
         raise ScheduleError(f"--plan and {both[0]} both give times; give one of them")
     plan = Plan.load(args.plan)
     link = plan.setting.cluster.links[0]
-    costs = Costs([stage.forward for stage in plan.stages], backward=[stage.backward for stage in plan.stages],
-                  hop=link.latency, bandwidth=link.bandwidth,
-                  edge_bytes={(b.source, b.target): float(b.bytes) for b in plan.boundaries},
-                  activation=[stage.activation_bytes for stage in plan.stages],
-                  weight_activation=[args.weight_activation * stage.activation_bytes for stage in plan.stages])
-    edges = tuple(Edge(b.source, b.target, bool(b.values), bool(b.gradients)) for b in plan.boundaries)
+    costs, edges = costs_of(plan, hop=link.latency, bandwidth=link.bandwidth), edges_of(plan)
+    if args.weight_activation is not None:
+        costs = replace(costs, weight_activation=tuple(args.weight_activation * held for held in costs.activation))
     microbatches = args.microbatches or plan.setting.num_microbatches
 
     def ask(name: str) -> _Result:
