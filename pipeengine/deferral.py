@@ -48,6 +48,17 @@ class Deferral:
         """A row of ``weight`` per index."""
         return _Embedding.apply(self._anchor, indices, (weight,), padding_idx, scale, self.queue)
 
+    def autocast(self, method: str, *given: object) -> torch.Tensor:
+        """``method`` where autocast would cast its inputs; weights are cast inside, and their gradients back."""
+        return getattr(self, method)(*(_cast(one) if isinstance(one, torch.Tensor) and not isinstance(one, torch.nn.Parameter)
+                                       else one for one in given))
+
+
+def _cast(x: torch.Tensor) -> torch.Tensor:
+    kind = x.device.type
+    wanted = torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(kind)) if wanted else x
+
 
 def run(queue: Queue) -> None:
     """Compute and accumulate the weight gradients that were put off, letting go of what each needed.
@@ -60,7 +71,7 @@ def run(queue: Queue) -> None:
         while queue:
             parameters, compute = queue.popleft()
             for parameter, gradient in zip(parameters, compute()):
-                key = id(parameter)
+                key, gradient = id(parameter), gradient.to(parameter.dtype)
                 left[key] -= 1
                 if key in sums:
                     gradient = sums.pop(key) + gradient
@@ -100,7 +111,7 @@ class _Linear(torch.autograd.Function):
             made = rows.t().mm(x.reshape(-1, x.shape[-1]))
             return (made,) if len(trained) == 1 else (made, rows.sum(0))
         ctx.queue.append((trained, later))
-        return rows.mm(weight).view(x.shape) if ctx.needs_input_grad[0] else None, None, None, None
+        return rows.mm(weight.to(rows.dtype)).view(x.shape) if ctx.needs_input_grad[0] else None, None, None, None
 
 
 class _Addmm(torch.autograd.Function):
@@ -114,7 +125,7 @@ class _Addmm(torch.autograd.Function):
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
         ctx.queue.append((ctx.trained, lambda: (x.t().mm(gradient), gradient.sum(0))))
-        return gradient.mm(weight.t()) if ctx.needs_input_grad[0] else None, None, None, None
+        return gradient.mm(weight.to(gradient.dtype).t()) if ctx.needs_input_grad[0] else None, None, None, None
 
 
 class _Convolution(torch.autograd.Function):
@@ -122,12 +133,14 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x, anchor, trained, settings, queue):
         ctx.save_for_backward(x, trained[0])
         ctx.trained, ctx.settings, ctx.queue = trained, settings, queue
-        return torch.convolution(x, trained[0], trained[1] if len(trained) > 1 else None, *settings)
+        weight, *bias = (parameter.to(x.dtype) for parameter in trained)
+        return torch.convolution(x, weight, bias[0] if bias else None, *settings)
 
     @staticmethod
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
         settings, trained = ctx.settings, ctx.trained
+        weight = weight.to(x.dtype)
         transposed, groups = settings[3], settings[5]
         sizes = None if len(trained) == 1 else [weight.shape[1] * groups if transposed else weight.shape[0]]
 
@@ -181,8 +194,22 @@ def _needs_gradient(node: Node, recording: Recording) -> bool:
 
 
 def _replacement(node: Node, recording: Recording, model: torch.nn.Module) -> Replacement | None:
-    if not node.modes.grad or node.modes.inference or node.modes.autocast or node.recompute or node.random or node.kwargs:
+    if not node.modes.grad or node.modes.inference or node.recompute or node.random or node.kwargs:
         return None
+    made = _layer(node, recording, model)
+    if made is None or not node.modes.autocast or made[0] == "embedding":
+        return made
+    return ("autocast", (made[0], *made[1])) if _is_cast_once(node, recording) else None
+
+
+def _is_cast_once(node: Node, recording: Recording) -> bool:
+    """Under autocast, gradients of a weight that is read twice are added up in the lower precision: those are left alone."""
+    own = _parameters(node, recording)
+    return sum(bool(own & _parameters(other, recording)) for other in recording.nodes) == 1 \
+        and all(recording.values[v].spec.dtype == torch.float32 for v in own)
+
+
+def _layer(node: Node, recording: Recording, model: torch.nn.Module) -> Replacement | None:
     if node.is_module:
         return _module_replacement(node, recording, model)
     if node.target is torch.nn.functional.linear:

@@ -243,10 +243,33 @@ class Looked(nn.Module):
         return sum(layer(x).square().mean() for layer in self.layers)
 
 
-def test_autocast_and_checkpoints_are_left_alone():
-    """What they compute with is not the parameter itself, or comes to be in backward."""
+def test_autocast_waits_where_each_weight_is_read_once():
+    """Gradients of a weight that is cast once and read twice are added up before they are cast back."""
     with torch.autocast("cpu", torch.bfloat16):
-        assert not waiting(zoo_blocks(), X, Y)
+        assert waiting(zoo_blocks(), X, Y) == linears(0, 1, 2, 3) | HEAD
+        assert waiting(UsedTwice(), X, Y) == HEAD
+
+
+class Autocast(zoo.Blocks):
+    """Blocks, a convolution and a matrix under autocast, an embedding too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.matrix = nn.Conv1d(LENGTH, LENGTH, 3, padding=1), nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.table = nn.Embedding(7, WIDTH)
+
+    def forward(self, x, y):
+        x = x + self.table(torch.arange(LENGTH) % 7)
+        with torch.autocast("cpu", torch.bfloat16):
+            for block in self.blocks:
+                x = block(x)
+            x = self.conv(x) + F.linear(x, self.matrix)
+            x = torch.addmm(self.blocks[0].up.bias[:WIDTH], x.flatten(0, 1), self.matrix).unflatten(0, (-1, LENGTH))
+        return self.loss(x.float(), y)
+
+
+def test_checkpoints_are_left_alone():
+    """What they compute with comes to be in backward."""
     assert waiting(zoo.AWKWARD["Checkpointed"].build(), X, Y) == HEAD
 
 
@@ -264,7 +287,7 @@ def plain(factory: Callable[[], nn.Module], inputs: Callable[[int], tuple] = lam
 
 
 MODELS = {case.name: case for case in (
-    plain(Penalised), plain(UsedTwice), plain(TiedByAnotherName), plain(Glue, lambda seed: (X + seed,)),
+    plain(Penalised), plain(UsedTwice), plain(TiedByAnotherName), plain(Autocast), plain(Glue, lambda seed: (X + seed,)),
     plain(Convolutions, lambda seed: (torch.randn(ROWS, 3, 9, 9, generator=zoo.draws(seed)),)),
     *(zoo.AWKWARD[name] for name in ("TiedHead", "TiedNeighbours", "FrozenAndUnused", "GradientReversal", "Checkpointed",
                                      "CheckpointedReentrant", "GlueParameters", "MixedPrecision", "Recurrent", "Transformer",
