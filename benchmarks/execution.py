@@ -20,7 +20,7 @@ import subprocess
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from unittest import mock
@@ -263,7 +263,7 @@ def table(options: argparse.Namespace) -> None:
     print(f"\nmeasured beside simulated: {min(off):+.1%} to {max(off):+.1%}, median {statistics.median(off):+.1%}; "
           f"stages take {1e3 * min(min(row['stages']) for row in rows):.1f} ms and more")
     if options.svg:
-        options.svg.write_text(draw(cells))
+        options.svg.write_text(draw(cells, options.kinds, options.counts))
 
 
 def _cell(row: dict | None) -> str:
@@ -274,18 +274,18 @@ def _cell(row: dict | None) -> str:
 
 # -- the picture ------------------------------------------------------------------------------------------------------
 
-NAMES, PANEL, ROW, TOP, GAP = 118, 270, 15, 54, 40      # pixels
+NAMES, PANEL, ROW, TOP, GAP = 118, 330, 15, 54, 40      # pixels
 
 
-def draw(cells: dict[tuple[str, int, str], dict]) -> str:
+def draw(cells: dict[tuple[str, int, str], dict], kinds: Sequence[str], counts: Sequence[int]) -> str:
     """Panels of bars: measured seconds, with a line where the simulation ended; the quickest schedule is dark."""
     height = len(RUN) * ROW + GAP
-    width, whole = NAMES + len(COUNTS) * PANEL + 12, TOP + len(MODELS) * height
+    width, whole = NAMES + len(counts) * PANEL + 12, TOP + len(kinds) * height
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {whole}" width="{width}" height="{whole}" '
              'font-family="Helvetica, Arial, sans-serif" font-size="11">', '<rect width="100%" height="100%" fill="white"/>',
              _text(12, 20, "Milliseconds of a step: bars measured, black lines simulated before", size=14)]
-    for row, kind in enumerate(MODELS):
-        for column, count in enumerate(COUNTS):
+    for row, kind in enumerate(kinds):
+        for column, count in enumerate(counts):
             own = {schedule: cells[kind, count, schedule] for schedule in RUN if (kind, count, schedule) in cells}
             parts += _panel(NAMES + column * PANEL, TOP + row * height, f"{kind}, {count} micro-batches", own, column == 0)
     return "\n".join([*parts, "</svg>"]) + "\n"

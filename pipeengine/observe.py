@@ -16,15 +16,17 @@ from pipeengine.timeline import Costs, Timeline, simulate
 Record = tuple[str, int, int, float, float]         # op, stage, micro-batch, start and end in seconds of the step
 
 
-def costs_of(plan: Plan, *, hop: float, bandwidth: float | None) -> Costs:
-    """The plan's stage costs, as the simulator takes them."""
-    stages = plan.stages
-    halves = {}
+def costs_of(plan: Plan, *, hop: float, bandwidth: float | None, handling: float = 0.0) -> Costs:
+    """The plan's stage costs, as the simulator takes them; who sends a message spends ``handling`` seconds on it."""
+    stages, halves = plan.stages, {}
+    sends = [handling * sum(b.source == stage and bool(b.values) for b in plan.boundaries) for stage in range(len(stages))]
+    returns = [handling * sum(b.target == stage and bool(b.gradients) for b in plan.boundaries) for stage in range(len(stages))]
     if any(stage.weight_grad for stage in stages):      # else backward is halved where a schedule halves it
         halves = {"weight_grad": tuple(stage.weight_grad for stage in stages),
-                  "input_grad": tuple(stage.backward - stage.weight_grad for stage in stages),
+                  "input_grad": tuple(stage.backward - stage.weight_grad + own for stage, own in zip(stages, returns)),
                   "weight_activation": tuple(stage.kept_bytes for stage in stages)}
-    return Costs(forward=tuple(stage.forward for stage in stages), backward=tuple(stage.backward for stage in stages), **halves,
+    return Costs(forward=tuple(stage.forward + own for stage, own in zip(stages, sends)),
+                 backward=tuple(stage.backward + own for stage, own in zip(stages, returns)), **halves,
                  hop=hop, bandwidth=bandwidth, edge_bytes={(b.source, b.target): float(b.bytes) for b in plan.boundaries},
                  activation=tuple(float(stage.activation_bytes) for stage in stages))
 
@@ -34,12 +36,12 @@ def edges_of(plan: Plan) -> tuple[Edge, ...]:
     return tuple(Edge(b.source, b.target, bool(b.values), bool(b.gradients)) for b in plan.boundaries)
 
 
-def predict(plan: Plan, schedule: Schedule, *, hop: float, bandwidth: float | None) -> Timeline:
+def predict(plan: Plan, schedule: Schedule, **link: float | None) -> Timeline:
     """The timeline of one step by the plan's costs; its peaks are what the step adds to each worker's memory.
 
-    A worker runs one action at a time, also where the schedule has two as one block.
+    A worker runs one action at a time, also where the schedule has two as one block. ``link`` is as ``costs_of`` takes it.
     """
-    timeline = simulate(replace(schedule, pairs=()), costs_of(plan, hop=hop, bandwidth=bandwidth), edges_of(plan))
+    timeline = simulate(replace(schedule, pairs=()), costs_of(plan, **link), edges_of(plan))
     return replace(timeline, peak_bytes=step_bytes(plan, schedule))
 
 
