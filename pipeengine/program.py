@@ -125,8 +125,9 @@ class _Messages(NamedTuple):
     time: np.ndarray
 
 
-QUEUED = 4096
-"""Up to so many messages their order is found by playing one shared channel through."""
+QUEUED, QUEUED_IF_BUSY = 4096, 65_536
+"""Up to so many messages their order is found by playing one shared channel through; the second where one is busy for a
+fifth of the time or more."""
 
 
 def lower(schedule: Schedule, edges: Sequence[Edge] | None = None, costs: Costs | None = None, *,
@@ -175,8 +176,8 @@ def _events(schedule: Schedule, edges: Sequence[Edge], costs: Costs, timeline: T
             window: int | None) -> tuple[np.ndarray, list[_Messages]]:
     """When each action begins; and all messages with their times, in the order that decides between equal times."""
     parts = list(_unqueued(schedule, edges, timeline, window))
-    count, latencies = sum(len(part.made) for part in parts), [costs.latency(part.edge) for part in parts]
-    if not any(latencies) or count > QUEUED:
+    latencies = [costs.latency(part.edge) for part in parts]
+    if not _collide(parts, latencies, timeline):
         return timeline.start, parts
     duration = timeline.end - timeline.start
     columns = [np.concatenate(column) for column in zip(*((part.made, part.used, part.after) for part in parts))]
@@ -189,6 +190,14 @@ def _events(schedule: Schedule, edges: Sequence[Edge], costs: Costs, timeline: T
     cuts = np.cumsum(size)[:-1]
     return times.begin, [part._replace(ready=ready, time=sent) for part, ready, sent in
                          zip(parts, np.split(times.ready, cuts), np.split(times.sent, cuts))]
+
+
+def _collide(parts: Sequence[_Messages], latencies: Sequence[float], timeline: Timeline) -> bool:
+    """Whether messages are long enough to be in each other's way, and few enough to find out how."""
+    count, busy = sum(len(part.made) for part in parts), np.zeros(timeline.num_workers)
+    for part, latency in zip(parts, latencies):
+        busy[[part.sender, part.receiver]] += latency * len(part.made)
+    return bool(busy.any()) and count <= (QUEUED if busy.max() < 0.2 * timeline.makespan else QUEUED_IF_BUSY)
 
 
 def _unqueued(schedule: Schedule, edges: Sequence[Edge], timeline: Timeline, window: int | None) -> Iterator[_Messages]:

@@ -184,6 +184,15 @@ def test_one_shared_channel_with_unequal_stages(name):
         assert sum(losses) / len(losses) <= mean, hop
 
 
+def test_a_busy_channel_is_played_through_also_where_messages_are_many():
+    """8 stages per worker: messages fill half of a channel's time; by the times of free ones alone 17 % would be lost."""
+    schedule = build("interleaved-1f1b", num_workers=8, num_microbatches=64, stages_per_worker=8)
+    costs = Costs.uniform(schedule.topology, hop=0.05)
+    program = lower(schedule, costs=costs)
+    assert program.num_actions - schedule.num_actions > 2 * 4096
+    assert simulate_channel(program, costs).makespan <= simulate(program, costs).makespan * 1.01
+
+
 def test_messages_on_a_shared_channel_follow_each_other():
     program = lower(build("zb-v", num_workers=4, num_microbatches=8))
     timeline = simulate_channel(program, Costs.uniform(program.topology, hop=0.3))
