@@ -160,7 +160,7 @@ def _again(*arguments: str) -> object:
 
 BLOCKS, LENGTH, ROWS_EACH = 8, 64, 2            # rows of a micro-batch
 MODELS = {"equal": 256, "heavy head": 12288, "heavy head, planned": 12288}         # tokens of the vocabulary
-COUNTS = (4, 8, 16)
+COUNTS = (4, 8)
 
 
 def gpt(kind: str) -> tuple[nn.Module, Callable[[int], dict]]:
