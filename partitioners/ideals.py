@@ -212,7 +212,8 @@ class _Pricer:
         times = problem.times[kind.device]
         self.work = ideals.sums(np.where(np.isfinite(times), times, 0.0))
         self.forbidden = None if np.isfinite(times).all() else ideals.sums((~np.isfinite(times)).astype(float))
-        self.pays = kind.device.pays_link and bool(problem.nets)
+        self.pays = kind.device.pays_link and any(net.seconds(kind.link_in) or net.seconds(kind.link_out)
+                                                  for net in problem.nets)
         self.symmetric = problem.objective == "sum" and kind.symmetric
         self.memory = None
         if kind.device.memory is not None and problem.memory_may_bind():

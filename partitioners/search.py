@@ -26,7 +26,8 @@ SAME = 1 + 1e-12
 FEW_IDEALS = 30_000         # tried before anything that is not exact, where memory binds
 MOST_STATES = 6_000_000      # ideals times stages whose loads are kept at once
 MOST_SWEPT = 1500   # items beyond which integer programmes are too slow to help
-PATIENCE = 10.0     # seconds of search where no time limit is given and a few per cent do not matter
+PATIENCE = 3.0     # seconds of search where no time limit is given and a few per cent do not matter
+LAST = 1.5          # seconds for a bound when the time is up
 EFFORT = 55.0       # seconds that sweeps may take where no time limit is given
 MANY_ORDERS, FEW_ORDERS = 4, 2    # of short and of long problems
 HUGE = 20_000       # items beyond which only orders are cut, and the gap told
@@ -184,6 +185,8 @@ def _by_ideals(problem: Problem, whole: Problem, best: Solution | None, gap: flo
             chain = best_chain(problem, best.bottleneck if best else np.inf, limit=_most_ideals(problem),
                                deadline=deadline)
     except TooMany as reason:
+        if best is not None and problem.nets and time.monotonic() > deadline:
+            best = _with_free_links(problem, best, gap)
         if best is None or not can_sweep(problem) or len(problem) > MOST_SWEPT or _gap(best) <= gap:
             return best
         if progress:
@@ -194,6 +197,14 @@ def _by_ideals(problem: Problem, whole: Problem, best: Solution | None, gap: flo
         stages = tuple(tuple(node for item in stage for node in problem.items[item]) for stage in chain.stages)
         return Solution(stages, chain.levels, chain.bottleneck, chain.bottleneck, proof)
     return None if best is None else replace(best, lower_bound=best.bottleneck, proof=proof)
+
+
+def _with_free_links(problem: Problem, best: Solution, gap: float) -> Solution:
+    """``best`` with the bound of free links: cuts then balance so well that few ideals are left to look at."""
+    free = optimise(replace(problem, nets=(), objective="sum"), gap, time.monotonic() + LAST, None)
+    if free is None or free.lower_bound <= best.lower_bound:
+        return best
+    return replace(best, lower_bound=min(free.lower_bound, best.bottleneck), proof=f"if links were free: {free.proof}")
 
 
 def _few_ideals(problem: Problem, whole: Problem, best: Solution | None,
