@@ -5,13 +5,16 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from partitioners.bounds import simple_bound
 from partitioners.coarse import crossing_tensors, merge_runs, promising_positions
 from partitioners.errors import InfeasibleError, PartitionError
-from partitioners.orders import candidate_orders
+from partitioners.ideals import Lattice, lattice
+from partitioners.memory import item_bytes
+from partitioners.orders import candidate_orders, through
 from partitioners.plan import format_seconds
 from partitioners.problem import Problem, reorder
 from partitioners.search import Solution
@@ -19,14 +22,17 @@ from partitioners.segments import best_cuts, segment_loads, segment_memory
 
 LONG, WINDOWS, RESTARTS, ROUNDS = 800, 600, 60, 60
 FEW = 1000      # ways to cut an order that are simply all priced
+FEW_IDEALS, MOST_WAYS = 150, 2000       # up to which all chains of ideals are
+Way = tuple[tuple[tuple[float, float], ...], tuple[int, ...]]       # load and memory of each worker, the ideals so far
+Ways = dict[int, list[Way]]                 # by the last ideal
 Found = tuple[float, Problem, np.ndarray]    # largest load of a worker, the order, the cuts
 
 
 def interleave(problem: Problem, worker_of: Sequence[int], prefer_single_tensor: float, time_limit: float | None,
                progress: Callable[[str], None] | None) -> Solution:
-    """Stage ``s`` lives on ``worker_of[s]``. Hill climbing over the cuts of several orders, from many starts.
-
-    The bound is all work shared out perfectly, or the heaviest item. Of cuts within ``prefer_single_tensor`` of the best
+    """Stage ``s`` lives on ``worker_of[s]``. Every chain of ideals where they are few; else hill climbing over the cuts of
+    several orders, from many starts, and the bound is all work shared out perfectly, or the heaviest item.
+    Of cuts within ``prefer_single_tensor`` of the best
     found, those whose boundaries carry the fewest tensors.
     """
     if len(problem.levels) > 1:
@@ -36,6 +42,10 @@ def interleave(problem: Problem, worker_of: Sequence[int], prefer_single_tensor:
     bound, proof = (work, "all work shared out perfectly") if work > bound else (bound, proof)
     deadline = time.monotonic() + (30.0 if time_limit is None else time_limit)
     best = _climb_all(list(_orders(problem, None)), worker_of, bound, deadline)
+    better, is_all = _of_all_ideals(problem, worker_of, best[0] if best else np.inf)
+    best = better or best
+    if best is not None and is_all:
+        bound, proof = best[0], "every chain of ideals was priced"
     if best is None:
         raise InfeasibleError(f"no cut into {problem.num_stages} stages on {max(worker_of) + 1} workers fits; "
                               "try more memory per worker or fewer stages")
@@ -46,6 +56,66 @@ def interleave(problem: Problem, worker_of: Sequence[int], prefer_single_tensor:
     load, ordered, cuts = best
     stages = tuple(sum(ordered.items[a:b], ()) for a, b in zip(cuts, cuts[1:]))
     return Solution(stages, (0,) * problem.num_stages, load, bound, proof)
+
+
+def _of_all_ideals(problem: Problem, worker_of: Sequence[int], known: float) -> tuple[Found | None, bool]:
+    """The best chain of ideals below ``known``, and whether all were priced. Ways that are worse for every worker end."""
+    few = lattice(problem, FEW_IDEALS)
+    if few is None:
+        return None, False
+    table, workers = _Table.of(problem, few), max(worker_of) + 1
+    ways = {0: [(((0.0, 0.0),) * workers, (0,))]}
+    for stage, worker in enumerate(worker_of):
+        ways = table.extend(ways, worker, known, is_last=stage == len(worker_of) - 1)
+        if sum(map(len, ways.values())) > MOST_WAYS:
+            return None, False
+    if not ways:
+        return None, True
+    needs, chain = min(ways[len(few.items) - 1], key=lambda way: max(load for load, _ in way[0]))
+    ideals = [few.items[place] for place in chain[1:]]
+    load = max(load for load, _ in needs)
+    return (load, reorder(problem, through(problem, ideals)), np.array([0, *map(len, ideals)])), True
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Between ideals: load and memory of a stage. ``left`` is the work after each, ``room`` the memory of a worker."""
+    loads: np.ndarray
+    memory: np.ndarray
+    left: np.ndarray
+    room: float
+
+    @classmethod
+    def of(cls, problem: Problem, few: Lattice) -> _Table:
+        kind, size = problem.levels[0], len(few.items)
+        loads, times = few.loads[kind], problem.times[kind.device]
+        memory = np.zeros((size, size))
+        if problem.memory_may_bind():
+            for start, end in zip(*np.nonzero(np.isfinite(loads))):
+                memory[start, end] = item_bytes(problem, sorted(few.items[end] - few.items[start]), kind.in_flight)
+        left = np.array([times.sum() - times[sorted(held)].sum() for held in few.items])
+        return cls(loads, memory, left, np.inf if kind.device.memory is None else kind.device.memory * (1 + 1e-12))
+
+    def extend(self, ways: Ways, worker: int, known: float, *, is_last: bool) -> Ways:
+        """One stage more for every way, where what is left can still be shared out below ``known``."""
+        found: Ways = {}
+        for start, own in ways.items():
+            ends = np.flatnonzero(self.loads[start] < known)
+            for end in ends[(ends == len(self.left) - 1) == is_last].tolist():
+                for needs, chain in own:
+                    load, held = needs[worker][0] + float(self.loads[start, end]), needs[worker][1] + float(self.memory[start, end])
+                    made = (*needs[:worker], (load, held), *needs[worker + 1:])
+                    spare = sum(known - each for each, _ in made) if known < np.inf else np.inf
+                    if load < known * (1 - 1e-12) and held <= self.room and spare >= self.left[end] * (1 - 1e-12):
+                        found.setdefault(end, []).append((made, (*chain, end)))
+        return {end: _undominated(own) for end, own in found.items()}
+
+
+def _undominated(ways: list[Way]) -> list[Way]:
+    """Those for which no other is as good for every worker; of equals, the first."""
+    ways = sorted(ways)
+    needs = np.array([own for own, _ in ways])
+    return [way for place, way in enumerate(ways) if not (needs[:place] <= needs[place]).all(axis=(1, 2)).any()]
 
 
 def _fewest(problem: Problem, worker_of: Sequence[int], bound: float, limit: float, deadline: float) -> Found | None:

@@ -42,7 +42,11 @@ def with_memory(problem: Problem, size: float | None) -> Problem:
 def stage_bytes(problem: Problem, stage: Iterable[Node], in_flight: int) -> float:
     """Bytes that a stage of these nodes needs, before any recomputation."""
     nodes = set(stage)
-    items = [item for item, group in enumerate(problem.items) if group[0] in nodes]
+    return item_bytes(problem, [item for item, group in enumerate(problem.items) if group[0] in nodes], in_flight)
+
+
+def item_bytes(problem: Problem, items: list[int], in_flight: int) -> float:
+    """Bytes that a stage of these items needs, before any recomputation."""
     held = sum(size for pins, size in problem.shared if not set(pins).isdisjoint(items))
     return float(problem.fixed_bytes[items].sum() + in_flight * problem.activation_bytes[items].sum()
                  + problem.workspace_bytes[items].max(initial=0.0) + held)

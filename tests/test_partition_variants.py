@@ -109,9 +109,9 @@ def branching(chance, colocated):
     return graph
 
 
-@pytest.mark.parametrize("variant, exact", [("1f1b", True), ("recompute", True), ("turns", False)])
+@pytest.mark.parametrize("variant", ("1f1b", "recompute", "turns"))
 @pytest.mark.parametrize("seed", range(5))
-def test_variants_on_random_graphs(variant, exact, seed):
+def test_variants_on_random_graphs(variant, seed):
     chance = random.Random(seed)
     for _ in range(25):
         graph = branching(chance, colocated=variant != "recompute")
@@ -129,8 +129,8 @@ def test_variants_on_random_graphs(variant, exact, seed):
             assert best == float("inf")
             continue
         verify(plan, graph)
-        assert plan.lower_bound <= best * (1 + 1e-9) and best <= plan.bottleneck * (1 + 1e-9)
-        assert not exact or plan.bottleneck == pytest.approx(best, rel=1e-9)
+        assert plan.lower_bound <= best * (1 + 1e-9)
+        assert plan.bottleneck == pytest.approx(best, rel=1e-9)
 
 
 def test_recomputation_only_where_memory_needs_it():
