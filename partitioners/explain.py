@@ -1,7 +1,7 @@
 """Why a plan is as it is, in the model's own names: each cut, its second choice, and what limits further gain."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import networkx as nx
@@ -194,7 +194,7 @@ def _tell(plan: Plan, graph: nx.DiGraph, names: dict[str, object], story: CutSto
     load = plan.stages[story.stage].load, plan.stages[story.stage + 1].load
     lines = [f"cut {story.stage} | {story.stage + 1}: after {_title(graph, names, story.last)}, before "
              f"{_title(graph, names, story.first)}: loads {format_seconds(load[0])} | {format_seconds(load[1])}, "
-             f"{len(values)} tensor{'s' * (len(values) != 1)} of {format_bytes(sum(_size(graph, names, v) for v in values))}"]
+             f"{len(values)} tensor{'s' * (len(values) != 1)} of {_weight([graph.nodes[names[v]] for v in values])}"]
     if story.second is None:
         lines.append("    there is no other place for it")
     else:
@@ -209,8 +209,10 @@ def _change(value: float, known: float) -> str:
     return "the same" if abs(change) < 5e-5 else f"{change:+.2%}"
 
 
-def _size(graph: nx.DiGraph, names: dict[str, object], name: str) -> float:
-    return float(graph.nodes[names[name]].get("output_bytes", 0.0))
+def _weight(values: Sequence[dict]) -> str:
+    """Bytes of the values, or their seconds on a link where a file says only those."""
+    size = sum(float(data.get("output_bytes", 0.0)) for data in values)
+    return format_bytes(size) if size else format_seconds(sum(float(data.get("transfer") or 0.0) for data in values))
 
 
 def _tell_limits(plan: Plan, found: Limits) -> list[str]:
