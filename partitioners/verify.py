@@ -17,11 +17,7 @@ def verify(plan: Plan, graph: nx.DiGraph) -> None:
     """Raise ``PlanError`` unless every figure and every promise of ``plan`` holds on ``graph``."""
     if plan.graph_digest != digest(graph):
         raise PlanError(f"the plan was made for graph {plan.graph_digest}, this one is {digest(graph)}; plan it again")
-    stage = {node: plan.stage_of.get(str(node), -1) for node in graph}
-    for node, place in stage.items():
-        if not 0 <= place < plan.num_stages:
-            raise PlanError(f"node {str(node)!r} is on stage {place} of {plan.num_stages}")
-    _check_rules(plan, graph, stage)
+    stage = check_rules(plan, graph)
     _check_stages(plan, graph, stage)
     _check_boundaries(plan, graph, stage)
     _check_workers(plan)
@@ -42,8 +38,13 @@ def _same(name: str, claimed: float, found: float, scale: float = 0.0) -> None:
         raise PlanError(f"the plan says {name} = {claimed!r}, the graph says {found!r}")
 
 
-def _check_rules(plan: Plan, graph: nx.DiGraph, stage: dict) -> None:
-    """Order, co-location, allowed classes, stages that hold something."""
+def check_rules(plan: Plan, graph: nx.DiGraph) -> dict:
+    """The stage of every node. Raises ``PlanError`` where order, co-location, allowed classes or stages that hold nothing
+    forbid them, whatever the costs."""
+    stage = {node: plan.stage_of.get(str(node), -1) for node in graph}
+    for node, place in stage.items():
+        if not 0 <= place < plan.num_stages:
+            raise PlanError(f"node {str(node)!r} is on stage {place} of {plan.num_stages}")
     homes: dict = {}
     for node, data in graph.nodes(data=True):
         label = data.get("colocate")
@@ -61,6 +62,7 @@ def _check_rules(plan: Plan, graph: nx.DiGraph, stage: dict) -> None:
         missing = set(range(plan.num_stages)) - (owners or set(stage.values()))
         if missing:
             raise PlanError(f"stages {sorted(missing)} hold nothing to train")
+    return stage
 
 
 def _check_stages(plan: Plan, graph: nx.DiGraph, stage: dict) -> None:

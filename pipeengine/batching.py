@@ -70,6 +70,7 @@ def take_apart(inputs: Inputs, *, names: Sequence[str], batch_dims: Mapping[str,
         raise InputError(f"batch_dims names {sorted(unknown)}, the inputs are {[name for name, _ in named]}")
     tensors: list[torch.Tensor] = []
     wanted: list[object] = []
+    owners: list[str] = []
     seen: dict[int, int] = {}
 
     def leaf(name: str, value: object) -> object:
@@ -81,10 +82,15 @@ def take_apart(inputs: Inputs, *, names: Sequence[str], batch_dims: Mapping[str,
             seen[id(value)] = len(tensors)
             tensors.append(value)
             wanted.append(dims.get(name, "rows"))
+            owners.append(name)
         return ("tensor", seen[id(value)], tuple(value.shape), value.dtype,
                 tuple(value.stride()) if value.layout == torch.strided else value.layout)
     key = tuple((name, _hashable(encode(value, lambda x, name=name: leaf(name, x)))) for name, value in named)
     rows = _rows(tensors, wanted)
+    for tensor, want, name in zip(tensors, wanted, owners):
+        if name == "target" and want == "rows" and tensor.dim() and tensor.shape[0] not in (1, rows):
+            raise InputError(f"target has {tensor.shape[0]} rows, the batch has {rows}; give as many, or pass "
+                             "batch_dims={'target': None} if every micro-batch shall have the whole of it")
     return Batch(inputs, tuple(tensors), tuple(_dim(t, want, rows) for t, want in zip(tensors, wanted)), rows, key)
 
 

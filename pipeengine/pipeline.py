@@ -1,12 +1,14 @@
 """The user's object: hand over a model, get it trained over stages."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
@@ -16,13 +18,14 @@ import torch
 
 import partitioners
 from partitioners import Plan
+from partitioners.verify import check_rules
 from pipeengine import observe
 from pipeengine.batching import Batch, argument_names, take_apart
 from pipeengine.capturing import Inputs, capture
 from pipeengine.costs import analytic, cost_graph
 from pipeengine.dataflow import Dataflow, analyse
 from pipeengine.deferral import put_off
-from pipeengine.errors import InputError, PipeEngineError, PlanError, WorkerError
+from pipeengine.errors import InputError, PlanError, ScheduleError, WorkerError
 from pipeengine.executor import Executor, Task
 from pipeengine.fidelity import check_recording
 from pipeengine.measure import measure
@@ -33,6 +36,7 @@ from pipeengine.recorder import current_modes
 from pipeengine.recomputation import Recompute, price_modules, price_stages
 from pipeengine.recording import node_refs, refs
 from pipeengine.report import RunReport, report_text
+from pipeengine.schedules import Schedule, build
 from pipeengine.shared import Shared, SharedParameters
 from pipeengine.stage import Draw
 from pipeengine.timeline import Timeline
@@ -68,7 +72,8 @@ class Pipeline:
                  seed: int = 0, check: bool = True, recompute: bool | Collection[int | str] = False):
         self._closed: str | None = None
         self._model, self._loss_fn, self._loss_weight = model, loss_fn, loss_weight
-        self._batch_dims, self._seed, self._schedule = batch_dims, seed, schedule
+        self._batch_dims, self._seed = batch_dims, seed
+        self._schedule = str(schedule) if isinstance(schedule, Path) else schedule
         self._device = _device(model, device)
         self._recompute = recompute
         self._world: Alone | World = connect(mesh, self._device, _launched())
@@ -90,8 +95,9 @@ class Pipeline:
         self._worker_of = self._orders.worker_of
         self._own = tuple(s for s in range(self._num_stages) if self._worker_of[s] == world.rank)
         flow = world.together(lambda: self._record(example, target))
-        world.agree([self._num_stages, num_microbatches, _number(self._orders.name), _number(self._identity(flow))], None,
-                    ("num_stages", "num_microbatches", "the schedule", "the model or the example"))
+        self._agree({"num_stages": self._num_stages, "num_microbatches": num_microbatches, "schedule": self._orders.name,
+                     "seed": self._seed, "recompute": (sorted(self._again.stages), sorted(self._again.modules)),
+                     "the model or the example": f"that with hash {_number(self._identity(flow))}"})
         graph = world.together(lambda: self._price(flow, costs))
         price_modules(graph, flow, self._again.spans(flow.recording))
         self._plan: Plan = self._make_plan(graph, plan)
@@ -101,6 +107,15 @@ class Pipeline:
         world.together(lambda: self._place(flow, weights, check))
         self._connect_workers(flow)
 
+    def _agree(self, facts: Mapping[str, object]) -> None:
+        """Raise ``InputError`` on every worker unless all were given the same."""
+        everybody = self._world.gather(facts)
+        for name, first in everybody[0].items():
+            other = next((rank for rank, found in enumerate(everybody) if found[name] != first), None)
+            if other is not None:
+                raise InputError(f"workers disagree on {name}: worker 0 has {first}, worker {other} has {everybody[other][name]}; "
+                                 "start every worker with the same arguments")
+
     def _read_plan(self, plan: Plan | str | Path | None) -> Plan | None:
         """The plan that the first worker was given, on every worker."""
         world = self._world
@@ -108,6 +123,8 @@ class Pipeline:
         def read() -> dict | None:
             if plan is None or world.rank:
                 return None
+            if not isinstance(plan, (Plan, str, Path)):
+                raise InputError(f"plan is a {type(plan).__name__}; give a Plan or the path of one")
             try:
                 return (plan if isinstance(plan, Plan) else Plan.load(plan)).to_json()
             except OSError as error:
@@ -125,18 +142,40 @@ class Pipeline:
                              "ones")
         if num_stages is not None and (not isinstance(num_stages, int) or num_stages < 1):
             raise InputError(f"num_stages is {num_stages!r}; give a number of at least 1")
+        self._check_types()
+        self._num_microbatches = num_microbatches
         count = self._count_stages(num_stages, plan)
         if count % self._world.size:
             raise InputError(f"{count} stages on {self._world.size} workers; every worker holds the same number of stages: try "
                              f"num_stages={self._world.size * max(1, round(count / self._world.size))}")
-        self._num_microbatches = num_microbatches
         # An unknown schedule is refused before anything else is done.
         Orders(self._schedule, count, num_microbatches, self._world.size, self._world.rank).build()
 
+    def _check_types(self) -> None:
+        """What is not used until later is refused at once."""
+        for name, value, fits, wanted in (
+                ("schedule", self._schedule, isinstance(self._schedule, (str, Schedule)) or callable(self._schedule),
+                 "the name of one, a function or a Schedule"),
+                ("loss_fn", self._loss_fn, self._loss_fn is None or callable(self._loss_fn), "a function of output and target"),
+                ("loss_weight", self._loss_weight, self._loss_weight is None or callable(self._loss_weight),
+                 "a function of a micro-batch"),
+                ("batch_dims", self._batch_dims, isinstance(self._batch_dims, (Mapping, type(None))),
+                 "a dict from names of inputs to dimensions"),
+                ("recompute", self._recompute, isinstance(self._recompute, (bool, Collection)), "True, stages or module paths"),
+                ("seed", self._seed, isinstance(self._seed, int), "a whole number")):
+            if not fits:
+                raise InputError(f"{name} is {value!r}; give {wanted}")
+
     def _count_stages(self, num_stages, plan) -> int:
-        if num_stages is not None:
-            return num_stages
-        return self._world.size if plan is None else plan.num_stages
+        """As asked, else the plan's, else one per worker; more where the schedule cannot do with one."""
+        if num_stages is not None or plan is not None:
+            return num_stages if num_stages is not None else plan.num_stages
+        size = self._world.size
+        with contextlib.suppress(ScheduleError):
+            return Orders(self._schedule, size, self._num_microbatches, size, self._world.rank).build().topology.num_stages
+        with contextlib.suppress(ScheduleError):
+            return build(self._schedule, num_workers=size, num_microbatches=self._num_microbatches).topology.num_stages
+        return size
 
     def _record(self, example, target) -> Dataflow:
         self._signature = inspect.signature(self._model.forward)
@@ -168,7 +207,8 @@ class Pipeline:
             candidates.append(torch.zeros((specs[0].shape[0], *specs[0].shape[2:]), dtype=torch.int64, device=self._device))
         for candidate in candidates[::-1]:
             try:
-                capture(self._model, Inputs(inputs.args, inputs.kwargs, candidate), loss_fn=self._loss_fn, device=self._device)
+                with warnings.catch_warnings(action="ignore"):      # about targets that do not fit: the next one may
+                    capture(self._model, Inputs(inputs.args, inputs.kwargs, candidate), loss_fn=self._loss_fn, device=self._device)
                 return candidate
             except Exception:               # whatever the user's function says to a target that does not suit it
                 continue
@@ -184,6 +224,11 @@ class Pipeline:
     def _price(self, flow: Dataflow, costs) -> networkx.DiGraph:
         if isinstance(costs, networkx.DiGraph):
             partitioners.check(costs)
+            names = set(cost_graph(flow, analytic(flow)))
+            if set(costs) != names:
+                raise InputError(f"costs was made for another model: it has {len(costs)} nodes, this model has {len(names)}, and "
+                                 f"{len(set(costs) ^ names)} are in one of them only, such as "
+                                 f"{min(set(costs) ^ names, key=str)}; use pe.profile(model, example)")
             return costs.copy()
         if costs not in (None, "measured", "analytic"):
             raise InputError(f'costs is {costs!r}; give "measured", "analytic" or a cost graph')
@@ -229,6 +274,7 @@ class Pipeline:
             raise PlanError(f"the plan was made for another model: it knows {len(plan.stage_of)} nodes, this model has "
                             f"{len(graph)}, and {len(missing)} of them are not in the plan"
                             + (f" (first {missing[0]})" if missing else "") + "; plan this model")
+        check_rules(plan, graph)
         return plan
 
     def _place(self, flow: Dataflow, weights, check) -> None:
@@ -277,6 +323,7 @@ class Pipeline:
         self._step_number = 0
         self._calls = 0
         self.loss: torch.Tensor | None = None
+        self._trained_loss: torch.Tensor | None = None
 
     def _shared_entries(self) -> list[Shared]:
         trained = {name: p.requires_grad for name, p in self._model.named_parameters()}
@@ -299,7 +346,7 @@ class Pipeline:
         used raises ``InputError`` on every worker and loses nothing; a failure while the step runs raises
         ``WorkerError`` with the same root cause on every worker and closes the pipeline.
         """
-        tasks, variants, digest = self._prepare(Inputs(args, kwargs, target), training=True)
+        tasks, variants, digest = self._prepare(self._inputs(args, kwargs, target), training=True)
         links = frozenset().union(*(variant.links for variant in variants))
         with torch.enable_grad():
             self._guarded(lambda: self._run_step(tasks, variants, digest, links))
@@ -316,7 +363,7 @@ class Pipeline:
             self._shared.reduce()
         if self._step_number < 3 or self._step_number % 10 == 0:
             self._publish(start)
-        self.loss = self._spread_loss(variants[0], self._executor.loss)
+        self.loss = self._trained_loss = self._spread_loss(variants[0], self._executor.loss)
         self._step_number += 1
 
     def _spread_loss(self, variant: Variant, own: torch.Tensor | None) -> torch.Tensor | None:
@@ -333,7 +380,7 @@ class Pipeline:
         loss alone, or with ``gather`` everything everywhere. The loss is also in ``pipe.loss``.
         """
         with torch.no_grad():
-            tasks, variants, digest = self._prepare(Inputs(args, kwargs, target), training=False)
+            tasks, variants, digest = self._prepare(self._inputs(args, kwargs, target), training=False)
             links = frozenset().union(*(variant.links for variant in variants))
             return self._guarded(lambda: self._run_evaluation(tasks, variants, digest, links, gather))
 
@@ -345,6 +392,12 @@ class Pipeline:
         outputs = [self._executor.outputs.get(m) for m in range(len(tasks))]
         merged = merge_outputs(variants, outputs if self._world.rank == last else None, tasks, self.loss)
         return self._world.share(merged, last) if gather and self._world.size > 1 else merged
+
+    def _inputs(self, args: tuple, kwargs: dict, target: object) -> Inputs:
+        """``target`` is for ``loss_fn``; without one it may be an argument of the model's own."""
+        if target is not None and self._loss_fn is None and "target" in self._signature.parameters:
+            return Inputs(args, {**kwargs, "target": target})
+        return Inputs(args, kwargs, target)
 
     def _take_apart(self, inputs: Inputs) -> Batch:
         try:
@@ -373,6 +426,8 @@ class Pipeline:
     def _tasks(self, inputs: Inputs, training: bool):
         if self._loss_fn is not None and training and inputs.target is None:
             raise InputError("the pipeline has a loss_fn; call step(..., target=...)")
+        if self._loss_fn is None and inputs.target is not None:
+            raise InputError("target= is given, but the pipeline has no loss_fn that would take it; make it with loss_fn=")
         batch = self._take_apart(inputs)
         parts = batch.split(self._num_microbatches, self._device)
         sizes = batch.sizes(self._num_microbatches)
@@ -554,7 +609,7 @@ class Pipeline:
                       for stage in range(self._num_stages)}
         rows = tuple(observe.rows(self._priced, self._orders.build(), lanes, parameters, self._num_microbatches))
         return RunReport(type(self._model).__name__, self._orders.name, self._num_microbatches, rows,
-                         self.predicted_timeline(), self.timeline(), None if self.loss is None else float(self.loss))
+                         self.predicted_timeline(), self.timeline(), None if self._trained_loss is None else float(self._trained_loss))
 
     def report(self) -> str:
         """The run so far as a table for a terminal."""

@@ -81,8 +81,9 @@ class Variants:
             if variant.guards is None or variant.guards(tensors, random_key):
                 return variant
         with torch.set_grad_enabled(not outputs):
-            recording = capture(self._model, inputs(), loss_fn=self._loss_fn, device=self._device, random_key=random_key,
-                                warm=self._placement.sealed)
+            given = inputs()                # an evaluation may have no target: then there is no loss
+            recording = capture(self._model, given, loss_fn=None if given.target is None else self._loss_fn, device=self._device,
+                                random_key=random_key, warm=self._placement.sealed)
         variant = self.make(recording, outputs=outputs)
         self.recorded += 1
         known.append(variant)

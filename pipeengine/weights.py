@@ -216,4 +216,9 @@ def save_weights(model: torch.nn.Module, owned: Collection[str], folder: Path, w
             index = {"metadata": {"total_size": sum(size for _, _, size in written)},
                      "weight_map": {name: file for file, names, _ in written for name in names}}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        # What an earlier save with another number of workers has left would be read in the place of this.
+        current = {file for file, _, _ in written} | ({INDEX} if world.size > 1 else set())
+        for path in (folder / SINGLE, folder / INDEX, *folder.glob("model-?????-of-?????.safetensors")):
+            if path.name not in current:
+                path.unlink(missing_ok=True)
     world.together(finish)
