@@ -124,8 +124,25 @@ def _fewest(problem: Problem, worker_of: Sequence[int], bound: float, limit: flo
         best = _climb_all([each for each in _orders(problem, most) if len(each) >= problem.num_stages], worker_of, bound,
                           deadline)
         if best is not None and best[0] <= limit:
-            return best
+            return _fewer(best, worker_of, limit)
     return None
+
+
+def _fewer(found: Found, worker_of: Sequence[int], limit: float) -> Found:
+    """One cut after the other, the widest first, moved to where fewer tensors cross, until none can be within ``limit``."""
+    load, ordered, cuts = found
+    climber, count = _Climber(ordered, worker_of), crossing_tensors(ordered)
+    tries = sorted((cut for cut in cuts[1:-1].tolist() if count[cut] > 1), key=lambda cut: -count[cut])
+    while tries:
+        cut = tries.pop(0)
+        rest = cuts[cuts != cut]
+        places = np.setdiff1d(np.flatnonzero(count < count[cut]), rest)
+        priced = [(int(count[place]), *climber.priced(np.sort(np.append(rest, place)))) for place in places]
+        fits = [each for each in priced if each[1] <= limit]
+        if fits:
+            _, load, cuts = min(fits, key=lambda each: each[:2])
+            tries = sorted((cut for cut in cuts[1:-1].tolist() if count[cut] > 1), key=lambda cut: -count[cut])
+    return load, ordered, cuts
 
 
 def _climb_all(orders: list[Problem], worker_of: Sequence[int], bound: float, deadline: float) -> Found | None:

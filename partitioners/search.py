@@ -19,7 +19,7 @@ from partitioners.orders import candidate_orders, through
 from partitioners.plan import format_seconds
 from partitioners.problem import Kind, Problem, reorder
 from partitioners.reduction import can_reduce, reduce_around_memory, reduce_problem
-from partitioners.segments import Cuts, best_cuts, segment_loads
+from partitioners.segments import Cuts, best_cuts, fewest_cuts, segment_loads
 from partitioners.sweeps import Bracket, NoSolver, can_sweep, narrow
 
 SAME = 1 + 1e-12
@@ -291,15 +291,15 @@ def _ideals(problem: Problem, solution: Solution) -> tuple[frozenset[int], ...]:
 
 
 def _fewest_tensors(tables: list, limit: float) -> tuple[Problem, Cuts] | None:
-    """Cuts within ``limit`` whose boundaries carry as few tensors as possible, then the lowest bottleneck."""
+    """Cuts within ``limit`` whose widest boundary carries as few tensors as possible, then all together, then the lowest
+    bottleneck."""
     counts = [crossing_tensors(ordered) for ordered, _ in tables]
     for most in np.unique(np.concatenate(counts)):
-        found = None
+        best = None
         for (ordered, loads), count in zip(tables, counts):
-            cuts = best_cuts(ordered, loads, np.flatnonzero(count <= most))
-            if cuts is not None and cuts.bottleneck <= limit and (found is None or
-                                                                  cuts.bottleneck * SAME < found[1].bottleneck):
-                found = ordered, cuts
-        if found is not None:
-            return found
+            found = fewest_cuts(ordered, loads, count, limit, np.flatnonzero(count <= most))
+            if found is not None and (best is None or (found[0], found[1].bottleneck * SAME) < (best[0], best[2].bottleneck)):
+                best = found[0], ordered, found[1]
+        if best is not None:
+            return best[1:]
     return None

@@ -219,3 +219,56 @@ def _walk_back(problem: Problem, tables: dict[Kind, np.ndarray], places: np.ndar
         levels.append(level)
         place, state = start, before
     return Cuts(tuple(int(places[cut]) for cut in reversed(cuts)), tuple(reversed(levels)), float(target))
+
+
+def fewest_cuts(problem: Problem, loads: dict[Kind, np.ndarray], count: np.ndarray, limit: float,
+                positions: np.ndarray) -> tuple[float, Cuts] | None:
+    """Cuts at some of ``positions`` with no load above ``limit`` whose sum of ``count`` is least, of those the ones with the
+    lowest bottleneck; and that sum. None if there are none. O(stages n^2)."""
+    places = np.unique(np.concatenate(([0], positions, [len(count) - 1])))
+    tables = {kind: table[np.ix_(places, places)] for kind, table in loads.items()}
+    prices = {kind: _prices(table, count[places], limit) for kind, table in tables.items()}
+    order, ways = states(problem)
+    total = {order[0]: np.where(places == 0, 0.0, np.inf)}
+    worst = {order[0]: np.where(places == 0, 0.0, np.inf)}
+    came: dict = {}
+    for state in order[1:]:
+        found = [_cheapest(total[before], worst[before], prices[problem.levels[level]], tables[problem.levels[level]])
+                 for before, level in ways[state]]
+        choice = np.lexsort((np.array([each[1] for each in found]), np.array([each[0] for each in found])), axis=0)[0]
+        total[state], worst[state], starts = (np.choose(choice, [each[part] for each in found]) for part in range(3))
+        came[state] = choice, starts
+    ends = order if problem.allow_empty else [order[-1]]
+    end = min(ends, key=lambda state: (total[state][-1], worst[state][-1]))
+    if not np.isfinite(total[end][-1]):
+        return None
+    cuts, levels, state = [len(places) - 1], [], end
+    while ways[state]:
+        choice, starts = came[state]
+        state, level = ways[state][int(choice[cuts[-1]])]
+        cuts.append(int(starts[cuts[-1]]))
+        levels.append(level)
+    return float(total[end][-1]), Cuts(tuple(int(places[cut]) for cut in reversed(cuts)), tuple(reversed(levels)),
+                                       float(worst[end][-1]))
+
+
+def _prices(table: np.ndarray, count: np.ndarray, limit: float) -> np.ndarray:
+    """What ends at each place of a segment; nothing for an empty one, inf where a segment is above ``limit``."""
+    prices = np.where(table <= limit, count.astype(float), np.inf)
+    empty = np.diag_indices(len(count))
+    prices[empty] = np.where(table[empty] <= limit, 0.0, np.inf)
+    return prices
+
+
+def _cheapest(total: np.ndarray, worst: np.ndarray, prices: np.ndarray,
+              table: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For every end: the least sum, the smallest largest load with it, and where that segment starts."""
+    alive = np.flatnonzero(np.isfinite(total))
+    if not len(alive):
+        return np.full(len(total), np.inf), np.full(len(total), np.inf), np.zeros(len(total), int)
+    rows = slice(alive[0], alive[-1] + 1)
+    sums = total[rows, None] + prices[rows]
+    least = sums.min(axis=0)
+    largest = np.where((sums == least) & np.isfinite(sums), np.maximum(worst[rows, None], table[rows]), np.inf)
+    starts = largest.argmin(axis=0)
+    return least, largest[starts, np.arange(len(total))], starts + alive[0]
