@@ -1,6 +1,7 @@
 """Several stages per worker: the largest sum of a worker's stages as small as possible."""
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import time
@@ -53,7 +54,8 @@ def interleave(problem: Problem, worker_of: Sequence[int], prefer_single_tensor:
         progress(f"bottleneck {format_seconds(best[0])}, bound {format_seconds(bound)}")
     if prefer_single_tensor > 0:
         best = _fewest(problem, worker_of, bound, best[0] * (1 + prefer_single_tensor), deadline) or best
-    load, ordered, cuts = best
+    _, ordered, cuts = best
+    load, cuts = _even_out(ordered, worker_of, cuts, best[0] * (1 + prefer_single_tensor), deadline)
     stages = tuple(sum(ordered.items[a:b], ()) for a, b in zip(cuts, cuts[1:]))
     return Solution(stages, (0,) * problem.num_stages, load, bound, proof)
 
@@ -116,6 +118,25 @@ def _undominated(ways: list[Way]) -> list[Way]:
     ways = sorted(ways)
     needs = np.array([own for own, _ in ways])
     return [way for place, way in enumerate(ways) if not (needs[:place] <= needs[place]).all(axis=(1, 2)).any()]
+
+
+def _even_out(ordered: Problem, worker_of: Sequence[int], cuts: np.ndarray, limit: float,
+              deadline: float) -> tuple[float, np.ndarray]:
+    """Cuts of the same order whose heaviest stage is lighter while no worker has more than ``limit``; its load, the cuts.
+
+    A step fills and drains in single stages: of two cuts with equal workers, the one with more equal stages is faster.
+    """
+    climber = _Climber(ordered, worker_of)
+    high, low = climber.heaviest(cuts), limit / max(map(list(worker_of).count, worker_of))
+    load = climber.priced(cuts)[0]
+    while high - low > 0.02 * high and time.monotonic() < deadline:
+        middle = 0.5 * (low + high)
+        found = next(((each, made) for each, made in map(climber.below(middle).climb, climber.starts(cuts)) if each <= limit), None)
+        if found is None:
+            low = middle
+        else:
+            (load, cuts), high = found, climber.heaviest(found[1])
+    return load, cuts
 
 
 def _fewest(problem: Problem, worker_of: Sequence[int], bound: float, limit: float, deadline: float) -> Found | None:
@@ -186,8 +207,19 @@ class _Climber:
         self.room = np.inf if kind.device.memory is None else kind.device.memory * (1 + 1e-12)
         self.chance = np.random.default_rng(0)
 
-    def starts(self) -> Iterator[np.ndarray]:
-        """The best cuts for one stage per worker, then random ones near shares of equal work."""
+    def below(self, most: float) -> _Climber:
+        """One that takes no stage heavier than ``most``."""
+        other = copy.copy(self)
+        other.table = np.where(self.table > most, np.maximum(self.table, self.forbidden), self.table)
+        return other
+
+    def heaviest(self, cuts: np.ndarray) -> float:
+        """Load of the heaviest stage."""
+        return float(self.table[cuts[:-1], cuts[1:]].max())
+
+    def starts(self, *first: np.ndarray) -> Iterator[np.ndarray]:
+        """Those given, the best cuts for one stage per worker, then random ones near shares of equal work."""
+        yield from first
         cuts = best_cuts(self.ordered, {self.ordered.levels[0]: np.where(self.table < self.forbidden, self.table, np.inf)})
         size = len(self.ordered)
         if cuts is not None and len(cuts.positions) == self.stages + 1:

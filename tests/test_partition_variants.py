@@ -169,3 +169,19 @@ def test_several_stages_per_worker_where_few_cuts_are_allowed(seed):
     plan = partition(graph, 8, stages_per_worker=2, prefer_single_tensor=0.5)
     verify(plan, graph)
     assert len(set(plan.stage_of.values())) == 8
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_of_cuts_that_suit_the_workers_alike_the_most_even_stages_are_taken(seed):
+    """A step fills and drains in single stages, so none should be heavier than need be."""
+    chance = random.Random(seed)
+    times = [chance.choice([1, 2, 3]) for _ in range(12)]
+    plan = partition(chain(times), 4, stages_per_worker=2, prefer_single_tensor=0.1)
+    verify(plan, chain(times))
+
+    def stages(cuts):
+        return [sum(times[a:b]) for a, b in zip(cuts, cuts[1:])]
+    found = [(max(own[0] + own[2], own[1] + own[3]), max(own)) for own in map(stages, cuts_of(12, 4))]
+    best = min(found)[0]
+    assert plan.lower_bound <= best <= plan.bottleneck <= best * 1.1
+    assert max(stage.load for stage in plan.stages) <= 1.02 * min(heaviest for load, heaviest in found if load <= best * 1.1)
