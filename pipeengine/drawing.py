@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from html import escape
-from typing import Iterable, Sequence
+from typing import Iterable, NamedTuple, Sequence
 
 import numpy as np
 
@@ -70,6 +70,13 @@ def _letters(timeline: Timeline, mask: np.ndarray, begin: float, span: float, ro
 
 # ---------------------------------------------------------------- svg
 
+class Panel(NamedTuple):
+    """One timeline of a picture. ``lane`` says what a lane is: idle time is told of workers only."""
+    title: str
+    timeline: Timeline
+    lane: str = "worker"
+
+
 @dataclass(frozen=True)
 class _Frame:
     """Where a panel's time and workers lie, in points of the drawing."""
@@ -84,24 +91,25 @@ class _Frame:
         return self.left + (time - self.begin) / self.seconds * self.width
 
 
-def timeline_svg(panels: Sequence[tuple[str, Timeline]], *, width: float = 960, unit: str = "s",
+def timeline_svg(panels: Sequence[Panel | tuple[str, Timeline]], *, width: float = 960, unit: str = "s",
                  standalone: bool = True, hover: bool = True) -> str:
     """Timelines under each other on one scale, such as predicted over measured; a legend above, an axis below.
 
     ``unit`` names the unit on the axis. Not ``standalone``: without the XML name space, for use inside HTML. With
     ``hover`` each action tells its times under the pointer, unless there are many; without it files are half as large.
     """
-    panels = [(title, timeline) for title, timeline in panels if len(timeline.end)]
+    panels = [panel for panel in (Panel(*given) for given in panels) if len(panel.timeline.end)]
     if not panels:
         raise ScheduleError("no timeline with any action; 0 panels to draw, give at least 1")
-    seconds = max(timeline.makespan for _, timeline in panels) or 1.0
-    workers = max(timeline.num_workers for _, timeline in panels)
+    seconds = max(panel.timeline.makespan for panel in panels) or 1.0
+    workers = max(panel.timeline.num_workers for panel in panels)
     lane = 26.0 if workers <= 8 else 18.0 if workers <= 24 else 10.0
     left, right, top = 74.0, 62.0, 38.0
     parts, letters, several = [], [], False
-    for title, timeline in panels:
+    for panel in panels:
+        timeline = panel.timeline
         frame = _Frame(left, top + 20, width - left - right, lane, float(timeline.start.min()), seconds)
-        parts.append(_panel(title, timeline, frame, width, unit, hover))
+        parts.append(_panel(panel, frame, width, unit, hover))
         letters += [OPS[op] for op in np.unique(timeline.op[timeline.computes])]
         several |= bool(_shades(timeline).any())
         top = frame.top + timeline.num_workers * lane + 44
@@ -123,10 +131,11 @@ def _legend(letters: Iterable[str], left: float, several: bool) -> str:
     return "".join(parts)
 
 
-def _panel(title: str, timeline: Timeline, frame: _Frame, width: float, unit: str, hover: bool) -> str:
-    bottom = frame.top + timeline.num_workers * frame.lane
-    lines = [f'<text x="{frame.left:g}" y="{frame.top - 6:g}" font-weight="bold">{escape(title)}</text>',
-             f'<text x="{width - 4:g}" y="{frame.top - 6:g}" text-anchor="end" fill="#666">idle</text>']
+def _panel(panel: Panel, frame: _Frame, width: float, unit: str, hover: bool) -> str:
+    timeline, idles = panel.timeline, panel.lane == "worker"
+    lines = [f'<text x="{frame.left:g}" y="{frame.top - 6:g}" font-weight="bold">{escape(panel.title)}</text>']
+    if idles:
+        lines.append(f'<text x="{width - 4:g}" y="{frame.top - 6:g}" text-anchor="end" fill="#666">idle</text>')
     every = 1 if frame.lane >= 12 else 4
     for worker, idle in enumerate(timeline.idle_share):
         y = frame.top + worker * frame.lane
@@ -134,13 +143,14 @@ def _panel(title: str, timeline: Timeline, frame: _Frame, width: float, unit: st
                      'fill="#f3f4f6"/>')
         if worker % every == 0:
             middle = y + frame.lane / 2 + 4
-            lines.append(f'<text x="{frame.left - 8:g}" y="{middle:g}" text-anchor="end">worker {worker}</text>'
-                         f'<text x="{width - 4:g}" y="{middle:g}" text-anchor="end" fill="#666">'
-                         f'{100 * idle:.1f} %</text>')
-    return "".join(lines) + _blocks(timeline, frame, hover) + _axis(timeline, frame, bottom, unit)
+            lines.append(f'<text x="{frame.left - 8:g}" y="{middle:g}" text-anchor="end">{panel.lane} {worker}</text>')
+            if idles:
+                lines.append(f'<text x="{width - 4:g}" y="{middle:g}" text-anchor="end" fill="#666">{100 * idle:.1f} %</text>')
+    return "".join(lines) + _blocks(timeline, frame, hover) + _axis(panel, frame, unit)
 
 
-def _axis(timeline: Timeline, frame: _Frame, bottom: float, unit: str) -> str:
+def _axis(panel: Panel, frame: _Frame, unit: str) -> str:
+    timeline, bottom = panel.timeline, frame.top + panel.timeline.num_workers * frame.lane
     step = _nice(frame.seconds / 10)
     digits = max(0, -int(np.floor(np.log10(step) + 1e-9)))
     parts = []
@@ -151,10 +161,17 @@ def _axis(timeline: Timeline, frame: _Frame, bottom: float, unit: str) -> str:
     end = frame.left + timeline.makespan / frame.seconds * frame.width
     parts.append(f'<path d="M{frame.left:g} {bottom:g}h{frame.width:g}" stroke="#999"/>'
                  f'<path d="M{end:.2f} {frame.top - 3:g}V{bottom:g}" stroke="#c0392b" stroke-dasharray="3 2"/>'
-                 f'<text x="{end - 4:.2f}" y="{frame.top - 6:g}" text-anchor="end" fill="#c0392b">'
-                 f'{timeline.makespan:.4g} {escape(unit)}</text>'
+                 + _length(panel.title, f"{timeline.makespan:.4g} {unit}".rstrip(), end, frame) +
                  f'<text x="{frame.left + frame.width + 8:g}" y="{bottom + 15:g}" fill="#555">{escape(unit)}</text>')
     return "".join(parts)
+
+
+def _length(title: str, text: str, end: float, frame: _Frame) -> str:
+    """How long it takes: left of its line where the title leaves room, else right of both."""
+    taken = frame.left + 6.6 * len(title) + 10
+    fits = end - 4 - 6.2 * len(text) >= taken
+    x, anchor = (end - 4, "end") if fits else (max(end + 4, taken), "start")
+    return f'<text x="{x:.2f}" y="{frame.top - 6:g}" text-anchor="{anchor}" fill="#c0392b">{escape(text)}</text>'
 
 
 def _nice(least: float) -> float:

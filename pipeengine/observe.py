@@ -55,10 +55,9 @@ def measured(records: Mapping[int, Sequence[Record]], *, schedule: str, num_work
                                  num_workers=num_workers)
 
 
-def rows(plan: Plan, schedule: Schedule, worker_of: Sequence[int], parameters: Mapping[int, int],
-         num_microbatches: int) -> Iterator[StageRow]:
+def rows(plan: Plan, schedule: Schedule, parameters: Mapping[int, int], num_microbatches: int) -> Iterator[StageRow]:
     """One row per stage: what it holds, and what it sends in a step."""
-    memory = stage_bytes(plan, schedule)
+    memory, worker_of = stage_bytes(plan, schedule), schedule.topology.worker_of
     for stage in range(plan.num_stages):
         sends = [b for b in plan.boundaries if b.source == stage and b.values and worker_of[b.target] != worker_of[stage]]
         returns = [b for b in plan.boundaries if b.target == stage and b.gradients and worker_of[b.source] != worker_of[stage]]

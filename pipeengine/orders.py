@@ -81,7 +81,7 @@ class Orders:
         """For each micro-batch of a batch of so many, the stages whose backward is two actions, I and W."""
         key = "halved", num_microbatches
         if key not in self._known:
-            op, stage, microbatch = self._order(num_microbatches).columns
+            op, stage, microbatch = self.order(num_microbatches).columns
             found: list[set[int]] = [set() for _ in range(num_microbatches)]
             for s, k in zip(stage[op == I].tolist(), microbatch[op == I].tolist()):
                 found[k].add(s)
@@ -94,15 +94,15 @@ class Orders:
         if key not in self._known:
             edges = tuple(Edge(source, target, activation, gradient and training)
                           for source, target, activation, gradient in _merged(links) if activation or training)
-            self._known[key] = self._listed(self._order(num_microbatches) if training else self._forward(num_microbatches), edges)
+            self._known[key] = self._listed(self.order(num_microbatches) if training else self._forward(num_microbatches), edges)
         return self._known[key]
 
     def _forward(self, num_microbatches: int) -> Schedule:
         shape = self.build().topology
         return forward_schedule(shape.num_workers, num_microbatches, shape)
 
-    def _order(self, num_microbatches: int) -> Schedule:
-        """The schedule for so many micro-batches, made once."""
+    def order(self, num_microbatches: int) -> Schedule:
+        """The schedule that a batch of so many micro-batches runs, made once."""
         key = "order", num_microbatches
         if key not in self._known:
             self._known[key] = self._fitting(num_microbatches)

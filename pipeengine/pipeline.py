@@ -193,7 +193,9 @@ class Pipeline:
         return flow
 
     def _first_microbatch(self, batch: Batch) -> Inputs:
-        return batch.again(batch.split(self._num_microbatches, self._device)[0])
+        parts = batch.split(self._num_microbatches, self._device)
+        self._ran = len(parts)              # micro-batches of the last step that was recorded; before the first, the example's
+        return batch.again(parts[0])
 
     def _made_up_target(self, inputs: Inputs) -> object:
         """Without a target, the loss is planned with one made in the shape of the output."""
@@ -573,6 +575,7 @@ class Pipeline:
     def _publish(self, start: float) -> None:
         records = [(op, stage, microbatch, round(begin - start, 7), round(end - start, 7))
                    for op, stage, microbatch, begin, end in self._executor.records]
+        self._ran = 1 + max((microbatch for _, _, microbatch, _, _ in records), default=self._ran - 1)
         self._world.publish(json.dumps({"step": self._step_number, "records": records}))
 
     def timeline(self) -> Timeline | None:
@@ -591,8 +594,11 @@ class Pipeline:
         return self._world.size if self._world.size > 1 else self._num_stages
 
     def predicted_timeline(self) -> Timeline:
-        """One step as the plan's costs predict it."""
-        return observe.predict(self._priced, self._orders.build(), **self._link)
+        """One step as the plan's costs predict it, with as many micro-batches as ``timeline()`` shows.
+
+        In one process: what separate workers would take if messages took no time.
+        """
+        return observe.predict(self._priced, self._orders.order(self._ran), **self._link)
 
     @property
     def _link(self) -> dict[str, float | None]:
@@ -603,13 +609,14 @@ class Pipeline:
 
     def run_report(self) -> RunReport:
         """Per stage: predicted and measured time, idle share, memory, what it sends. Any worker may call it alone."""
-        lanes = self._worker_of if self._world.size > 1 else tuple(range(self._num_stages))
+        schedule = self._orders.order(self._ran)
         sizes = {name: p.numel() for name, p in self._model.named_parameters()}
         parameters = {stage: sum(size for name, size in sizes.items() if stage in self._placement.holders.get(name, ()))
                       for stage in range(self._num_stages)}
-        rows = tuple(observe.rows(self._priced, self._orders.build(), lanes, parameters, self._num_microbatches))
-        return RunReport(type(self._model).__name__, self._orders.name, self._num_microbatches, rows,
-                         self.predicted_timeline(), self.timeline(), None if self._trained_loss is None else float(self._trained_loss))
+        rows = tuple(observe.rows(self._priced, schedule, parameters, self._ran))
+        return RunReport(type(self._model).__name__, self._orders.name, self._ran, rows, self.predicted_timeline(),
+                         self.timeline(), None if self._trained_loss is None else float(self._trained_loss),
+                         in_turns=self._world.size == 1)
 
     def report(self) -> str:
         """The run so far as a table for a terminal."""

@@ -12,7 +12,7 @@ from typing import Callable, Mapping, Sequence
 
 import numpy as np
 
-from pipeengine.drawing import chrome_trace, timeline_svg
+from pipeengine.drawing import Panel, chrome_trace, timeline_svg
 from pipeengine.errors import InputError
 from pipeengine.timeline import Timeline
 
@@ -36,7 +36,8 @@ class StageRow:
 class RunReport:
     """A run: its stages, the timeline that was predicted for a step and the one that was measured.
 
-    Seconds of ``StageRow`` are those of a step; where a row has none, they are summed from the timelines.
+    Seconds of ``StageRow`` are those of a step; where a row has none, they are summed from the timelines. ``in_turns``: all
+    stages ran in one process, one after the other, while workers and the predicted timeline are those of separate workers.
     """
     name: str
     schedule: str
@@ -46,6 +47,7 @@ class RunReport:
     measured: Timeline | None = None
     loss: float | None = None
     notes: tuple[str, ...] = ()
+    in_turns: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self._completed(row) for row in self.rows))
@@ -131,6 +133,7 @@ def _columns(report: RunReport) -> list[_Column]:
         shares = None if timeline is None else timeline.idle_share
         return lambda row: "" if shares is None or row.worker >= len(shares) else f"{100 * shares[row.worker]:.1f} %"
 
+    sent = "would send per step" if report.in_turns else "sent per step"
     columns = [
         _Column("", "stage", lambda row: str(row.stage)),
         _Column("", "worker", lambda row: str(row.worker)),
@@ -138,28 +141,60 @@ def _columns(report: RunReport) -> list[_Column]:
         _Column("busy, s per step", "predicted", of("predicted_seconds", seconds_text)),
         _Column("busy, s per step", "measured", of("measured_seconds", seconds_text)),
         _Column("idle", "predicted", idle(report.predicted)),
-        _Column("idle", "measured", idle(report.measured)),
+        _Column("idle", "measured", idle(None if report.in_turns else report.measured)),
         _Column("peak memory", "predicted", of("predicted_bytes", size_text)),
         _Column("peak memory", "measured", of("measured_bytes", size_text)),
-        _Column("sent per step", "bytes", of("sent_bytes", size_text)),
-        _Column("sent per step", "messages", of("sent_messages", lambda n: f"{n:,}")),
+        _Column(sent, "bytes", of("sent_bytes", size_text)),
+        _Column(sent, "messages", of("sent_messages", lambda n: f"{n:,}")),
         _Column("", "modules", lambda row: row.modules, left=True)]
     return [column for column in columns if any(column.text(row) for row in report.rows)]
 
 
 def _headline(report: RunReport) -> list[str]:
     workers = len({row.worker for row in report.rows})
-    lines = [f"{report.name}: {len(report.rows)} stages on {workers} workers, schedule {report.schedule}, "
+    where = "in one process" if report.in_turns else f"on {workers} workers"
+    lines = [f"{report.name}: {len(report.rows)} stages {where}, schedule {report.schedule}, "
              f"{report.num_microbatches} micro-batches"]
-    step = [f"{name} {seconds_text(timeline.makespan)} s"
-            for name, timeline in (("measured", report.measured), ("predicted", report.predicted)) if timeline]
-    if report.predicted and report.measured and report.predicted.makespan:
-        step.append(f"{100 * (report.measured.makespan / report.predicted.makespan - 1):+.1f} % over the prediction")
-    if step:
-        lines.append("step: " + ", ".join(step))
+    lines += (_lengths_in_turns if report.in_turns else _lengths)(report)
     if report.loss is not None:
         lines.append(f"loss: {report.loss:.6g}")
     return lines + list(report.notes)
+
+
+def _lengths(report: RunReport) -> list[str]:
+    """How long a step takes, measured and predicted."""
+    step = [f"{name} {seconds_text(timeline.makespan)} s"
+            for name, timeline in (("measured", report.measured), ("predicted", report.predicted)) if timeline]
+    if report.predicted and report.measured and report.predicted.makespan:
+        step.append(_deviation(report.measured.makespan, report.predicted.makespan))
+    return ["step: " + ", ".join(step)] if step else []
+
+
+def _lengths_in_turns(report: RunReport) -> list[str]:
+    """What can be compared when the stages took turns: the seconds in which they were busy, not the length of the step."""
+    lines, measured, predicted = [], report.measured, report.predicted
+    if measured:
+        lines.append(f"step: measured {seconds_text(measured.makespan)} s, all stages in turns")
+        busy = f"busy: measured {seconds_text(measured.busy.sum())} s in all stages"
+        if predicted and predicted.busy.sum():
+            busy += (f", predicted {seconds_text(predicted.busy.sum())} s, "
+                     + _deviation(measured.busy.sum(), predicted.busy.sum()))
+        lines.append(busy)
+    if predicted:
+        lines.append(f"on {predicted.num_workers} workers: predicted {seconds_text(predicted.makespan)} s per step, if messages "
+                     "took no time")
+    return lines
+
+
+def _deviation(measured: float, predicted: float) -> str:
+    share = measured / predicted - 1
+    return f"{100 * abs(share):.1f} % {'over' if share >= 0 else 'under'} the prediction"
+
+
+# What handing a result to another process of the same machine takes, with what both of them spend on it, in seconds. Stages
+# that differ by less per micro-batch are even.
+_HANDOVER = 5e-4
+_UNEVEN, _IDLE, _HELD_UP = 1.1, 0.15, 2.0
 
 
 def _advice(report: RunReport) -> list[str]:
@@ -167,17 +202,54 @@ def _advice(report: RunReport) -> list[str]:
     name, timeline = ("measured", report.measured) if report.measured else ("predicted", report.predicted)
     if timeline is None or timeline.num_workers < 2 or not timeline.makespan:
         return []
+    return _advice_in_turns(report, name) if report.in_turns else _advice_apart(report, name, timeline)
+
+
+def _advice_in_turns(report: RunReport, name: str) -> list[str]:
+    """Only the work of the stages says anything here; it is added up for the workers that would have them."""
+    seconds = [getattr(row, f"{name}_seconds") or 0.0 for row in report.rows]
+    busy = np.bincount([row.worker for row in report.rows], seconds)
+    worst, least = int(busy.argmax()), int(busy.argmin())
+    lines = [f"most work: stages of worker {worst} with {seconds_text(busy[worst])} s {name}; least: those of worker {least} with "
+             f"{seconds_text(busy[least])} s"]
+    if busy[worst] - busy.mean() > max((_UNEVEN - 1) * busy.mean(), _HANDOVER * report.num_microbatches):
+        lines.append(_uneven(worst, busy).replace("has", "would have", 1))
+    return lines + ["how long separate workers wait for each other shows only a run with one process per worker (torchrun)"]
+
+
+def _advice_apart(report: RunReport, name: str, timeline: Timeline) -> list[str]:
     busy, idle = timeline.busy, timeline.idle_share
     worst, least = int(busy.argmax()), int(busy.argmin())
     lines = [f"busiest: worker {worst} with {seconds_text(busy[worst])} s of the {name} "
              f"{seconds_text(timeline.makespan)} s; least busy: worker {least} with {seconds_text(busy[least])} s"]
-    if busy[worst] > 1.1 * busy.mean():
-        lines.append(f"worker {worst} has {busy[worst] / busy.mean():.2f} times the mean work: plan again with measured "
-                     "costs, or open the modules of its stage")
-    elif idle.min() > 0.15:
+    # Fill and drain of any schedule are at most as long as GPipe's.
+    explained = busy[worst] * (1 + (timeline.num_workers - 1) / max(timeline.num_microbatches, 1))
+    if timeline.makespan > _HELD_UP * explained:
+        lines.append(_held_up(report, timeline, explained))
+    elif busy[worst] > _UNEVEN * busy.mean():
+        lines.append(_uneven(worst, busy))
+    elif idle.min() > _IDLE:
         lines.append(f"even the busiest worker idles {100 * idle.min():.0f} %: more micro-batches than "
                      f"{report.num_microbatches}, or a schedule with smaller bubbles, would help")
     return lines
+
+
+def _uneven(worst: int, busy: np.ndarray) -> str:
+    return (f"worker {worst} has {busy[worst] / busy.mean():.2f} times the mean work: plan again with measured costs, or open the "
+            "modules of its stage")
+
+
+def _held_up(report: RunReport, timeline: Timeline, explained: float) -> str:
+    """What to do when neither the balance of the stages nor the schedule explains the length of a step."""
+    action = timeline.busy.sum() / max(np.count_nonzero(timeline.computes), 1)
+    text = (f"messages and overhead dominate: work and schedule explain {seconds_text(explained)} s of the "
+            f"{seconds_text(timeline.makespan)} s; ")
+    if action > 2 * _HANDOVER:
+        return text + (f"an action takes {seconds_text(action)} s, much more than handing over its result should: look at the "
+                       "links, and at what else the machines do")
+    fewer = f"micro-batches of more rows (fewer than {report.num_microbatches}), " if report.num_microbatches > 1 else ""
+    return text + (f"the stages are too small: an action takes {seconds_text(action)} s, handing over its result some "
+                   f"{_HANDOVER} s; {fewer}larger batches or fewer stages would help")
 
 
 def report_text(report: RunReport) -> str:
@@ -225,26 +297,36 @@ svg { max-width: 100%; height: auto; display: block; } .wide { overflow-x: auto;
 
 def report_html(report: RunReport) -> str:
     """The report as one self-contained page: figures, timeline predicted over measured, table of stages."""
-    headline = _headline(report)
-    panels = [(name, timeline) for name, timeline in (("predicted", report.predicted), ("measured", report.measured))
-              if timeline is not None and len(timeline.end)]
+    headline, panels = _headline(report), _panels(report)
     drawing = timeline_svg(panels, standalone=False) if panels else "<p class=quiet>no timeline was recorded</p>"
+    notes = (*_lengths_in_turns(report), *report.notes) if report.in_turns else report.notes
     return (f"<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
             f"<title>{escape(report.name)}</title><style>{_STYLE}</style>\n"
             f"<h1>{escape(report.name)}</h1><p class=quiet>{escape(headline[0].split(': ', 1)[1])}</p>\n"
-            f"{_figures(report)}{''.join(f'<p>{escape(note)}</p>' for note in report.notes)}\n"
+            f"{_figures(report)}{''.join(f'<p>{escape(note)}</p>' for note in notes)}\n"
             f"<h2>One step</h2>{drawing}\n<h2>Stages</h2>{_table(report)}\n"
             f"<h2>What to look at</h2>{''.join(f'<p>{escape(line)}</p>' for line in _advice(report)) or '<p>-</p>'}\n"
             "</html>\n")
 
 
+def _panels(report: RunReport) -> list[Panel]:
+    predicted, measured = "predicted", Panel("measured", report.measured)
+    if report.in_turns:
+        predicted = "predicted for separate workers, messages free"
+        measured = Panel("measured in one process, the stages in turns", report.measured, lane="stage")
+    return [panel for panel in (Panel(predicted, report.predicted), measured)
+            if panel.timeline is not None and len(panel.timeline.end)]
+
+
 def _figures(report: RunReport) -> str:
     figures = []
     for name, timeline in (("measured", report.measured), ("predicted", report.predicted)):
-        if timeline is not None:
+        if timeline is not None and report.in_turns:
+            figures.append((f"{seconds_text(timeline.busy.sum())} s", f"{name} busy, all stages"))
+        elif timeline is not None:
             figures.append((f"{seconds_text(timeline.makespan)} s", f"{name} step"))
             figures.append((f"{100 * timeline.idle_share.mean():.1f} %", f"{name} idle share"))
-    if all(row.sent_bytes is not None for row in report.rows) and report.rows:
+    if all(row.sent_bytes is not None for row in report.rows) and report.rows and not report.in_turns:
         figures.append((size_text(sum(row.sent_bytes for row in report.rows)), "sent per step"))
     if report.loss is not None:
         figures.append((f"{report.loss:.5g}", "loss"))

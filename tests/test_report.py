@@ -4,9 +4,12 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
+import torch
 
+import pipeengine as pe
 from pipeengine.drawing import chrome_trace, timeline_svg, timeline_text
 from pipeengine.errors import InputError
 from pipeengine.report import RunReport, StageRow, count_text, report_html, report_text, seconds_text, size_text
@@ -27,7 +30,7 @@ def run():
 def test_report_picture(run):
     assert report_text(run) == """\
 tiny: 2 stages on 2 workers, schedule 1f1b, 4 micro-batches
-step: measured 21.2 s, predicted 15.0 s, +41.3 % over the prediction
+step: measured 21.2 s, predicted 15.0 s, 41.3 % over the prediction
 loss: 2.5
 
                              busy, s per step           idle             peak memory       sent per step
@@ -39,6 +42,64 @@ stage  worker  parameters  predicted  measured  predicted  measured  predicted  
 busiest: worker 1 with 18.0 s of the measured 21.2 s; least busy: worker 0 with 12.0 s
 worker 1 has 1.20 times the mean work: plan again with measured costs, or open the modules of its stage
 """
+
+
+def test_stages_of_one_process_are_compared_by_their_work(run):
+    """They take turns: a longer step than predicted, and idle lanes, would mean nothing there."""
+    text = report_text(replace(run, in_turns=True))
+    assert text == """\
+tiny: 2 stages in one process, schedule 1f1b, 4 micro-batches
+step: measured 21.2 s, all stages in turns
+busy: measured 30.0 s in all stages, predicted 24.0 s, 25.0 % over the prediction
+on 2 workers: predicted 15.0 s per step, if messages took no time
+loss: 2.5
+
+                             busy, s per step      idle        peak memory      would send per step
+stage  worker  parameters  predicted  measured  predicted  predicted  measured   bytes     messages  modules
+-----  ------  ----------  ---------  --------  ---------  ---------  --------  ------  -----------  ----------------
+    0       0       1.5 M       12.0      12.0     20.0 %       2 GB    2.1 GB  4.1 kB            4  embed, blocks.0
+    1       1       2.5 M       12.0      18.0     20.0 %       1 GB    900 MB  4.1 kB            4  blocks.1, <head>
+
+most work: stages of worker 1 with 18.0 s measured; least: those of worker 0 with 12.0 s
+worker 1 would have 1.20 times the mean work: plan again with measured costs, or open the modules of its stage
+how long separate workers wait for each other shows only a run with one process per worker (torchrun)
+"""
+    page = report_html(replace(run, in_turns=True))
+    assert "stage 1<" in page and "measured idle" not in page and "over the prediction" in page
+
+
+@pytest.mark.parametrize("schedule, rows", [("1f1b", 3), ("dualpipe-v", 8), ("dualpipe-v", 5)])
+def test_micro_batches_are_those_that_ran(schedule, rows):
+    """Eight were asked for, the batch had fewer rows; evaluating afterwards changes nothing."""
+    model, batch = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(4)]), torch.ones(8, 4)
+    pipe = pe.Pipeline(model, (batch,), num_stages=4, num_microbatches=8, schedule=schedule, costs="analytic",
+                       loss_fn=lambda output, target: (output - target).square().mean(), target=batch)
+    pipe.step(batch[:rows], target=batch[:rows])
+    pipe.evaluate(batch, target=batch)
+    report = pipe.run_report()
+    assert report.num_microbatches == report.measured.num_microbatches == report.predicted.num_microbatches == rows
+    assert report.in_turns and f"{rows} micro-batches" in report_text(report)
+    assert {row.worker for row in report.rows} == set(range(report.predicted.num_workers))
+    for timeline in (report.predicted, report.measured):
+        assert len(set(timeline.microbatch[timeline.stage == 0].tolist())) == rows
+    pipe.close()
+
+
+def _slow_links(hop, scale=1.0):
+    schedule = build("1f1b", num_workers=3, num_microbatches=8)
+    costs = Costs([scale, 1.4 * scale, scale], backward=[2 * scale] * 3, hop=hop)
+    rows = tuple(StageRow(stage, stage) for stage in range(3))
+    return RunReport("tiny", "1f1b", 8, rows, measured=simulate(schedule, costs))
+
+
+@pytest.mark.parametrize("hop, scale, advice", [
+    (1e-3, 1e-5, "the stages are too small: an action takes 0.0000157 s, handing over its result some 0.0005 s"),
+    (1e2, 1.0, "an action takes 1.57 s, much more than handing over its result should"),
+    (0.0, 1.0, "even the busiest worker idles")])
+def test_advice_names_what_dominates(hop, scale, advice):
+    text = report_text(_slow_links(hop, scale))
+    assert advice in text
+    assert ("messages and overhead dominate" in text) == (hop > 0)
 
 
 def test_unknown_columns_are_left_out():
