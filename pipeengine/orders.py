@@ -60,6 +60,9 @@ class Orders:
             except ScheduleError as error:
                 problem = problem or error
                 continue
+            if made.topology.num_routes > 1:
+                raise ScheduleError(f"schedule {made.name} sends micro-batches both ways through two copies of the model; it can be "
+                                    'simulated but not run: try "dualpipe-v"')
             if made.topology.num_stages == self.num_stages:
                 return made
             problem = problem or ScheduleError(

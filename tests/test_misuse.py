@@ -82,6 +82,12 @@ def test_given_costs_are_left_as_they_are():
     assert {name: dict(data) for name, data in graph.nodes(data=True)} == before
 
 
+@pytest.mark.parametrize("stages", (2, 4))
+def test_a_schedule_that_is_only_simulated_says_so(stages):
+    with pytest.raises(pe.ScheduleError, match='simulated but not run: try "dualpipe-v"'):
+        pipeline(schedule="dualpipe", num_stages=stages, num_microbatches=8)
+
+
 @pytest.mark.parametrize("place, message", [(9, "is on stage 9 of 2"), (1, "goes back from stage 1 to 0")])
 def test_an_edited_plan_is_checked(place, message):
     plan = pipeline().plan
