@@ -8,15 +8,17 @@ import networkx as nx
 import numpy as np
 
 from partitioners.bounds import simple_bound
-from partitioners.coarse import merge_runs, promising_positions
+from partitioners.coarse import crossing_tensors, merge_runs, promising_positions
 from partitioners.devices import Link
 from partitioners.period import period, round_trips
 from partitioners.plan import Plan, format_bytes, format_seconds
 from partitioners.problem import Problem, build_problem, reorder
 from partitioners.recompute import recomputing_loads
-from partitioners.segments import segment_loads, segment_memory
+from partitioners.search import loads_of
+from partitioners.segments import best_cuts, fewest_cuts, segment_loads, segment_memory
 
 LONG, WINDOWS = 1500, 1000
+BELOW = 1 - 5e-5      # of a bottleneck: what is told as better
 NEARBY = 40     # other places of a cut that are priced where one stage's load is not all
 
 
@@ -26,21 +28,32 @@ class CutStory:
 
     ``second`` names the last node before that other place; both are None where there is no other place. The other cuts
     move along where a stage's load is all that counts; for 1F1B, several stages per worker and recomputation they stay.
+    ``more_tensors``: whether it is a better place, but not without more tensors across the cuts.
     """
     stage: int
     last: str
     first: str
     second: str | None
     second_bottleneck: float | None
+    more_tensors: bool = False
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bottlenecks, in the order of this plan, if one thing were no limit; and the simple bound with its reason."""
+    """Bottlenecks, in the order of this plan, if one thing were no limit; and the simple bound with its reason.
+
+    ``any_tensors``: if any number of tensors might cross the cuts; the other two likewise. ``tensors_bind``: whether no better
+    cuts of this order let as few tensors cross as the plan's. ``tensors`` cross all cuts of the plan together,
+    ``most_tensors`` those for ``any_tensors``.
+    """
     free_links: float
     unlimited_memory: float
     bound: float
     reason: str
+    any_tensors: float
+    tensors_bind: bool = False
+    tensors: int = 0
+    most_tensors: int = 0
 
 
 def _ordered_problem(plan: Plan, graph: nx.DiGraph) -> tuple[Problem, list[int], list[int]]:
@@ -88,10 +101,26 @@ def cut_stories(plan: Plan, graph: nx.DiGraph) -> tuple[CutStory, ...]:
     """One story per cut, from the inputs to the outputs."""
     problem, cuts, levels = _ordered_problem(plan, graph)
     choices = _second_choices(problem, cuts, levels) if _by_stage(plan) else _nearby_choices(plan, problem, cuts, levels)
+    better, count = plan.bottleneck * BELOW, crossing_tensors(problem)
+    bind = _by_stage(plan) and any(price < better for _, price in choices) and _tensors_bind(plan, problem, cuts, levels)
     return tuple(CutStory(stage, _last(graph, problem.items[:cut]), str(problem.items[cut][0]),
                           _last(graph, problem.items[:place]) if np.isfinite(price) else None,
-                          price if np.isfinite(price) else None)
+                          price if np.isfinite(price) else None,
+                          price < better and bool(bind if _by_stage(plan) else count[place] > count[cut]))
                  for stage, (cut, (place, price)) in enumerate(zip(cuts, choices)))
+
+
+def _fixed(problem: Problem, levels: list[int]) -> Problem:
+    """The problem with the plan's device for each stage."""
+    return replace(problem, levels=tuple(problem.levels[level] for level in levels), counts=None)
+
+
+def _tensors_bind(plan: Plan, problem: Problem, cuts: list[int], levels: list[int]) -> bool:
+    """Whether all better cuts of this order have a wider boundary than the plan, or more tensors over all boundaries."""
+    count, fixed = crossing_tensors(problem), _fixed(problem, levels)
+    found = fewest_cuts(fixed, loads_of(fixed), count, plan.bottleneck * BELOW,
+                        np.flatnonzero(count <= count[cuts].max(initial=0)))
+    return found is None or found[0] > count[cuts].sum()
 
 
 def _second_choices(problem: Problem, cuts: list[int], levels: list[int]) -> list[tuple[int, float]]:
@@ -154,19 +183,24 @@ def _last(graph: nx.DiGraph, items: tuple[tuple, ...]) -> str:
 
 def limits(plan: Plan, graph: nx.DiGraph) -> Limits:
     """What the bottleneck would be, in this plan's order, without links and without memory limits."""
-    problem, _, levels = _ordered_problem(plan, graph)
+    problem, cuts, levels = _ordered_problem(plan, graph)
     bound, reason = simple_bound(problem)
     if not _by_stage(plan):
-        return Limits(plan.bottleneck, plan.bottleneck, plan.lower_bound, plan.proof)
+        return Limits(plan.bottleneck, plan.bottleneck, plan.lower_bound, plan.proof, plan.bottleneck)
 
     def bottleneck(changed: Problem) -> float:
         return float(_sweeps(changed, levels)[0][-1][-1])
     free = tuple(replace(kind, link_in=Link(), link_out=Link()) for kind in problem.levels)
+    nets = tuple(replace(net, fixed=0.0) for net in problem.nets)
     loose = tuple(replace(kind, device=replace(kind.device, memory=None)) for kind in problem.levels)
     times = {new.device: problem.times[old.device] for new, old in zip(loose, problem.levels)}
-    return Limits(free_links=bottleneck(replace(problem, levels=free,
-                                                nets=tuple(replace(net, fixed=0.0) for net in problem.nets))),
-                  unlimited_memory=bottleneck(replace(problem, levels=loose, times=times)), bound=bound, reason=reason)
+    fixed, count = _fixed(problem, levels), crossing_tensors(problem)
+    best = best_cuts(fixed, loads_of(fixed))
+    assert best is not None, "the plan's own cuts are there"
+    return Limits(free_links=bottleneck(replace(problem, levels=free, nets=nets)),
+                  unlimited_memory=bottleneck(replace(problem, levels=loose, times=times)), bound=bound, reason=reason,
+                  any_tensors=best.bottleneck, tensors=int(count[cuts].sum()), most_tensors=int(count[list(best.positions)].sum()),
+                  tensors_bind=best.bottleneck < plan.bottleneck * BELOW and _tensors_bind(plan, problem, cuts, levels))
 
 
 def _title(graph: nx.DiGraph, names: dict[str, object], name: str) -> str:
@@ -198,7 +232,8 @@ def _tell(plan: Plan, graph: nx.DiGraph, names: dict[str, object], story: CutSto
     if story.second is None:
         lines.append("    there is no other place for it")
     else:
-        change = _change(story.second_bottleneck, plan.bottleneck)
+        change = _change(story.second_bottleneck, plan.bottleneck) + (
+            "; not taken, because more tensors would cross" if story.more_tensors else "")
         lines.append(f"    second choice: after {_title(graph, names, story.second)}; bottleneck "
                      f"{format_seconds(story.second_bottleneck)} ({change})")
     return lines
@@ -221,10 +256,14 @@ def _tell_limits(plan: Plan, found: Limits) -> list[str]:
              f"no plan is below {format_seconds(plan.lower_bound)} ({plan.proof})"]
     if found.reason != plan.proof:
         lines.append(f"    {found.reason}: {format_seconds(found.bound)}")
-    if found.free_links < plan.bottleneck * (1 - 1e-9):
-        lines.append(f"    links: if they were free, {format_seconds(found.free_links)} "
-                     f"({_change(found.free_links, plan.bottleneck)})")
-    if found.unlimited_memory < plan.bottleneck * (1 - 1e-9):
-        lines.append(f"    memory: without a limit, {format_seconds(found.unlimited_memory)} "
-                     f"({_change(found.unlimited_memory, plan.bottleneck)})")
+    if found.any_tensors < plan.bottleneck * BELOW:
+        best = format_seconds(found.any_tensors)
+        lines.append(f"    fewer tensors across the cuts cost {_change(plan.bottleneck, found.any_tensors)} ({found.tensors} in all; "
+                     f"with {found.most_tensors}, {best})" if found.tensors_bind else
+                     f"    other cuts of the same order: {best} ({_change(found.any_tensors, plan.bottleneck)})")
+    for name, value in (("links: if they were free", found.free_links),
+                        ("memory: without a limit", found.unlimited_memory)):
+        if value < found.any_tensors * (1 - 1e-9):
+            than = " of that" if found.any_tensors < plan.bottleneck * BELOW else ""
+            lines.append(f"    {name}, {format_seconds(value)} ({_change(value, found.any_tensors)}{than})")
     return lines

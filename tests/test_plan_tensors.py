@@ -5,7 +5,8 @@ import random
 import networkx as nx
 import pytest
 
-from partitioners import partition, verify
+from partitioners import explain, partition, verify
+from partitioners.explain import limits
 
 LATENCY = 0.05
 
@@ -105,3 +106,18 @@ def test_no_cut_of_a_recorded_llama_can_be_moved_to_fewer_tensors():
     moves = [tuple(sorted((*cuts[:index], cut, *cuts[index + 1:]))) for index in (1, 2) for cut in range(1, len(graph))
              if counts[cut] < counts[cuts[index]]]
     assert moves and all(max(sum(work[a:b]) for a, b in zip(move, move[1:])) > limit for move in moves)
+
+
+def test_the_price_of_fewer_tensors_is_told_as_such():
+    graph = nx.path_graph(6, create_using=nx.DiGraph)
+    for node, work in zip(graph, (10.0, 9.5, 0.5, 0.5, 9.5, 10.0)):
+        graph.nodes[node].update(forward=work, param_bytes=1, output_bytes=1, order=node)
+    graph.add_edges_from([(0, 3), (1, 3)])              # one tensor crosses after node 3, three after node 2
+    plan = partition(graph, 2)
+    text, found = explain(plan, graph), limits(plan, graph)
+    assert (plan.bottleneck, found.any_tensors, found.tensors, found.most_tensors) == (20.5, 20.0, 1, 3)
+    assert "fewer tensors across the cuts cost +2.50% (1 in all; with 3, 20 s)" in text
+    assert "bottleneck 20 s (-2.44%; not taken, because more tensors would cross)" in text
+    assert "memory: without a limit" not in text and "links: if they were free" not in text
+    free = explain(partition(graph, 2, prefer_single_tensor=0), graph)
+    assert "fewer tensors" not in free and "not taken" not in free
