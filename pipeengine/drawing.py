@@ -10,8 +10,8 @@ import numpy as np
 from pipeengine.errors import ScheduleError
 from pipeengine.timeline import OPS, RG, SA, Timeline
 
-# In grey print these are four steps from dark to light: F, B, I, W.
-COLOURS = {"F": "#224a86", "B": "#c4622d", "I": "#e3a050", "W": "#b4dba4", "X": "#8767a8", "U": "#767d87"}
+# In grey print these are four steps from dark to light: F, B, I, W. No lighter shade of one is like another.
+COLOURS = {"F": "#224a86", "B": "#b3402e", "I": "#dca51c", "W": "#a8d597", "X": "#8767a8", "U": "#767d87"}
 MEANING = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient",
            "X": "shared gradients", "U": "update"}
 _MANY = 20_000
@@ -23,8 +23,9 @@ _HOVER = 3_000
 def timeline_text(timeline: Timeline, width: int = 120) -> str:
     """The grid of a timeline, one row per worker and at most ``width`` columns.
 
-    Actions carry their micro-batch where a cell per smallest action leaves room (``F0 F1 .  B0---``; in lower case
-    those of a worker's later stages); else every column shows the letter that fills most of it. A dot is idle time.
+    Actions carry their micro-batch where a cell per smallest action leaves room (``F0 F1 .  B0---``); else every column shows
+    the letter that fills most of it, and the micro-batch where an action is wide enough (``F0F1B0--``). Lower case is a
+    later stage of the worker, a dot idle time.
     """
     mask = timeline.computes & (timeline.end > timeline.start)
     if not mask.any():
@@ -34,10 +35,12 @@ def timeline_text(timeline: Timeline, width: int = 120) -> str:
     begin, span = timeline.start[mask].min(), timeline.makespan
     cell = 1 + len(str(timeline.num_microbatches - 1)) + 1
     slots = span / (timeline.end - timeline.start)[mask].min()
-    if slots * cell <= room and abs(slots - round(slots)) < 1e-6:
+    even = abs(slots - round(slots)) < 1e-6
+    if even and slots * cell <= room:
         rows = _cells(timeline, mask, begin, span / round(slots), round(slots), cell)
     else:
-        rows = _letters(timeline, mask, begin, span, room)
+        whole = round(slots) * (room // round(slots)) if even else 0         # equal actions get equal widths
+        rows = _letters(timeline, mask, begin, span, whole or room)
     return "\n".join(f"{worker:>{label}}  {row.rstrip()}" for worker, row in enumerate(rows))
 
 
@@ -46,15 +49,29 @@ def _cells(timeline: Timeline, mask: np.ndarray, begin: float, slot: float, slot
     for i in np.flatnonzero(mask).tolist():
         first = round((timeline.start[i] - begin) / slot)
         last = max(round((timeline.end[i] - begin) / slot), first + 1)
-        letter = OPS[timeline.op[i]].lower() if later[i] else OPS[timeline.op[i]]
-        name = letter + (str(timeline.microbatch[i]) if timeline.microbatch[i] >= 0 else "")
-        rows[timeline.worker[i]][first:last] = [name] + ["-" * (cell - 1)] * (last - first - 1)
+        rows[timeline.worker[i]][first:last] = [_name(timeline, i, later[i])] + ["-" * (cell - 1)] * (last - first - 1)
     return ["".join(text.ljust(cell, "-" if text[0] != "." and nxt[:1] == "-" else " ")
                     for text, nxt in zip(row, row[1:] + [""])) for row in rows]
 
 
+def _name(timeline: Timeline, i: int, later: int) -> str:
+    letter = OPS[timeline.op[i]].lower() if later else OPS[timeline.op[i]]
+    return letter + (str(timeline.microbatch[i]) if timeline.microbatch[i] >= 0 else "")
+
+
 def _letters(timeline: Timeline, mask: np.ndarray, begin: float, span: float, room: int) -> list[str]:
-    """One letter per column: the operation that is busy for most of that column, if for half of it."""
+    """One letter per column: the operation that is busy for most of that column, if for half of it; wider actions by name."""
+    columns, later = _busiest(timeline, mask, begin, span, room), _shades(timeline)
+    for i in np.flatnonzero(mask).tolist():
+        name, wide = _name(timeline, i, later[i]), (timeline.end[i] - timeline.start[i]) / span * room
+        if wide > 2 - 1e-6:
+            first, last = (round((time[i] - begin) / span * room) for time in (timeline.start, timeline.end))
+            name = name if wide > len(name) - 1e-6 else name[0]
+            columns[timeline.worker[i]][first:last] = name.ljust(last - first, "-")
+    return ["".join(row) for row in columns]
+
+
+def _busiest(timeline: Timeline, mask: np.ndarray, begin: float, span: float, room: int) -> list[list[str]]:
     filled = np.zeros((timeline.num_workers, room, len(OPS)))
     low, high = ((times[mask] - begin) / span * room for times in (timeline.start, timeline.end))
     first, last = np.floor(low).astype(int), np.minimum(np.ceil(high).astype(int), room)
@@ -65,7 +82,7 @@ def _letters(timeline: Timeline, mask: np.ndarray, begin: float, span: float, ro
         np.add.at(filled, (timeline.worker[mask][inside], column[inside], timeline.op[mask][inside]), part[inside])
     best = filled.argmax(2)
     busy = filled.sum(2) >= 0.5
-    return ["".join(OPS[op] if on else "." for op, on in zip(ops, ons)) for ops, ons in zip(best, busy)]
+    return [[OPS[op] if on else "." for op, on in zip(ops, ons)] for ops, ons in zip(best, busy)]
 
 
 # ---------------------------------------------------------------- svg
@@ -104,31 +121,39 @@ def timeline_svg(panels: Sequence[Panel | tuple[str, Timeline]], *, width: float
     seconds = max(panel.timeline.makespan for panel in panels) or 1.0
     workers = max(panel.timeline.num_workers for panel in panels)
     lane = 26.0 if workers <= 8 else 18.0 if workers <= 24 else 10.0
-    left, right, top = 74.0, 62.0, 38.0
-    parts, letters, several = [], [], False
+    left, right = 74.0, 62.0
+    legend, top = _legend(panels, left, width)
+    parts = []
     for panel in panels:
         timeline = panel.timeline
         frame = _Frame(left, top + 20, width - left - right, lane, float(timeline.start.min()), seconds)
         parts.append(_panel(panel, frame, width, unit, hover))
-        letters += [OPS[op] for op in np.unique(timeline.op[timeline.computes])]
-        several |= bool(_shades(timeline).any())
         top = frame.top + timeline.num_workers * lane + 44
     head = f'viewBox="0 0 {width:g} {top - 4:g}" width="{width:g}" height="{top - 4:g}" class="timeline"'
     space = ' xmlns="http://www.w3.org/2000/svg"' if standalone else ""
     back = f'<rect width="{width:g}" height="{top - 4:g}" fill="#fff"/>' if standalone else ""
     return (f'<svg{space} {head} font-family="Helvetica, Arial, sans-serif" font-size="11" fill="#222">'
-            f"{back}{_legend(letters, left, several)}{''.join(parts)}</svg>")
+            f"{back}{legend}{''.join(parts)}</svg>")
 
 
-def _legend(letters: Iterable[str], left: float, several: bool) -> str:
-    parts, x = [], left
-    for letter in [letter for letter in MEANING if letter in set(letters)]:
-        parts.append(f'<rect x="{x:g}" y="12" width="12" height="12" rx="2" fill="{COLOURS[letter]}"/>'
-                     f'<text x="{x + 17:g}" y="22">{letter} {MEANING[letter]}</text>')
-        x += 36 + 6.1 * len(MEANING[letter]) + 12
-    if several:
-        parts.append(f'<text x="{x:g}" y="22" fill="#666">lighter: later stages of the same worker</text>')
-    return "".join(parts)
+def _legend(panels: Sequence[Panel], left: float, width: float) -> tuple[str, float]:
+    """What colours, shades and idle shares mean, in lines; and where the panels begin."""
+    letters = {OPS[op] for panel in panels for op in np.unique(panel.timeline.op[panel.timeline.computes])}
+    items = [(COLOURS[letter], f"{letter} {MEANING[letter]}") for letter in MEANING if letter in letters]
+    if any(_shades(panel.timeline).any() for panel in panels):
+        items.append(("", "lighter: later stages of a worker"))
+    if any(panel.lane == "worker" for panel in panels):
+        items.append(("", "idle: share of the time up to the red line"))
+    parts, x, y = [], left, 22.0
+    for colour, text in items:
+        room = (17 if colour else 0) + 5.4 * len(text)
+        if x + room > width - 4:
+            x, y = left, y + 18
+        if colour:
+            parts.append(f'<rect x="{x:g}" y="{y - 10:g}" width="12" height="12" rx="2" fill="{colour}"/>')
+        parts.append(f'<text x="{x + (17 if colour else 0):g}" y="{y:g}" fill="{"#222" if colour else "#666"}">{text}</text>')
+        x += room + 20
+    return "".join(parts), y + 16
 
 
 def _panel(panel: Panel, frame: _Frame, width: float, unit: str, hover: bool) -> str:

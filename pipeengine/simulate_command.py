@@ -11,7 +11,7 @@ from pipeengine.drawing import chrome_trace, timeline_svg, timeline_text
 from pipeengine.errors import PipeEngineError, ScheduleError
 from pipeengine.observe import costs_of, edges_of
 from pipeengine.program import check
-from pipeengine.report import seconds_text
+from pipeengine.report import seconds_text, size_text
 from pipeengine.schedules import SCHEDULES, Edge, Schedule, Topology, build, find
 from pipeengine.timeline import Breakdown, Costs, Timeline, breakdown, peak_activations, simulate
 
@@ -196,8 +196,9 @@ def _json(args: argparse.Namespace, results: list[_Result], refused: object) -> 
 
 
 def _svg(args: argparse.Namespace, results: list[_Result], refused: object) -> str:
-    panels = [(f"{r.schedule.name}: bubble {100 * r.bubble:.1f} %, peak {max(r.peaks):.4g}", r.timeline)
-              for r in results]
+    peak = size_text if args.plan else lambda number: f"{number:.4g} micro-batches"
+    panels = [(f"{r.schedule.name}: bubble {100 * r.bubble:.1f} % of the longest span, peak {peak(max(r.peaks))}",
+               r.timeline) for r in results]
     return timeline_svg(panels, unit="s" if args.plan else "", hover=False)
 
 

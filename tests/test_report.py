@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pipeengine as pe
-from pipeengine.drawing import chrome_trace, timeline_svg, timeline_text
+from pipeengine.drawing import Panel, chrome_trace, timeline_svg, timeline_text
 from pipeengine.errors import InputError
 from pipeengine.report import RunReport, StageRow, count_text, report_html, report_text, seconds_text, size_text
 from pipeengine.schedules import SCHEDULES, build
@@ -151,6 +151,32 @@ def test_text_grid_picture():
     timeline = simulate(build("1f1b", num_workers=2, num_microbatches=2))
     assert timeline_text(timeline, 80) == ("0  F0 F1 .  .  B0--- .  B1---\n"
                                            "1  .  F0 B0--- F1 B1--- .  .")
+
+
+def test_text_grid_picture_with_several_stages_per_worker():
+    """Lower case is the later stage."""
+    timeline = simulate(build("interleaved-1f1b", num_workers=2, num_microbatches=3, stages_per_worker=2))
+    assert timeline_text(timeline, 48) == ("0  F0F1F2f0f1f2..b0--..b1--..b2--B0--B1--B2--\n"
+                                           "1  ..F0F1F2f0b0--f1b1--f2b2--B0--B1--B2--....")
+
+
+def test_text_grid_tells_wide_actions_apart_without_room_for_numbers():
+    timeline = simulate(build("gpipe", num_workers=1, num_microbatches=12), Costs([1.0], backward=[2.0]))
+    assert timeline_text(timeline, 40) == "0  " + "F" * 12 + "".join(f"B{k}" for k in range(10)) + "B-B-"
+
+
+@pytest.mark.parametrize("lane, told", [("worker", True), ("stage", False)])
+def test_pictures_tell_idle_time_of_workers_only(lane, told):
+    """The length stands beside the title, never on it; the legend wraps."""
+    timeline = simulate(build("zb-v", num_workers=2, num_microbatches=4))
+    short = simulate(build("zb-v", num_workers=2, num_microbatches=4), Costs([0.01] * 4, input_grad=[0.01] * 4))
+    root = ElementTree.fromstring(timeline_svg([Panel("a short one", short, lane), Panel("a long one", timeline, lane)], width=500))
+    texts = {e.text: e for e in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert ("idle" in texts) == told and f"{lane} 1" in texts
+    assert "lighter: later stages of a worker" in texts
+    [length] = [e for text, e in texts.items() if text.startswith("0.") and e.get("fill") == "#c0392b"]
+    assert length.get("text-anchor") == "start" and float(length.get("x")) > float(texts["a short one"].get("x")) + 60
+    assert max(float(e.get("y")) for e in texts.values() if "lighter" in (e.text or "")) > 22
 
 
 def test_text_grid_of_uneven_times_fills_its_width():
