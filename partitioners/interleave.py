@@ -52,10 +52,13 @@ def interleave(problem: Problem, worker_of: Sequence[int], prefer_single_tensor:
                               "try more memory per worker or fewer stages")
     if progress:
         progress(f"bottleneck {format_seconds(best[0])}, bound {format_seconds(bound)}")
+    limit = best[0] * (1 + prefer_single_tensor)
     if prefer_single_tensor > 0:
-        best = _fewest(problem, worker_of, bound, best[0] * (1 + prefer_single_tensor), deadline) or best
-    _, ordered, cuts = best
-    load, cuts = _even_out(ordered, worker_of, cuts, best[0] * (1 + prefer_single_tensor), deadline)
+        best = _fewest(problem, worker_of, bound, limit, deadline) or best
+    best = _even_out(best, worker_of, limit, deadline, keep_tensors=prefer_single_tensor > 0)
+    if prefer_single_tensor > 0:
+        best = _fewer(best, worker_of, limit)
+    load, ordered, cuts = best
     stages = tuple(sum(ordered.items[a:b], ()) for a, b in zip(cuts, cuts[1:]))
     return Solution(stages, (0,) * problem.num_stages, load, bound, proof)
 
@@ -120,23 +123,24 @@ def _undominated(ways: list[Way]) -> list[Way]:
     return [way for place, way in enumerate(ways) if not (needs[:place] <= needs[place]).all(axis=(1, 2)).any()]
 
 
-def _even_out(ordered: Problem, worker_of: Sequence[int], cuts: np.ndarray, limit: float,
-              deadline: float) -> tuple[float, np.ndarray]:
-    """Cuts of the same order whose heaviest stage is lighter while no worker has more than ``limit``; its load, the cuts.
+def _even_out(found: Found, worker_of: Sequence[int], limit: float, deadline: float, *, keep_tensors: bool) -> Found:
+    """Cuts of the same order whose heaviest stage is lighter while no worker has more than ``limit``, with no more tensors over
+    all boundaries if those are to be kept.
 
     A step fills and drains in single stages: of two cuts with equal workers, the one with more equal stages is faster.
     """
-    climber = _Climber(ordered, worker_of)
-    high, low = climber.heaviest(cuts), limit / max(map(list(worker_of).count, worker_of))
-    load = climber.priced(cuts)[0]
+    load, ordered, cuts = found
+    climber, count = _Climber(ordered, worker_of), crossing_tensors(ordered) * keep_tensors
+    high, low, most = climber.heaviest(cuts), limit / max(map(list(worker_of).count, worker_of)), count[cuts].sum()
     while high - low > 0.02 * high and time.monotonic() < deadline:
         middle = 0.5 * (low + high)
-        found = next(((each, made) for each, made in map(climber.below(middle).climb, climber.starts(cuts)) if each <= limit), None)
-        if found is None:
+        better = next(((each, made) for each, made in map(climber.below(middle).climb, climber.starts(cuts))
+                       if each <= limit and count[made].sum() <= most), None)
+        if better is None:
             low = middle
         else:
-            (load, cuts), high = found, climber.heaviest(found[1])
-    return load, cuts
+            (load, cuts), high = better, climber.heaviest(better[1])
+    return load, ordered, cuts
 
 
 def _fewest(problem: Problem, worker_of: Sequence[int], bound: float, limit: float, deadline: float) -> Found | None:
