@@ -12,6 +12,8 @@ from partitioners.plan import Plan, StageCost, format_bytes, format_seconds
 WIDTH, MARGIN, STEP, LANE = 1200, 40, 11, 11
 WIDEST = 36.0   # distance between the columns of a small graph
 FAR = 14        # columns, or lanes, beyond which a line is faint
+LETTER = 6.2    # mean width of a letter
+INSIDE, ACROSS = 'stroke="#bbb" stroke-width="0.6"', 'stroke="#222" stroke-width="1.2"'
 Point = tuple[float, float]
 
 
@@ -23,12 +25,12 @@ def colour(stage: int, lightness: int = 52) -> str:
 def draw(plan: Plan, graph: nx.DiGraph) -> str:
     """The plan as an SVG document. Hovering over a node or bar tells its figures."""
     layout = _layout(graph)
-    bars, height = _bars(plan, layout.bottom + 30)
+    bars, height = _bars(plan, layout.bottom + 48)
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height:.0f}" '
         f'viewBox="0 0 {WIDTH} {height:.0f}" font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{height:.0f}" fill="white"/>', _caption(plan), *_edges(plan, graph, layout),
-        *_nodes(plan, graph, layout), *bars, "</svg>"])
+        *_nodes(plan, graph, layout), *_legend(graph, layout), *bars, "</svg>"])
 
 
 def _caption(plan: Plan) -> str:
@@ -90,10 +92,9 @@ def _edges(plan: Plan, graph: nx.DiGraph, layout: _Layout) -> list[str]:
         if far and (u, plan.stage_of[str(v)]) in seen:
             continue
         seen.add((u, plan.stage_of[str(v)]))
-        style = 'stroke="#222" stroke-width="1.2"' if cut else 'stroke="#bbb" stroke-width="0.6"'
         bend = min(0.12 * (a - x), LANE) if a - x > 1.5 * layout.step else 0.0
         middle = f"Q{(x + a) / 2:.1f} {(y + b) / 2 + bend:.1f} {a:.1f} {b:.1f}"
-        lines.append(f'<path d="M{x:.1f} {y:.1f} {middle}" fill="none" {style}' + (' opacity="0.18"/>' if far else "/>"))
+        lines.append(f'<path d="M{x:.1f} {y:.1f} {middle}" fill="none" {ACROSS if cut else INSIDE}' + (' opacity="0.18"/>' if far else "/>"))
     return lines
 
 
@@ -104,12 +105,35 @@ def _nodes(plan: Plan, graph: nx.DiGraph, layout: _Layout) -> list[str]:
     dots = []
     for node, (x, y) in layout.points.items():
         stage, data = plan.stage_of[str(node)], graph.nodes[node]
-        radius = layout.size * (2.2 + 2.8 * (times[node] / largest) ** 0.5)
+        radius = layout.size * _radius(times[node] / largest)
         title = escape(f"{data.get('label') or node}: stage {stage}, {format_seconds(times[node])}, "
                        f"output {format_bytes(data.get('output_bytes', 0.0))}")
         dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="{colour(stage)}">'
                     f"<title>{title}</title></circle>")
     return dots
+
+
+def _legend(graph: nx.DiGraph, layout: _Layout) -> list[str]:
+    """What dots and lines mean, on one line below the graph."""
+    largest = max((_seconds(data) for _, data in graph.nodes(data=True)), default=0.0)
+    y, x, parts = layout.bottom + 18, float(MARGIN), []
+    for radius, text in ((_radius(0.0), "a node that takes no time"),
+                         (_radius(1.0), f"one of {format_seconds(largest)}, forward and backward")):
+        parts += [f'<circle cx="{x + 6:.0f}" cy="{y:.0f}" r="{layout.size * radius:.1f}" fill="#888"/>', _text(x + 20, y + 4, text)]
+        x += 44 + LETTER * len(text)
+    for style, text in ((INSIDE, "value used in its own stage"), (ACROSS, "value that another stage needs (faint: far away)")):
+        parts += [f'<path d="M{x:.0f} {y:.0f}h26" {style}/>', _text(x + 34, y + 4, text)]
+        x += 58 + LETTER * len(text)
+    return ['<g class="legend">', *parts, "</g>"]
+
+
+def _text(x: float, y: float, text: str) -> str:
+    return f'<text x="{x:.0f}" y="{y:.0f}" fill="#666">{escape(text)}</text>'
+
+
+def _radius(share: float) -> float:
+    """Radius of the dot of a node that takes ``share`` of the longest time."""
+    return 2.2 + 2.8 * share ** 0.5
 
 
 def _seconds(data: dict) -> float:
@@ -120,16 +144,38 @@ def _seconds(data: dict) -> float:
     return total
 
 
+def ends(plan: Plan, stage: int, longest: int = 1000) -> str:
+    """First and last module of a stage, each by the end of its path that fits into ``longest`` characters."""
+    paths = list(dict.fromkeys(name.partition(":")[0] or "(model)" for name in plan.nodes(stage)))
+    return " … ".join(_shortened(path, longest) for path in paths[:1] + paths[1:][-1:])
+
+
+def _shortened(path: str, longest: int) -> str:
+    """Without its first modules, or letters, as far as needed."""
+    if len(path) <= longest:
+        return path
+    while "." in path and len(path) > longest - 2:
+        path = path.partition(".")[2]
+    return ".." + path[max(0, len(path) + 2 - longest):]
+
+
+def _names(plan: Plan) -> list[str]:
+    """What the bars are called: stage, device where there are several kinds, first and last module."""
+    several = len({cost.device for cost in plan.stages}) > 1
+    return [f"stage {stage}: " + (f"{cost.device[-16:]}, " if several else "") + ends(plan, stage, 28)
+            for stage, cost in enumerate(plan.stages)]
+
+
 def _bars(plan: Plan, top: float) -> tuple[list[str], float]:
     """One bar per stage: forward, backward, link; a line where the bound is."""
-    names = [f"stage {stage} ({cost.device})" for stage, cost in enumerate(plan.stages)]
-    height, left, right = 18, MARGIN + 12 + min(6.6 * max(map(len, names)), 260.0), WIDTH - 330
+    names = _names(plan)
+    height, left, right = 18, MARGIN + 12 + LETTER * max(map(len, names)), WIDTH - 330
     scale = (right - left) / (max(max(cost.load, cost.forward + cost.backward + cost.communication)
                                   for cost in plan.stages) or 1.0)
     lines = []
     for stage, cost in enumerate(plan.stages):
         y = top + stage * (height + 6)
-        lines.append(f'<text x="{MARGIN}" y="{y + 13:.0f}">{escape(names[stage][:40])}</text>')
+        lines.append(f'<text x="{MARGIN}" y="{y + 13:.0f}">{escape(names[stage])}</text>')
         lines += _bar(cost, stage, left, y, scale, height)
         text = (f"{format_seconds(cost.load)}, {cost.num_nodes} nodes, {format_bytes(cost.memory_bytes)}"
                 + (f", sends {format_bytes(cost.sent_bytes)}" if cost.sent_bytes else ""))

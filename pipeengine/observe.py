@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from partitioners import Plan
+from partitioners.draw import ends
 from pipeengine.drawing import chrome_trace
 from pipeengine.footprint import stage_bytes, step_bytes
 from pipeengine.report import RunReport, StageRow, report_html
@@ -61,16 +62,10 @@ def rows(plan: Plan, schedule: Schedule, parameters: Mapping[int, int], num_micr
     for stage in range(plan.num_stages):
         sends = [b for b in plan.boundaries if b.source == stage and b.values and worker_of[b.target] != worker_of[stage]]
         returns = [b for b in plan.boundaries if b.target == stage and b.gradients and worker_of[b.source] != worker_of[stage]]
-        yield StageRow(stage, worker_of[stage], modules=describe(plan, stage), parameters=parameters[stage],
+        yield StageRow(stage, worker_of[stage], modules=ends(plan, stage), parameters=parameters[stage],
                        predicted_bytes=memory[stage],
                        sent_bytes=float(num_microbatches * (sum(b.bytes for b in sends) + sum(b.gradient_bytes for b in returns))),
                        sent_messages=num_microbatches * (len(sends) + len(returns)))
-
-
-def describe(plan: Plan, stage: int) -> str:
-    """First and last module of a stage."""
-    paths = list(dict.fromkeys(name.partition(":")[0] or "(model)" for name in plan.nodes(stage)))
-    return "" if not paths else paths[0] if len(paths) == 1 else f"{paths[0]} … {paths[-1]}"
 
 
 def save(report: RunReport, folder: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from partitioners import Device, Plan, draw, partition
 from partitioners.command import main, parse_rate, parse_seconds, parse_size
+from partitioners.draw import ends
 
 DATA = Path(__file__).parent / "data"
 
@@ -72,7 +73,7 @@ def test_picture_stays_in_its_frame_and_no_label_meets_a_bar():
     plan = partition(graph, devices=[Device("a device with a long name", 12)])
     tree = ElementTree.fromstring(draw(plan, graph))
     height, space = float(tree.get("height")), "{http://www.w3.org/2000/svg}"
-    dots = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in tree.iter(space + "circle")]
+    dots = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in tree.findall(space + "circle")]
     bars = [(float(bar.get("x")), float(bar.get("y"))) for bar in list(tree.iter(space + "rect"))[1:]]
     assert len(set(dots)) == len(graph) and max(x for x, _ in dots) < 1200
     # A constant is drawn beside its reader, not in one tall column at the left.
@@ -86,3 +87,18 @@ def test_picture_is_svg_with_every_node(capsys):
     assert main([str(DATA / "O_resnet50_training.json"), "--stages", "4", "--format", "svg"]) == 0
     tree = ElementTree.fromstring(capsys.readouterr().out)
     assert len(tree.findall("{http://www.w3.org/2000/svg}circle")) == 1243
+
+
+def test_picture_names_stages_by_their_modules_and_explains_itself():
+    graph = nx.DiGraph()
+    path = "model.encoder.a_very_long_name.layers"
+    names = [f"{path}.{number}:add" for number in range(5)] + ["one_name_that_is_longer_than_all"]
+    for name in names:
+        graph.add_node(name, forward=1e-3, backward=2e-3, output_bytes=4.0)
+    nx.add_path(graph, list(graph))
+    plan = partition(graph, 2)
+    assert ends(plan, 0) == f"{path}.0 … {path}.2"
+    texts = [e.text for e in ElementTree.fromstring(draw(plan, graph)).iter("{http://www.w3.org/2000/svg}text")]
+    assert "stage 1: ..a_very_long_name.layers.3 … ..me_that_is_longer_than_all" in texts
+    assert {"a node that takes no time", "one of 3 ms, forward and backward", "value used in its own stage",
+            "value that another stage needs (faint: far away)"} <= set(texts)
