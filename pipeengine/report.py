@@ -180,7 +180,7 @@ def _lengths_in_turns(report: RunReport) -> list[str]:
             busy += (f", predicted {seconds_text(predicted.busy.sum())} s, "
                      + _deviation(measured.busy.sum(), predicted.busy.sum()))
         lines.append(busy)
-    if predicted:
+    if predicted and predicted.num_workers > 1:
         lines.append(f"on {predicted.num_workers} workers: predicted {seconds_text(predicted.makespan)} s per step, if messages "
                      "took no time")
     return lines
@@ -214,7 +214,7 @@ def _advice_in_turns(report: RunReport, name: str) -> list[str]:
              f"{seconds_text(busy[least])} s"]
     if busy[worst] - busy.mean() > max((_UNEVEN - 1) * busy.mean(), _HANDOVER * report.num_microbatches):
         lines.append(_uneven(worst, busy).replace("has", "would have", 1))
-    return lines + ["how long separate workers wait for each other shows only a run with one process per worker (torchrun)"]
+    return lines + ["only a run with one process per worker (torchrun) shows how long workers wait for each other"]
 
 
 def _advice_apart(report: RunReport, name: str, timeline: Timeline) -> list[str]:

@@ -62,7 +62,7 @@ stage  worker  parameters  predicted  measured  predicted  predicted  measured  
 
 most work: stages of worker 1 with 18.0 s measured; least: those of worker 0 with 12.0 s
 worker 1 would have 1.20 times the mean work: plan again with measured costs, or open the modules of its stage
-how long separate workers wait for each other shows only a run with one process per worker (torchrun)
+only a run with one process per worker (torchrun) shows how long workers wait for each other
 """
     page = report_html(replace(run, in_turns=True))
     assert "stage 1<" in page and "measured idle" not in page and "over the prediction" in page
