@@ -26,8 +26,8 @@ NUMBER = r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*"
 
 
 def parse_size(text: str) -> float:
-    """Bytes from ``"80GB"``, ``"16 GiB"`` or ``"1e9"``."""
-    match = re.fullmatch(NUMBER + r"(?:([kmgtp]i?)?b?)\s*", text.lower())
+    """Bytes from ``"80GB"``, ``"16 GiB"``, ``"1e9"`` or ``"102,297,600 bytes"``."""
+    match = re.fullmatch(NUMBER + r"(?:([kmgtp]i?)?b?|bytes)\s*", re.sub(r"(?<=\d),(?=\d{3})", "", text.lower()))
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; try 80GB, 16GiB or a number of bytes")
     return float(match[1]) * UNITS[match[2] or ""]
@@ -77,7 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latency", type=parse_seconds, default=0.0, help="of a link, such as 5us")
     parser.add_argument("--objective", choices=OBJECTIVES, default="sum",
                         help="sum: compute + communication; overlap: the larger; 1f1b: the period with link latency")
-    parser.add_argument("--microbatches", type=_count, default=1, help="per step; ties and activations count them")
+    parser.add_argument("--microbatches", type=_count, help="per step; ties and activations count them (default: those that the "
+                        "graph was made with, else 1)")
     parser.add_argument("--schedule", choices=("gpipe", "1f1b", "none"), default="gpipe",
                         help="how many micro-batches a stage holds")
     parser.add_argument("--parameter-factor", type=_fraction, default=4.0,
@@ -116,11 +117,40 @@ def plan_graph(graph: nx.DiGraph, args: argparse.Namespace) -> Plan:
     plan = partition(
         graph, args.stages, objective=args.objective, bandwidth=args.bandwidth, latency=args.latency,
         memory=args.memory, memory_model=MemoryModel(args.parameter_factor, args.schedule),
-        num_microbatches=args.microbatches, stages_per_worker=args.stages_per_worker, allow_empty=given,
+        num_microbatches=microbatches_of(graph, args.microbatches), stages_per_worker=args.stages_per_worker, allow_empty=given,
         prefer_single_tensor=prefer, gap=args.gap, time_limit=args.time_limit,
         progress=lambda line: print(line, file=sys.stderr), recompute=args.recompute)
     verify(plan, graph)
     return plan
+
+
+def microbatches_of(graph: nx.DiGraph, asked: int | None) -> int:
+    """Micro-batches per step: those asked for, but no more than rows; else those that the graph was made with."""
+    made = graph.graph.get("made_with", {})
+    return min(asked, made.get("rows", asked)) if asked else made.get("num_microbatches", 1)
+
+
+def assumptions(plan: Plan, graph: nx.DiGraph) -> dict:
+    """What the plan's figures rest on: the batch, where the seconds come from, and the memory model."""
+    setting = plan.setting
+    held = [setting.memory_model.in_flight(stage, plan.num_stages, setting.num_microbatches) for stage in range(plan.num_stages)]
+    return {"num_microbatches": setting.num_microbatches, "made_with": graph.graph.get("made_with"),
+            "memory_schedule": setting.memory_model.schedule, "microbatches_held": held,
+            "parameter_factor": setting.memory_model.parameter_factor}
+
+
+def _tell_assumptions(found: dict) -> str:
+    made, count, held = found["made_with"] or {}, found["num_microbatches"], found["microbatches_held"]
+    batch = f"{count:,} micro-batch{'es' * (count != 1)}"
+    if "rows" in made:
+        batch = f"{made['rows']:,} rows" + (f" of {' x '.join(map(str, made['row']))}" if made.get("row") else "") + f" in {batch}"
+    if made.get("num_microbatches", count) != count:
+        batch += f", with seconds and bytes of one of {made['num_microbatches']:,}"
+    source = {"measured": "seconds measured on {device}", "analytic": "analytic seconds for {flops_per_second:.3g} FLOP/s and "
+              "{bytes_per_second:.3g} bytes/s of memory"}.get(made.get("costs"), "seconds as the file says")
+    most = str(held[0]) if len(set(held)) == 1 else f"{held[0]} to {held[-1]}"
+    return (f"planned for {batch}; {source.format(**made)}; memory as under {found['memory_schedule']}: {most} micro-batches held, "
+            f"{found['parameter_factor']:g} x parameters")
 
 
 def render(plan: Plan, graph: nx.DiGraph, form: str) -> str:
@@ -128,10 +158,11 @@ def render(plan: Plan, graph: nx.DiGraph, form: str) -> str:
     if form == "svg":
         return draw(plan, graph)
     if form == "text":
-        return explain(plan, graph)
+        return f"{_tell_assumptions(assumptions(plan, graph))}\n\n{explain(plan, graph)}"
     found = limits(plan, graph)
     stories = cut_stories(plan, graph) if plan.num_stages > 1 else ()
-    return json.dumps(plan.to_json() | {"cuts": [vars(story) for story in stories], "limits": vars(found)})
+    return json.dumps(plan.to_json() | {"cuts": [vars(story) for story in stories], "limits": vars(found),
+                                        "assumptions": assumptions(plan, graph)})
 
 
 def run(args: argparse.Namespace) -> tuple[int, str]:

@@ -18,6 +18,9 @@ Node attributes, all optional::
     is_backward         a backward operation; the order of the pipeline is that of the forward ones
     order               position in the recorded run
     label               text for people, such as a module path
+
+``graph.graph["made_with"]``, optional, says what the costs are of: ``rows`` of shape ``row`` in ``num_microbatches``, ``costs``
+(``"measured"`` or ``"analytic"``), ``device``, ``flops_per_second`` and ``bytes_per_second``.
 """
 from __future__ import annotations
 
@@ -137,7 +140,8 @@ def to_json(graph: nx.DiGraph) -> dict:
               **{name: data[name] for name in (*COSTS, *SIZES, *OTHERS) if name in data}}
              for node, data in graph.nodes(data=True)]
     ids = {node: entry["id"] for node, entry in zip(graph, nodes)}
-    return {"format": FORMAT, "nodes": nodes, "edges": [[ids[u], ids[v]] for u, v in graph.edges]}
+    made = {"made_with": graph.graph["made_with"]} if "made_with" in graph.graph else {}
+    return {"format": FORMAT, **made, "nodes": nodes, "edges": [[ids[u], ids[v]] for u, v in graph.edges]}
 
 
 def from_json(obj: Mapping) -> nx.DiGraph:
@@ -147,7 +151,13 @@ def from_json(obj: Mapping) -> nx.DiGraph:
         return read_workload(obj)
     if kind != FORMAT:
         raise GraphError(f"expected format {FORMAT!r} or {WORKLOAD!r}, found {kind!r}")
-    return _assemble(obj, _graph_node)
+    graph = _assemble(obj, _graph_node)
+    made = obj.get("made_with")
+    if made is not None:
+        if not isinstance(made, Mapping):
+            raise GraphError(f"made_with is {made!r}; it must be an object that says what the costs were made with")
+        graph.graph["made_with"] = dict(made)
+    return graph
 
 
 def _graph_node(entry: Mapping) -> dict:

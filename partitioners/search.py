@@ -148,7 +148,7 @@ def why_infeasible(problem: Problem, deadline: float) -> str:
         return (f"{text}: order, co-location, allowed classes and the parameters that each stage needs leave none; "
                 "try fewer stages or allow_empty=True")
     least, alone = _least_memory(problem, deadline), hopeless(problem)
-    advice = [f"memory of {least} per device"] if least else []
+    advice = [f"memory of {least}"] if least else []
     if not alone and len(problem) <= LONG:
         orders = (reorder(problem, order) for order in islice(candidate_orders(problem), FEW_ORDERS))
         counts = [count for count in map(fewest_stages, orders) if count]
@@ -160,7 +160,7 @@ def why_infeasible(problem: Problem, deadline: float) -> str:
 
 
 def _least_memory(problem: Problem, deadline: float) -> str | None:
-    """Bytes per device that would do, where all devices with a limit have the same; "or less" where not proved."""
+    """Bytes per device that would do, where all devices with a limit have the same; "at most" where not proved."""
     if len({kind.device.memory for kind in problem.levels} - {None}) != 1:
         return None
     even = optimise(memory_problem(with_memory(problem, 1.0)), 0.0, deadline, None)
@@ -169,7 +169,7 @@ def _least_memory(problem: Problem, deadline: float) -> str | None:
     limited = [(stage, problem.levels[level]) for stage, level in zip(even.stages, even.levels)
                if problem.levels[level].device.memory is not None]
     need = max((stage_bytes(problem, stage, kind.in_flight) for stage, kind in limited), default=0.0)
-    return f"{math.ceil(need * (1 - 1e-12)):,} bytes" + (" or less" if need > even.lower_bound * (1 + 1e-9) else "")
+    return f"{math.ceil(need * (1 - 1e-12)):,} bytes per device" + (" at most" if need > even.lower_bound * (1 + 1e-9) else "")
 
 
 def _by_ideals(problem: Problem, whole: Problem, best: Solution | None, gap: float, deadline: float,

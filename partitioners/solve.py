@@ -135,7 +135,7 @@ def _check_size(graph: nx.DiGraph, problem: Problem) -> None:
     if have < problem.num_stages:
         kind = "with parameters " if problem.has_parameters.any() else ""
         raise PartitionError(f"the model has {have} cuttable nodes {kind}but {problem.num_stages} stages were asked for; "
-                             f"try num_stages={max(have, 1)}" + ("" if have > 1 else " (or allow_empty=True)")
+                             + (f"try num_stages={have}" if have > 1 else "it runs whole only, with num_stages=1")
                              + _largest_group(graph, problem))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,8 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _report_arguments(commands.add_parser("report", help="a finished run as a table, a page or a trace"))
     args = parser.parse_args(arguments)
     status, text = _COMMANDS[args.command](args)
-    if text:
-        print(text)
+    try:
+        print(text, end="\n" if text else "", flush=True)
+    except BrokenPipeError:     # such as `| head`; what is left in the buffer must not complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
 
 
@@ -87,7 +90,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     command.add_arguments(parser)
-    parser.add_argument("-o", "--output", metavar="PLAN", help="write the plan here, as JSON")
+    parser.add_argument("-o", "--output", metavar="PLAN", help="write the plan here, as JSON; with --format svg the picture (--save: the plan)")
     parser.add_argument("--costs", choices=("analytic", "measured"), default="analytic",
                         help="for a model: from FLOPs and bytes, or measured here")
     parser.add_argument("--flops", type=command.parse_rate, metavar="RATE", help="a device's FLOP/s, such as 300T, for analytic costs")
@@ -101,19 +104,30 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace) -> tuple[int, str]:
-    args.save = args.output or args.save
-    if _is_graph_file(args.graph):
-        return command.run(args)
-
     def make() -> str:
-        if args.stages is None:
+        is_file, is_picture = _is_graph_file(args.graph), args.format == "svg"
+        if not is_file and args.stages is None:
             raise InputError("say how many stages: --stages K")
-        graph = _profiled(args, args.costs)
+        graph = command.read_graph(args.graph) if is_file else _profiled(args, args.costs)
         plan = command.plan_graph(graph, args)
-        if args.save:
-            plan.save(args.save)
-        return command.render(plan, graph, args.format)
+        for path in filter(None, (args.save, None if is_picture else args.output)):
+            plan.save(path)
+        text = command.render(plan, graph, args.format)
+        return _write(text, args.output) if is_picture else _hints(args, graph, is_file) + text
     return _answer(args, make)
+
+
+def _hints(args: argparse.Namespace, graph: networkx.DiGraph, is_file: bool) -> str:
+    """What was not used as asked, or was not said, for people."""
+    if args.format != "text":
+        return ""
+    rows, lines = graph.graph.get("made_with", {}).get("rows"), []
+    if rows and args.microbatches and args.microbatches > rows:
+        lines.append(f"{rows} micro-batches are used: {args.microbatches} were asked for and the batch has {rows} rows"
+                     + ("" if is_file else " (--rows)"))
+    if not is_file and args.costs == "analytic" and not (args.flops and args.memory_bandwidth):
+        lines.append("the device is a guess, a slow one: --flops and --memory-bandwidth say what yours reaches")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _is_graph_file(name: str) -> bool:
@@ -131,13 +145,13 @@ def _profiled(args: argparse.Namespace, costs: str) -> networkx.DiGraph:
     from pipeengine import models
     from pipeengine.costs import DeviceDescription
     from pipeengine.profiling import profile
-    model, example = models.load(args.graph, rows=args.rows, length=args.length)
+    made = models.load(args.graph, rows=args.rows, length=args.length)
     described = DeviceDescription()
     if costs == "analytic":
         described = DeviceDescription(getattr(args, "flops", None) or described.flops_per_second,
                                       getattr(args, "memory_bandwidth", None) or described.bytes_per_second)
-    return profile(model, example, num_microbatches=args.microbatches, costs=described if costs == "analytic" else costs,
-                   device=args.device, cache=args.cache, progress=_progress())
+    return profile(made.model, made.example, num_microbatches=args.microbatches or 1, loss_fn=made.loss_fn, target=made.target,
+                   costs=described if costs == "analytic" else costs, device=args.device, cache=args.cache, progress=_progress())
 
 
 def _profile_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,25 +1,42 @@
 """Models named on the command line: a factory, or a Hugging Face ``config.json`` (built on meta, without weights)."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from pipeengine.errors import InputError
 from pipeengine.naming import named
 
+_FORMS = "model, example, or model, example, loss_fn, or model, example, loss_fn, target"
 
-def load(name: str, *, rows: int, length: int | None) -> tuple[torch.nn.Module, object]:
-    """The model and an example batch for ``package.module:factory``, ``path/to/file.py:factory`` or a ``config.json``."""
+
+class Named(NamedTuple):
+    """What a factory may return, at least the first two; without ``loss_fn`` the model has its own loss."""
+    model: torch.nn.Module
+    example: object
+    loss_fn: Callable | None = None
+    target: object = None
+
+
+def load(name: str, *, rows: int, length: int | None) -> Named:
+    """The model, an example batch, and the loss if it has none of its own, for ``package.module:factory``, ``path/to/file.py:factory`` or a ``config.json``."""
     if name.endswith(".json"):
-        return from_config(Path(name), rows=rows, length=length)
+        return Named(*from_config(Path(name), rows=rows, length=length))
     if ":" not in name:
         raise InputError(f"{name!r} names no model; give package.module:factory, path/to/file.py:factory (the factory returns "
-                         "model, example) or a Hugging Face config.json")
+                         f"{_FORMS}) or a Hugging Face config.json")
     made = named(name)()
-    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], torch.nn.Module)):
-        raise InputError(f"{name} returned a {type(made).__name__}; it must return (model, example)")
-    return made
+    if not (isinstance(made, tuple) and 2 <= len(made) <= 4 and isinstance(made[0], torch.nn.Module)):
+        kind = f"{len(made)} things, the first a {type(made[0]).__name__}" if isinstance(made, tuple) and made else \
+            f"a {type(made).__name__}"
+        raise InputError(f"{name} returned {kind}; it must return {_FORMS}")
+    found = Named(*made)
+    if found.loss_fn is not None and not callable(found.loss_fn):
+        raise InputError(f"{name} returned something of type {type(found.loss_fn).__name__} as loss_fn; it must return {_FORMS}")
+    return found
 
 
 def from_config(path: Path, *, rows: int, length: int | None) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:

@@ -1,6 +1,7 @@
 """From a model to its cost graph, without a pipeline: what planning needs."""
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from pipeengine.dataflow import analyse
 from pipeengine.deferral import put_off
 from pipeengine.errors import InputError
 from pipeengine.measure import measure
+from pipeengine.recording import refs
 
 
 def profile(model: torch.nn.Module, example: object, *, num_microbatches: int = 1,
@@ -30,14 +32,49 @@ def profile(model: torch.nn.Module, example: object, *, num_microbatches: int = 
     batch = take_apart(Inputs.of(example, target), names=argument_names(model), batch_dims=None)
     parts = batch.split(num_microbatches, batch.tensors[0].device)
     where = torch.device(device) if device is not None else _device_of(model)
+    inputs = batch.again(parts[0])
+    if loss_fn is not None and target is None:
+        inputs = Inputs(inputs.args, inputs.kwargs, made_up_target(model, inputs, loss_fn, where))
     with torch.enable_grad():
-        flow = analyse(capture(model, batch.again(parts[0]), loss_fn=loss_fn, device=where), outputs=False)
+        flow = analyse(capture(model, inputs, loss_fn=loss_fn, device=where), outputs=False)
     waits = put_off(flow.recording, model)
     if costs == "measured":
         seconds = measure(flow, model, where, waits=waits, cache=cache, progress=progress).seconds
     else:
         seconds = analytic(flow, costs if isinstance(costs, DeviceDescription) else DeviceDescription())
-    return cost_graph(flow, seconds, waits)
+    graph = cost_graph(flow, seconds, waits)
+    graph.graph["made_with"] = {"rows": batch.rows, "row": list(batch.tensors[0].shape[1:]), "num_microbatches": len(parts),
+                                **_source(costs, where)}
+    return graph
+
+
+def made_up_target(model: torch.nn.Module, inputs: Inputs, loss_fn: Callable, device: torch.device) -> torch.Tensor:
+    """A target in the shape of the model's first output that ``loss_fn`` takes: class numbers, or the output's own kind."""
+    recording = capture(model, inputs, device=device)
+    spec = next((recording.values[v].spec for v in refs(recording.output)), None)
+    if spec is None:
+        raise InputError("loss_fn= needs a tensor output of the model, or an example target: pass target=")
+    shapes = [(spec.shape[:-1], torch.int64), (spec.shape, spec.dtype)]
+    if len(spec.shape) > 2:
+        shapes.insert(0, ((spec.shape[0], *spec.shape[2:]), torch.int64))
+    for shape, dtype in shapes:
+        made = torch.zeros(shape, dtype=dtype, device=device)
+        try:
+            with warnings.catch_warnings(action="ignore"):      # about targets that do not fit: the next one may
+                capture(model, Inputs(inputs.args, inputs.kwargs, made), loss_fn=loss_fn, device=device)
+            return made
+        except Exception:               # whatever the user's function says to a target that does not suit it
+            continue
+    raise InputError(f"loss_fn takes no target made in the shape of the output {tuple(spec.shape)}; give an example target")
+
+
+def _source(costs: str | DeviceDescription, where: torch.device) -> dict:
+    """Where the seconds come from."""
+    if costs == "measured":
+        return {"costs": costs, "device": str(where)}
+    described = costs if isinstance(costs, DeviceDescription) else DeviceDescription()
+    return {"costs": "analytic", "flops_per_second": described.flops_per_second,
+            "bytes_per_second": described.bytes_per_second}
 
 
 def _device_of(model: torch.nn.Module) -> torch.device:

@@ -137,6 +137,10 @@ def _from_plan(args: argparse.Namespace) -> Callable[[str], _Result]:
 
     def ask(name: str) -> _Result:
         per_worker = args.stages_per_worker or _stages_per_worker(name, args, plan)
+        if args.workers is not None and args.workers * per_worker != plan.num_stages:
+            fitting = ", ".join(str(count) for count in range(1, plan.num_stages + 1) if plan.num_stages % count == 0)
+            raise ScheduleError(f"--workers is {args.workers}, with {per_worker} stages each; the plan has {plan.num_stages} stages: "
+                                f"leave --workers out, or give one of {fitting}")
         workers = plan.num_stages // per_worker
         schedule = build(name, num_workers=workers, num_microbatches=microbatches, stages_per_worker=per_worker,
                          costs=costs, max_peak=args.max_peak, objective=args.objective)

@@ -109,3 +109,18 @@ def test_a_plan_gives_stages_times_and_messages(tmp_path):
 def test_it_needs_no_torch():
     code = "import sys, pipeengine.simulate_command; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("workers", (3, 7))
+def test_workers_that_a_plan_does_not_suit_are_refused(tmp_path, workers):
+    import networkx as nx
+    from partitioners.solve import partition
+    graph = nx.path_graph(8, create_using=nx.DiGraph)
+    for node in graph:
+        graph.nodes[node].update(forward=1.0, backward=2.0, param_bytes=4)
+    partition(graph, 4).save(tmp_path / "plan.json")
+    code, text = simulate("--schedule", "1f1b", "--plan", tmp_path / "plan.json", "--microbatches", 6, "--workers", workers)
+    assert code == 2 and f"--workers is {workers}" in text and "the plan has 4 stages" in text
+    code, text = simulate("--schedule", "interleaved-1f1b", "--plan", tmp_path / "plan.json", "--microbatches", 6, "--workers", 2,
+                          "--format", "json")
+    assert code == 0 and json.loads(text)["workers"] == 2
