@@ -1,6 +1,7 @@
 """``pipeengine plan`` and ``profile`` for models: what factories return, what the figures rest on, where files go."""
 import json
 import os
+import re
 import subprocess
 import sys
 from xml.etree import ElementTree
@@ -105,3 +106,19 @@ def test_a_reader_that_leaves_is_no_error():
     with os.fdopen(write, "w") as gone:
         ran = subprocess.run([sys.executable, "-c", code], stdout=gone, stderr=subprocess.PIPE, text=True)
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("stages, room, schedule", [(3, 3000, "gpipe"), (2, 2000, "1f1b"), (4, 1500, "gpipe")])
+def test_the_memory_that_is_told_does(factories, capsys, stages, room, schedule):
+    words = ("plan", f"{factories}:bare", "--stages", stages, "--microbatches", 4, "--schedule", schedule, "--memory")
+    status, text = answer(capsys, *words, room)
+    hint = re.search(r"try memory of ([\d,]+ bytes) per device", text)
+    assert status == 2 and hint, text
+    assert answer(capsys, *words, hint[1])[0] == 0
+
+
+def test_a_model_that_cannot_be_cut_is_told_so(factories, capsys):
+    factories.write_text(FACTORIES + "\ndef one():\n    return nn.Sequential(nn.Linear(8, 8), Mean()), (torch.randn(12, 8),)\n")
+    status, text = answer(capsys, "plan", f"{factories}:one", "--stages", 2)
+    assert status == 2 and "it runs whole only, with num_stages=1" in text and "allow_empty" not in text
+    assert answer(capsys, "plan", f"{factories}:one", "--stages", 1)[0] == 0
