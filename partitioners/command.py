@@ -149,7 +149,7 @@ def _tell_assumptions(found: dict) -> str:
     source = {"measured": "seconds measured on {device}", "analytic": "analytic seconds for {flops_per_second:.3g} FLOP/s and "
               "{bytes_per_second:.3g} bytes/s of memory"}.get(made.get("costs"), "seconds as the file says")
     most = str(held[0]) if len(set(held)) == 1 else f"{held[0]} to {held[-1]}"
-    return (f"planned for {batch}; {source.format(**made)}; memory as under {found['memory_schedule']}: {most} micro-batches held, "
+    return (f"planned for {batch}; {source.format(**made)}; memory as under {found['memory_schedule']}: {most} micro-batch{'es' * (held != [1] * len(held))} held, "
             f"{found['parameter_factor']:g} x parameters")
 
 
