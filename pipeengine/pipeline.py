@@ -8,7 +8,6 @@ import inspect
 import json
 import os
 import sys
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
@@ -31,6 +30,7 @@ from pipeengine.fidelity import check_recording
 from pipeengine.measure import measure
 from pipeengine.orders import Orders
 from pipeengine.outputs import merge_outputs
+from pipeengine.profiling import made_up_target
 from pipeengine.randomness import mix
 from pipeengine.recorder import current_modes
 from pipeengine.recomputation import Recompute, price_modules, price_stages
@@ -183,7 +183,7 @@ class Pipeline:
         batch = self._take_apart(Inputs.of(example, target))
         inputs = self._first_microbatch(batch)
         if self._loss_fn is not None and target is None:
-            inputs = Inputs(inputs.args, inputs.kwargs, self._made_up_target(inputs))
+            inputs = Inputs(inputs.args, inputs.kwargs, made_up_target(self._model, inputs, self._loss_fn, self._device))
         self._example = inputs
         with torch.enable_grad():
             recording = capture(self._model, inputs, loss_fn=self._loss_fn, device=self._device)
@@ -196,26 +196,6 @@ class Pipeline:
         parts = batch.split(self._num_microbatches, self._device)
         self._ran = len(parts)              # micro-batches of the last step that was recorded; before the first, the example's
         return batch.again(parts[0])
-
-    def _made_up_target(self, inputs: Inputs) -> object:
-        """Without a target, the loss is planned with one made in the shape of the output."""
-        recording = capture(self._model, Inputs(inputs.args, inputs.kwargs), device=self._device)
-        specs = [recording.values[v].spec for v in refs(recording.output)]
-        if not specs:
-            raise InputError("loss_fn= needs a tensor output of the model, or an example target: pass target=")
-        candidates = [torch.zeros(specs[0].shape, dtype=specs[0].dtype, device=self._device),
-                      torch.zeros(specs[0].shape[:-1], dtype=torch.int64, device=self._device)]
-        if len(specs[0].shape) > 2:
-            candidates.append(torch.zeros((specs[0].shape[0], *specs[0].shape[2:]), dtype=torch.int64, device=self._device))
-        for candidate in candidates[::-1]:
-            try:
-                with warnings.catch_warnings(action="ignore"):      # about targets that do not fit: the next one may
-                    capture(self._model, Inputs(inputs.args, inputs.kwargs, candidate), loss_fn=self._loss_fn, device=self._device)
-                return candidate
-            except Exception:               # whatever the user's function says to a target that does not suit it
-                continue
-        raise InputError(f"loss_fn takes no target made in the shape of the output {tuple(specs[0].shape)}; pass target= with an "
-                         "example")
 
     def _identity(self, flow: Dataflow) -> str:
         """The model and the example, as text: what workers must agree on."""
