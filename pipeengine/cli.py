@@ -90,10 +90,12 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     command.add_arguments(parser)
-    parser.add_argument("-o", "--output", metavar="PLAN", help="write the plan here, as JSON; with --format svg the picture (--save: the plan)")
+    parser.add_argument("-o", "--output", metavar="PLAN",
+                        help="write the plan here, as JSON; with --format svg the picture (--save: the plan)")
     parser.add_argument("--costs", choices=("analytic", "measured"), default="analytic",
                         help="for a model: from FLOPs and bytes, or measured here")
-    parser.add_argument("--flops", type=command.parse_rate, metavar="RATE", help="a device's FLOP/s, such as 300T, for analytic costs")
+    parser.add_argument("--flops", type=command.parse_rate, metavar="RATE",
+                        help="a device's FLOP/s, such as 300T, for analytic costs")
     parser.add_argument("--memory-bandwidth", type=command.parse_rate, metavar="RATE", help="its bytes per second, such as 2TB/s")
     _model_arguments(parser)
     for action in parser._actions:

@@ -42,7 +42,8 @@ def measure(flow: Dataflow, model: torch.nn.Module, device: torch.device, *, wai
             cache: str | Path | None = None, progress: Callable[[str], None] | None = None) -> Measured:
     """Forward and backward seconds of every placed node: the minimum over repeats, which other load on the machine cannot lower.
 
-    For nodes in ``waits`` also what of their backward can be put off. ``cache`` names a JSON file that keeps results under what was measured, so that it is measured once.
+    For nodes in ``waits`` also what of their backward can be put off. ``cache`` names a JSON file that keeps results under
+    what was measured, so that it is measured once.
     """
     recording = flow.recording
     known = _read(cache)

@@ -22,7 +22,10 @@ class Named(NamedTuple):
 
 
 def load(name: str, *, rows: int, length: int | None) -> Named:
-    """The model, an example batch, and the loss if it has none of its own, for ``package.module:factory``, ``path/to/file.py:factory`` or a ``config.json``."""
+    """The model, an example batch, and the loss if it has none of its own.
+
+    For ``package.module:factory``, ``path/to/file.py:factory`` or a ``config.json``.
+    """
     if name.endswith(".json"):
         return Named(*from_config(Path(name), rows=rows, length=length))
     if ":" not in name:

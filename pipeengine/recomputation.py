@@ -37,7 +37,8 @@ class Recompute:
         unknown = sorted(modules - {path for path, _ in model.named_modules() if path})
         if unknown:
             some = [path for path, _ in model.named_modules() if path][:3]
-            raise InputError(f"recompute names {unknown[0]!r}, which is no module of the model; its modules are {', '.join(some)} ...")
+            raise InputError(f"recompute names {unknown[0]!r}, which is no module of the model; its modules are "
+                             f"{', '.join(some)} ...")
         return cls(stages, modules)
 
     def spans(self, recording: Recording) -> tuple[Span, ...]:
@@ -75,7 +76,8 @@ def price_modules(graph: networkx.DiGraph, flow: Dataflow, spans: Iterable[Span]
         for node in nodes:
             node.update(backward=node["backward"] + node["forward"], activation_bytes=0)
         if nodes:
-            nodes[0]["activation_bytes"] = sum(recording.values[v].spec.bytes for v in read if recording.values[v].node not in flow.free)
+            nodes[0]["activation_bytes"] = sum(recording.values[v].spec.bytes for v in read
+                                               if recording.values[v].node not in flow.free)
             nodes[-1]["workspace_bytes"] += activations
 
 
