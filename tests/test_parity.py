@@ -132,8 +132,12 @@ def test_workers_are_invisible(rest, num_workers, name, schedule):
         assert_same_step(expected, (loss, merged), tolerance(plan, name))
 
 
-@pytest.mark.parametrize("num_stages", (2, 4))
-@pytest.mark.parametrize("name", [name for name in CASES if not CASES[name].random and name not in SPREAD])
+OTHERS = [name for name in CASES if not CASES[name].random and name not in SPREAD]
+
+
+@pytest.mark.parametrize(("name", "num_stages"), [
+    pytest.param(name, num_stages, marks=[pytest.mark.slow] * (number % 2 == (num_stages == 4)))
+    for number, name in enumerate(OTHERS) for num_stages in (2, 4)])
 def test_one_process_is_invisible(name, num_stages):
     """The other architectures, all stages in one process."""
     model, pipe = make(name, "1f1b", num_stages)
