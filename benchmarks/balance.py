@@ -21,7 +21,7 @@ from throughput import run
 from torch import nn
 
 import pipeengine as pe
-from partitioners.costs import build_plan
+from partitioners.pricing import build_plan
 
 MICROBATCHES, ROWS, LENGTH, TOKENS = 8, 16, 128, 8192
 

@@ -22,8 +22,9 @@ def plan(stages: int, length: int) -> dict:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import pipeengine as pe
-    from pipeengine.costs import analytic, cost_graph
-    from pipeengine.dataflow import analyse
+    from pipeengine.costs.cost_graph import cost_graph
+    from pipeengine.costs.roofline import analytic
+    from pipeengine.tracing.dataflow import analyse
 
     def resident() -> int:
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -34,16 +34,16 @@ from throughput import GPT, run
 from torch import nn
 
 import pipeengine as pe
-from partitioners.costs import build_plan
-from partitioners.graph import topological_order
-from partitioners.plan import Setting
+from partitioners.graph.cost_graph import topological_order
+from partitioners.plan.plan import Setting
+from partitioners.pricing import build_plan
 from pipeengine import pipeline
-from pipeengine.deferral import Deferral
-from pipeengine.deferral import run as run_deferred
-from pipeengine.executor import Executor
-from pipeengine.schedules import SCHEDULES, build
-from pipeengine.transport import NullTransport
-from pipeengine.world import Alone
+from pipeengine.autograd.deferral import Deferral
+from pipeengine.autograd.deferral import run as run_deferred
+from pipeengine.distributed.local import NullTransport
+from pipeengine.distributed.workers import Alone
+from pipeengine.runtime.executor import Executor
+from pipeengine.synthesis.registry import SCHEDULES, build
 
 RUN = tuple(name for name in SCHEDULES if name != "dualpipe")       # two copies of the parameters: simulated only
 SEVERAL = ("interleaved-1f1b", "bfs", "interleaved-zb", "zb-v", "v-half", "v-min", "dualpipe-v")
@@ -125,7 +125,7 @@ def bare(schedule: str, rank: int, *, split: bool) -> Callable[[], object]:
 def overhead_worker(options: argparse.Namespace) -> dict[str, tuple[float, float, float, int]]:
     """Per schedule: seconds of a step of one worker, without an engine, without split backward either; its actions."""
     rank = options.rank
-    from torch.testing._internal.distributed import fake_pg     # registers the backend
+    from torch.testing._internal.distributed import fake_pg  # registers the backend
     del fake_pg
     dist.init_process_group("fake", rank=rank, world_size=WORKERS, store=dist.HashStore())
     steps, count = {}, {}

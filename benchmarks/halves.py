@@ -20,7 +20,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import pipeengine as pe
-from pipeengine import executor as engine
+from pipeengine.runtime import executor as engine
 
 ROWS, LENGTH, TOKENS, IMAGE, REPEATS = 4, 64, 2000, 64, 6
 

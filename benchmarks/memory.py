@@ -19,7 +19,7 @@ from throughput import LENGTH, MICROBATCHES, ROWS, TOKENS, model, run
 from torch.profiler import ProfilerActivity, profile
 
 import pipeengine as pe
-from pipeengine.timeline import OPS
+from pipeengine.simulation.timeline import OPS
 
 
 def allocations(step) -> list[int]:

@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import pipeengine as pe
-from pipeengine import pipeline, wire
-from pipeengine.executor import Executor
-from pipeengine.transport import NullTransport
-from pipeengine.world import Alone, World
+from pipeengine import pipeline
+from pipeengine.distributed.local import NullTransport
+from pipeengine.distributed.workers import Alone, World
+from pipeengine.runtime.executor import Executor
+from pipeengine.stages import message as wire
 
 WIDTH, MICROBATCHES, STAGES = 16, 32, 2
 OPTIONS = dict(loss_fn=F.mse_loss, num_microbatches=MICROBATCHES, schedule="1f1b")
@@ -87,7 +88,8 @@ def manual(rank: int, x: torch.Tensor, y: torch.Tensor) -> Callable[[], object]:
 
 def traced(rank: int, x: torch.Tensor, y: torch.Tensor) -> Callable[[], object]:
     """The peer's traced front end."""
-    from torch.distributed.pipelining import SplitPoint, pipeline as trace
+    from torch.distributed.pipelining import SplitPoint
+    from torch.distributed.pipelining import pipeline as trace
     pipe = trace(Tiny(), mb_args=(x[:1],), split_spec={"second": SplitPoint.BEGINNING})
     return peer(pipe.build_stage(rank, torch.device("cpu")), rank, x, y)
 
@@ -129,7 +131,7 @@ def best(steps: dict[str, Callable[[], object]], seconds: float) -> dict[str, fl
 def worker(rank: int, seconds: float) -> dict[str, float]:
     """Microseconds per micro-batch of each contestant on worker ``rank``."""
     torch.set_num_threads(1)
-    from torch.testing._internal.distributed import fake_pg     # registers the backend
+    from torch.testing._internal.distributed import fake_pg  # registers the backend
     del fake_pg
     dist.init_process_group("fake", rank=rank, world_size=STAGES, store=dist.HashStore())
     x, y = torch.randn(MICROBATCHES, WIDTH), torch.randn(MICROBATCHES, WIDTH)

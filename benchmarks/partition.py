@@ -17,9 +17,9 @@ import networkx as nx
 import numpy as np
 
 from partitioners import MemoryModel, partition, read_workload, split_sequence, verify
-from partitioners.devices import Cluster, Device, Link
-from partitioners.problem import Problem, build_problem
-from partitioners.segments import segment_loads
+from partitioners.graph.devices import Cluster, Device, Link
+from partitioners.solvers.problem import Problem, build_problem
+from partitioners.solvers.segments import segment_loads
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
 NASNET = "P_nasnetamobile"

@@ -12,12 +12,17 @@ import resource
 import sys
 import time
 
-from pipeengine.channel import simulate_channel
 from pipeengine.errors import ScheduleError
-from pipeengine.program import check, lower
-from pipeengine.schedules import SCHEDULES, Topology, build
-from pipeengine.synthesis import auto, lower_bound
-from pipeengine.timeline import Costs, peak_activations, simulate
+from pipeengine.program.checking import check
+from pipeengine.program.lowering import lower
+from pipeengine.program.single_channel import simulate_channel
+from pipeengine.schedules.schedule import Topology
+from pipeengine.simulation.costs import Costs
+from pipeengine.simulation.memory import peak_activations
+from pipeengine.simulation.simulator import simulate
+from pipeengine.synthesis.auto import auto
+from pipeengine.synthesis.bound import lower_bound
+from pipeengine.synthesis.registry import SCHEDULES, build
 
 
 def stage_costs(topology: Topology, head: float, hop: float) -> Costs:

@@ -5,21 +5,50 @@ Names that need torch load it on first use: planning a JSON graph and simulating
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from partitioners import Boundary, Plan, partition
 from pipeengine.errors import (
-    CaptureError, GraphError, InfeasibleError, InputError, PartitionError, PipeEngineError, PlanError, ScheduleError,
-    WorkerError)
+    CaptureError,
+    GraphError,
+    InfeasibleError,
+    InputError,
+    PartitionError,
+    PipeEngineError,
+    PlanError,
+    ScheduleError,
+    WorkerError,
+)
 
-_LATER = {"Pipeline": "pipeline", "capture": "capturing", "profile": "profiling", "simulate": "timeline", "Recording": "recording",
-          "Timeline": "timeline", "Costs": "timeline", "Schedule": "schedules.form", "Program": "program", "lower": "program",
-          "build": "schedules", "DeviceDescription": "costs"}
+if TYPE_CHECKING:
+    from pipeengine.costs import DeviceDescription, profile
+    from pipeengine.pipeline import Pipeline
+    from pipeengine.program import Program, lower
+    from pipeengine.schedules import Schedule
+    from pipeengine.simulation import Costs, Timeline, simulate
+    from pipeengine.synthesis import build
+    from pipeengine.tracing import Recording, capture
 
-__all__ = ["Boundary", "CaptureError", "GraphError", "InfeasibleError", "InputError", "PartitionError", "PipeEngineError",
-           "Plan", "PlanError", "ScheduleError", "WorkerError", "partition", *_LATER]
+_LATER = {"Pipeline": "pipeline", "capture": "tracing", "profile": "costs", "simulate": "simulation",
+          "Recording": "tracing", "Timeline": "simulation", "Costs": "simulation", "Schedule": "schedules",
+          "Program": "program", "lower": "program", "build": "synthesis", "DeviceDescription": "costs"}
+
+__all__ = ["Boundary", "CaptureError", "Costs", "DeviceDescription", "GraphError", "InfeasibleError", "InputError",
+           "PartitionError", "PipeEngineError", "Pipeline", "Plan", "PlanError", "Program", "Recording", "Schedule",
+           "ScheduleError", "Timeline", "WorkerError", "build", "capture", "lower", "partition", "profile", "simulate"]
+
+try:
+    __version__ = version("pipeengine")
+except PackageNotFoundError:            # run from a folder that was never installed
+    __version__ = "0+unknown"
 
 
 def __getattr__(name: str) -> object:
     if name not in _LATER:
         raise AttributeError(f"module 'pipeengine' has no attribute {name!r}")
     return getattr(importlib.import_module(f"pipeengine.{_LATER[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

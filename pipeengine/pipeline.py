@@ -17,33 +17,21 @@ import torch
 
 import partitioners
 from partitioners import Plan
-from partitioners.verify import check_rules
-from pipeengine import observe
-from pipeengine.batching import Batch, argument_names, take_apart
-from pipeengine.capturing import Inputs, capture
-from pipeengine.costs import analytic, cost_graph
-from pipeengine.dataflow import Dataflow, analyse
-from pipeengine.deferral import put_off
+from partitioners.plan import check_rules
+from pipeengine.autograd import Recompute, put_off
+from pipeengine.checkpoint import load_stage, save_weights
+from pipeengine.costs import analytic, cost_graph, made_up_target, measure, price_modules, price_stages
+from pipeengine.data import Batch, argument_names, take_apart
+from pipeengine.distributed import Alone, DistributedTransport, LocalTransport, Shared, SharedParameters, World, connect
 from pipeengine.errors import InputError, PlanError, ScheduleError, WorkerError
-from pipeengine.executor import Executor, Task
-from pipeengine.fidelity import check_recording
-from pipeengine.measure import measure
-from pipeengine.orders import Orders
-from pipeengine.outputs import merge_outputs
-from pipeengine.profiling import made_up_target
-from pipeengine.randomness import mix
-from pipeengine.recorder import current_modes
-from pipeengine.recomputation import Recompute, price_modules, price_stages
-from pipeengine.recording import node_refs, refs
-from pipeengine.report import RunReport, report_text
-from pipeengine.schedules import Schedule, build
-from pipeengine.shared import Shared, SharedParameters
-from pipeengine.stage import Draw
-from pipeengine.timeline import Timeline
-from pipeengine.transport import DistributedTransport, LocalTransport
-from pipeengine.variants import Placement, Variant, Variants
-from pipeengine.weights import load_stage, save_weights
-from pipeengine.world import Alone, World, connect
+from pipeengine.report import RunReport, measured, predict, report_text, save, stage_rows
+from pipeengine.rng import Draw, mix
+from pipeengine.runtime import Executor, Orders, Task, merge_outputs
+from pipeengine.schedules import Schedule
+from pipeengine.simulation import Timeline, costs_of
+from pipeengine.stages import Placement, Variant, Variants, check_recording
+from pipeengine.synthesis import build
+from pipeengine.tracing import Dataflow, Inputs, analyse, capture, current_modes, node_refs, refs
 
 # A message between busy processes of one machine: from the end of what made it to the start of what waits for it, and what the
 # sender spends on it (measured over gloo).
@@ -102,7 +90,7 @@ class Pipeline:
         price_modules(graph, flow, self._again.spans(flow.recording))
         self._plan: Plan = self._make_plan(graph, plan)
         self._priced = price_stages(self._plan, self._again.stages)
-        self._orders = dataclasses.replace(self._orders, costs=observe.costs_of(self._priced, **self._link),
+        self._orders = dataclasses.replace(self._orders, costs=costs_of(self._priced, **self._link),
                                            _known={})
         world.together(lambda: self._place(flow, weights, check))
         self._connect_workers(flow)
@@ -567,7 +555,7 @@ class Pipeline:
         for rank, text in self._world.published().items():
             for record in json.loads(text)["records"]:
                 lanes.setdefault(record[1] if self._world.size == 1 else rank, []).append(tuple(record))
-        return observe.measured(lanes, schedule=self._orders.name, num_workers=self._num_lanes)
+        return measured(lanes, schedule=self._orders.name, num_workers=self._num_lanes)
 
     @property
     def _num_lanes(self) -> int:
@@ -578,7 +566,7 @@ class Pipeline:
 
         In one process: what separate workers would take if messages took no time.
         """
-        return observe.predict(self._priced, self._orders.order(self._ran), **self._link)
+        return predict(self._priced, self._orders.order(self._ran), **self._link)
 
     @property
     def _link(self) -> dict[str, float | None]:
@@ -593,7 +581,7 @@ class Pipeline:
         sizes = {name: p.numel() for name, p in self._model.named_parameters()}
         parameters = {stage: sum(size for name, size in sizes.items() if stage in self._placement.holders.get(name, ()))
                       for stage in range(self._num_stages)}
-        rows = tuple(observe.rows(self._priced, schedule, parameters, self._ran))
+        rows = tuple(stage_rows(self._priced, schedule, parameters, self._ran))
         return RunReport(type(self._model).__name__, self._orders.name, self._ran, rows, self.predicted_timeline(),
                          self.timeline(), None if self._trained_loss is None else float(self._trained_loss),
                          in_turns=self._world.size == 1)
@@ -606,7 +594,7 @@ class Pipeline:
         """Write ``report.json``, ``report.html`` and ``trace.json`` (for Perfetto); only the first worker writes."""
         if self._world.rank == 0:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            observe.save(self.run_report(), Path(folder))
+            save(self.run_report(), Path(folder))
 
     @property
     def plan(self) -> Plan:

@@ -15,7 +15,8 @@ from reference import gradients, reference_step, worst_difference
 from torch import nn
 
 import pipeengine as pe
-from pipeengine.deferral import Deferral, put_off, run
+from pipeengine.autograd.deferral import Deferral, run
+from pipeengine.autograd.deferral_rules import put_off
 
 WIDTH, ROWS, LENGTH = 16, 8, 6
 

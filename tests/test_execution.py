@@ -12,7 +12,8 @@ from live import live
 from reference import assert_same_step, reference_step
 
 import pipeengine as pe
-from pipeengine.schedules import SCHEDULES, Schedule, build
+from pipeengine.schedules.schedule import Schedule
+from pipeengine.synthesis.registry import SCHEDULES, build
 
 MOST = 12                               # micro-batches: a batch of k rows has k
 LOSS_BYTES = 4                          # all that a step may leave behind

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import zoo
-from distributed import Workers, launch
+from distributed import Workers
 from torch import nn
 
 import pipeengine as pe

@@ -7,9 +7,9 @@ import zoo
 from live import live, mark
 
 import pipeengine as pe
-from partitioners.plan import StageCost
-from pipeengine.footprint import most_added, step_bytes
-from pipeengine.schedules import build
+from partitioners.plan.plan import StageCost
+from pipeengine.report.memory import most_added, step_bytes
+from pipeengine.synthesis.registry import build
 
 ROWS, LENGTH = 6, 32
 

@@ -7,7 +7,7 @@ import networkx as nx
 import pytest
 
 from partitioners import GraphError, PipeEngineError, check, digest, from_json, read_pipedream, read_workload, to_json
-from partitioners.graph import topological_order
+from partitioners.graph.cost_graph import topological_order
 
 DATA = Path(__file__).parent / "data"
 

@@ -7,8 +7,17 @@ from brute import brute_force
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from partitioners import (Cluster, Device, GraphError, Link, MemoryModel, PartitionError, partition, split_sequence,
-                          verify)
+from partitioners import (
+    Cluster,
+    Device,
+    GraphError,
+    Link,
+    MemoryModel,
+    PartitionError,
+    partition,
+    split_sequence,
+    verify,
+)
 
 LOOSE = settings(max_examples=700, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 

@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from test_partition_brute import graphs
 
 from partitioners import Cluster, Device, GraphError, Link, MemoryModel
-from partitioners.ideals import Ideals, TooMany, _Pricer, backwards
-from partitioners.problem import build_problem, reorder
-from partitioners.reduction import reduce_problem
-from partitioners.segments import segment_loads
+from partitioners.solvers.chain_search import backwards
+from partitioners.solvers.ideal_pricing import IdealPricer
+from partitioners.solvers.ideals import Ideals, TooMany
+from partitioners.solvers.problem import build_problem, reorder
+from partitioners.solvers.reduction import reduce_problem
+from partitioners.solvers.segments import segment_loads
 
 
 def problem_of(graph, *, memory=None, objective="sum", links=((0.1, 2.0),), count=2):
@@ -43,7 +45,7 @@ def test_ideals_are_priced_like_segments(graph, objective, memory, links):
     assert sorted(map(sorted, sets)) == sorted(map(sorted, down_sets(problem)))
     assert (np.diff(ideals.work) >= 0).all()
     kind = problem.levels[-1]
-    pricer = _Pricer(ideals, kind)
+    pricer = IdealPricer(ideals, kind)
     for base, held in enumerate(sets):
         loads = pricer.loads(base, base, len(ideals))
         for other in range(base, len(ideals)):

@@ -6,12 +6,12 @@ import networkx as nx
 import pytest
 
 from partitioners import Cluster, Device, Link, MemoryModel
-from partitioners.ideals import backwards, best_chain
-from partitioners.orders import through
-from partitioners.problem import build_problem, reorder
-from partitioners.search import loads_of
-from partitioners.segments import best_cuts
-from partitioners.sweeps import Bracket, Sweeper, narrow
+from partitioners.solvers.chain_search import backwards, best_chain
+from partitioners.solvers.orders import through
+from partitioners.solvers.problem import build_problem, reorder
+from partitioners.solvers.search import loads_of
+from partitioners.solvers.segments import best_cuts
+from partitioners.solvers.sweeps import Bracket, Sweeper, narrow
 
 pytest.importorskip("scipy")
 

@@ -6,10 +6,10 @@ import random
 import networkx as nx
 import pytest
 from brute import brute_force_variant
+from test_partition import DATA
 
 from partitioners import InfeasibleError, MemoryModel, PartitionError, Plan, partition, read_workload, verify
-from partitioners.period import period
-from test_partition import DATA
+from partitioners.solvers.period import period
 
 
 def chain(times, **more):

@@ -8,8 +8,9 @@ import networkx as nx
 import pytest
 
 from partitioners import Device, Plan, draw, partition
-from partitioners.command import main, parse_rate, parse_seconds, parse_size
-from partitioners.draw import ends
+from partitioners.reporting.command import main
+from partitioners.reporting.drawing import ends
+from partitioners.units import parse_rate, parse_seconds, parse_size
 
 DATA = Path(__file__).parent / "data"
 

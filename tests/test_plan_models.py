@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from partitioners import Plan
-from pipeengine.cli import main
+from pipeengine.cli.main import main
 
 FACTORIES = """
 import torch

@@ -6,7 +6,7 @@ import networkx as nx
 import pytest
 
 from partitioners import explain, partition, verify
-from partitioners.explain import limits
+from partitioners.reporting.explanation import limits
 
 LATENCY = 0.05
 

@@ -5,11 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeengine.channel import simulate_channel
 from pipeengine.errors import ScheduleError
-from pipeengine.program import Edge, Program, ProgramLane, check, lower
-from pipeengine.schedules import SCHEDULES, Schedule, Topology, build
-from pipeengine.timeline import OPS, Costs, simulate
+from pipeengine.program.checking import check
+from pipeengine.program.lowering import lower
+from pipeengine.program.program import Program, ProgramLane
+from pipeengine.program.single_channel import simulate_channel
+from pipeengine.schedules.schedule import Edge, Schedule, Topology
+from pipeengine.simulation.costs import Costs
+from pipeengine.simulation.simulator import simulate
+from pipeengine.simulation.timeline import OPS
+from pipeengine.synthesis.registry import SCHEDULES, build
 
 
 def runs_with_blocking_sends(program: Program) -> bool:

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from pipeengine.errors import ScheduleError
-from pipeengine.program import Program, ProgramLane, check, lower
-from pipeengine.schedules import SCHEDULES, Lane, Schedule, build
+from pipeengine.program.checking import check
+from pipeengine.program.lowering import lower
+from pipeengine.program.program import Program, ProgramLane
+from pipeengine.schedules.schedule import Lane, Schedule
+from pipeengine.synthesis.registry import SCHEDULES, build
 
 NUM_FAULTS = 10_000
 NAMES = [name for name in SCHEDULES if name not in ("auto", "dualpipe")]

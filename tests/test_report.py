@@ -10,11 +10,17 @@ import pytest
 import torch
 
 import pipeengine as pe
-from pipeengine.drawing import Panel, chrome_trace, timeline_svg, timeline_text
 from pipeengine.errors import InputError
-from pipeengine.report import RunReport, StageRow, count_text, report_html, report_text, seconds_text, size_text
-from pipeengine.schedules import SCHEDULES, build
-from pipeengine.timeline import Costs, simulate
+from pipeengine.report.chrome_trace import chrome_trace
+from pipeengine.report.html import report_html
+from pipeengine.report.numbers import count_text, seconds_text, size_text
+from pipeengine.report.run_report import RunReport, StageRow
+from pipeengine.report.svg import Panel, timeline_svg
+from pipeengine.report.table import report_text
+from pipeengine.report.text import timeline_text
+from pipeengine.simulation.costs import Costs
+from pipeengine.simulation.simulator import simulate
+from pipeengine.synthesis.registry import SCHEDULES, build
 
 
 @pytest.fixture

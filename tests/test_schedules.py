@@ -3,11 +3,14 @@ from inspect import cleandoc
 
 import pytest
 
-from pipeengine.drawing import timeline_text
 from pipeengine.errors import ScheduleError
-from pipeengine.program import check
-from pipeengine.schedules import SCHEDULES, Schedule, Topology, build, forward_schedule
-from pipeengine.timeline import Costs, simulate
+from pipeengine.program.checking import check
+from pipeengine.report.text import timeline_text
+from pipeengine.schedules.linear import forward_schedule
+from pipeengine.schedules.schedule import Schedule, Topology
+from pipeengine.simulation.costs import Costs
+from pipeengine.simulation.simulator import simulate
+from pipeengine.synthesis.registry import SCHEDULES, build
 
 SIZES = [(p, m) for p in (1, 2, 3, 4, 6) for m in (1, 2, 3, 5, 8, 12)]
 

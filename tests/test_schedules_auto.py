@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 
 from pipeengine.errors import ScheduleError
-from pipeengine.program import check
-from pipeengine.schedules import SCHEDULES, Topology, build
-from pipeengine.synthesis import auto, lower_bound
-from pipeengine.timeline import Costs, peak_activations, simulate
+from pipeengine.program.checking import check
+from pipeengine.schedules.schedule import Topology
+from pipeengine.simulation.costs import Costs
+from pipeengine.simulation.memory import peak_activations
+from pipeengine.simulation.simulator import simulate
+from pipeengine.synthesis.auto import auto
+from pipeengine.synthesis.bound import lower_bound
+from pipeengine.synthesis.registry import SCHEDULES, build
 
 TABLE = json.loads((Path(__file__).parent / "data" / "zero_bubble.json").read_text())["rows"]
 

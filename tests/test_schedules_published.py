@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 
 from pipeengine.errors import ScheduleError
-from pipeengine.program import Program, check
-from pipeengine.schedules import SCHEDULES, Schedule, Topology, build, build_short
-from pipeengine.schedules.looped import published_interleaved_seconds
-from pipeengine.timeline import Costs, peak_activations, simulate
+from pipeengine.program.checking import check
+from pipeengine.program.program import Program
+from pipeengine.schedules.interleaved import published_interleaved_seconds
+from pipeengine.schedules.schedule import Schedule, Topology
+from pipeengine.simulation.costs import Costs
+from pipeengine.simulation.memory import peak_activations
+from pipeengine.simulation.simulator import simulate
+from pipeengine.synthesis.registry import SCHEDULES, build, build_short
 
 TABLE = json.loads((Path(__file__).parent / "data" / "zero_bubble.json").read_text())["rows"]
 

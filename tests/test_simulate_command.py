@@ -7,8 +7,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from pipeengine.schedules import SCHEDULES
-from pipeengine.simulate_command import add_arguments, run
+from pipeengine.cli.simulate import add_arguments, run
+from pipeengine.synthesis.registry import SCHEDULES
 
 
 def simulate(*words):
@@ -90,7 +90,8 @@ def test_an_own_schedule_is_a_file_or_a_function(tmp_path):
 
 def test_a_plan_gives_stages_times_and_messages(tmp_path):
     import networkx as nx
-    from partitioners.solve import partition
+
+    from partitioners.partitioning import partition
     graph = nx.DiGraph()
     for number in range(8):
         graph.add_node(f"n{number}", forward=1.0 + number % 3, backward=2.0, output_bytes=10, param_bytes=4, gradient=True,
@@ -114,7 +115,8 @@ def test_it_needs_no_torch():
 @pytest.mark.parametrize("workers", (3, 7))
 def test_workers_that_a_plan_does_not_suit_are_refused(tmp_path, workers):
     import networkx as nx
-    from partitioners.solve import partition
+
+    from partitioners.partitioning import partition
     graph = nx.path_graph(8, create_using=nx.DiGraph)
     for node in graph:
         graph.nodes[node].update(forward=1.0, backward=2.0, param_bytes=4)

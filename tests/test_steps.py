@@ -1,5 +1,4 @@
 """What a training loop does besides plain steps: odd batches, accumulation, modes, clipping, optimizers, evaluation, options."""
-import copy
 import traceback
 import warnings
 from functools import cache

@@ -4,8 +4,12 @@ import random
 import pytest
 
 from pipeengine.errors import ScheduleError
-from pipeengine.schedules import SCHEDULES, Edge, build
-from pipeengine.timeline import Costs, Timeline, peak_activations, simulate
+from pipeengine.schedules.schedule import Edge
+from pipeengine.simulation.costs import Costs
+from pipeengine.simulation.memory import peak_activations
+from pipeengine.simulation.simulator import simulate
+from pipeengine.simulation.timeline import Timeline
+from pipeengine.synthesis.registry import SCHEDULES, build
 
 
 def obvious(schedule, costs, edges):

@@ -4,11 +4,15 @@ import random
 import numpy as np
 import pytest
 
-from pipeengine import critical_path
-from pipeengine.critical_path import Stuck, Wait, solve
-from pipeengine.program import check, lower
-from pipeengine.schedules import SCHEDULES, Lane, Schedule, build
-from pipeengine.timeline import Costs, simulate, waits
+from pipeengine.program.checking import check
+from pipeengine.program.lowering import lower
+from pipeengine.schedules.schedule import Lane, Schedule
+from pipeengine.simulation import critical_path
+from pipeengine.simulation.costs import Costs
+from pipeengine.simulation.critical_path import Stuck, Wait, solve
+from pipeengine.simulation.dependencies import waits
+from pipeengine.simulation.simulator import simulate
+from pipeengine.synthesis.registry import SCHEDULES, build
 
 
 def both(starts, duration, columns):

@@ -12,7 +12,7 @@ from distributed import launch
 from torch import nn
 
 import pipeengine as pe
-from pipeengine.weights import load_stage
+from pipeengine.checkpoint.weights import load_stage
 
 NAMES = {"gpt2": True, "llama": False, "llama-tied": True, "bert": True, "t5": True, "vit": False}
 CASES = {case.name: case for case in zoo.hugging_face_cases() if case.name in NAMES}

@@ -9,7 +9,7 @@ from typing import Callable
 import numpy as np
 
 from pipeengine.errors import ScheduleError
-from pipeengine.schedules.form import B, F, I, Schedule, Topology, W, from_keys
+from pipeengine.schedules.schedule import B, F, I, Schedule, Topology, W, from_keys
 
 
 def at_least(name: str, least: int, num_workers: int, num_microbatches: int) -> None:

@@ -1,0 +1,151 @@
+"""``plan`` on the command line, for graphs in files. The engine's door adds models."""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import networkx as nx
+
+from partitioners.errors import GraphError, PipeEngineError
+from partitioners.graph import FORMAT, WORKLOAD, MemoryModel, from_json, read_pipedream
+from partitioners.partitioning import OBJECTIVES, partition
+from partitioners.plan import Plan, verify
+from partitioners.reporting.drawing import draw
+from partitioners.reporting.explanation import cut_stories, explain, limits
+from partitioners.units import parse_rate, parse_seconds, parse_size
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
+    return int(text)
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number that is not negative")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``plan``."""
+    parser.add_argument("graph", help="a cost graph: pipeline-graph/1, pipeline-workload/1 or a PipeDream profile")
+    parser.add_argument("--stages", type=_count, help="number of stages (default: the devices that the file names)")
+    parser.add_argument("--memory", type=parse_size, help="bytes per device, such as 80GB")
+    parser.add_argument("--bandwidth", type=parse_rate, help="of a link, such as 25GB/s (default: links are free)")
+    parser.add_argument("--latency", type=parse_seconds, default=0.0, help="of a link, such as 5us")
+    parser.add_argument("--objective", choices=OBJECTIVES, default="sum",
+                        help="sum: compute + communication; overlap: the larger; 1f1b: the period with link latency")
+    parser.add_argument("--microbatches", type=_count, help="per step; ties and activations count them (default: those that the "
+                        "graph was made with, else 1)")
+    parser.add_argument("--schedule", choices=("gpipe", "1f1b", "none"), default="gpipe",
+                        help="how many micro-batches a stage holds")
+    parser.add_argument("--parameter-factor", type=_fraction, default=4.0,
+                        help="weights, gradients and optimizer state, in units of the weights")
+    parser.add_argument("--stages-per-worker", type=_count, default=1)
+    parser.add_argument("--recompute", action="store_true", help="compute activations again where memory would not do")
+    parser.add_argument("--prefer-single-tensor", type=_fraction, default=None, metavar="FRACTION",
+                        help="take a cut with fewer tensors if it is within this fraction of the best")
+    parser.add_argument("--gap", type=_fraction, default=0.0, help="stop within this fraction of the best")
+    parser.add_argument("--time-limit", type=parse_seconds, default=None)
+    parser.add_argument("--format", choices=("json", "text", "svg"), default="text")
+    parser.add_argument("--save", metavar="PLAN", help="also write the plan here")
+
+
+def read_graph(path: str | Path) -> nx.DiGraph:
+    """A cost graph from a file, whichever of the three formats it is in."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise GraphError(f"cannot read {path}: {error}") from error
+    try:
+        obj = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if " -- " in text:
+            return read_pipedream(text)
+        raise GraphError(f"{path} holds neither {FORMAT} nor {WORKLOAD} nor a PipeDream profile: {error}") from error
+    graph = from_json(obj)
+    graph.graph["format"] = obj["format"]
+    return graph
+
+
+def plan_graph(graph: nx.DiGraph, args: argparse.Namespace) -> Plan:
+    """Plan and verify as the options say. A workload file may leave devices unused, and weighs only its objective."""
+    given = graph.graph.get("format") == WORKLOAD
+    prefer = args.prefer_single_tensor if args.prefer_single_tensor is not None else 0.0 if given else 0.05
+    plan = partition(
+        graph, args.stages, objective=args.objective, bandwidth=args.bandwidth, latency=args.latency,
+        memory=args.memory, memory_model=MemoryModel(args.parameter_factor, args.schedule),
+        num_microbatches=microbatches_of(graph, args.microbatches), stages_per_worker=args.stages_per_worker, allow_empty=given,
+        prefer_single_tensor=prefer, gap=args.gap, time_limit=args.time_limit,
+        progress=lambda line: print(line, file=sys.stderr), recompute=args.recompute)
+    verify(plan, graph)
+    return plan
+
+
+def microbatches_of(graph: nx.DiGraph, asked: int | None) -> int:
+    """Micro-batches per step: those asked for, but no more than rows; else those that the graph was made with."""
+    made = graph.graph.get("made_with", {})
+    return min(asked, made.get("rows", asked)) if asked else made.get("num_microbatches", 1)
+
+
+def assumptions(plan: Plan, graph: nx.DiGraph) -> dict:
+    """What the plan's figures rest on: the batch, where the seconds come from, and the memory model."""
+    setting = plan.setting
+    held = [setting.memory_model.in_flight(stage, plan.num_stages, setting.num_microbatches) for stage in range(plan.num_stages)]
+    return {"num_microbatches": setting.num_microbatches, "made_with": graph.graph.get("made_with"),
+            "memory_schedule": setting.memory_model.schedule, "microbatches_held": held,
+            "parameter_factor": setting.memory_model.parameter_factor}
+
+
+def _tell_assumptions(found: dict) -> str:
+    made, count, held = found["made_with"] or {}, found["num_microbatches"], found["microbatches_held"]
+    batch = f"{count:,} micro-batch{'es' * (count != 1)}"
+    if "rows" in made:
+        batch = f"{made['rows']:,} rows" + (f" of {' x '.join(map(str, made['row']))}" if made.get("row") else "") + f" in {batch}"
+    if made.get("num_microbatches", count) != count:
+        batch += f", with seconds and bytes of one of {made['num_microbatches']:,}"
+    source = {"measured": "seconds measured on {device}", "analytic": "analytic seconds for {flops_per_second:.3g} FLOP/s and "
+              "{bytes_per_second:.3g} bytes/s of memory"}.get(made.get("costs"), "seconds as the file says")
+    most = str(held[0]) if len(set(held)) == 1 else f"{held[0]} to {held[-1]}"
+    return (f"planned for {batch}; {source.format(**made)}; memory as under {found['memory_schedule']}: {most} micro-batch{'es' * (held != [1] * len(held))} held, "
+            f"{found['parameter_factor']:g} x parameters")
+
+
+def render(plan: Plan, graph: nx.DiGraph, form: str) -> str:
+    """The plan as ``json``, ``text`` or ``svg``."""
+    if form == "svg":
+        return draw(plan, graph)
+    if form == "text":
+        return f"{_tell_assumptions(assumptions(plan, graph))}\n\n{explain(plan, graph)}"
+    found = limits(plan, graph)
+    stories = cut_stories(plan, graph) if plan.num_stages > 1 else ()
+    return json.dumps(plan.to_json() | {"cuts": [vars(story) for story in stories], "limits": vars(found),
+                                        "assumptions": assumptions(plan, graph)})
+
+
+def run(args: argparse.Namespace) -> tuple[int, str]:
+    """Exit status and what to print; 2 when there is no valid answer."""
+    try:
+        graph = read_graph(args.graph)
+        plan = plan_graph(graph, args)
+        if args.save:
+            plan.save(args.save)
+        return 0, render(plan, graph, args.format)
+    except (PipeEngineError, OSError) as error:
+        return 2, json.dumps({"error": str(error)}) if args.format == "json" else f"error: {error}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """``python -m partitioners.command graph.json --stages 4``."""
+    parser = argparse.ArgumentParser(prog="partitioners", description=__doc__)
+    add_arguments(parser)
+    status, text = run(parser.parse_args(arguments))
+    print(text)
+    return status
+if __name__ == "__main__":
+    raise SystemExit(main())

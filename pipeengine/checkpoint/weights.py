@@ -1,0 +1,224 @@
+"""Weights in and out: each worker makes or reads only what its own stages hold."""
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeengine.checkpoint.hugging_face import INDEX, SINGLE, Source, files_of, read, safetensors, sources_of
+from pipeengine.errors import InputError
+from pipeengine.rng import generators, mix, place_number
+
+
+def load_stage(model: torch.nn.Module, held: Collection[str], device: torch.device, *, weights: str | Path | None,
+               seed: int) -> None:
+    """Put the tensors named in ``held`` on ``device``: real ones are moved, those on meta are made.
+
+    Made tensors come from the modules' own initialisers, keyed by name, so that any number of stages gives the same weights, and
+    then from the Hugging Face checkpoint folder ``weights``, if given. Nothing else of the model is touched.
+    """
+    slots = _slots(model)
+    made: set[str] = set()
+    for name, places in slots.items():
+        if name not in held:
+            continue
+        module, own = places[0]
+        tensor = _get(module, own)
+        if tensor.device.type == "meta":
+            made.add(name)
+            _replace(places, _empty_like(tensor, device))
+        elif tensor.device != device:
+            _move(places, tensor, device)
+    read = _read_weights(model, slots, held, Path(weights)) if weights is not None else set()
+    if made:
+        _initialise(model, slots, made, read, device, seed)
+
+
+def _slots(model: torch.nn.Module) -> dict[str, list[tuple[torch.nn.Module, str]]]:
+    """First name of every tensor -> all (module, attribute) that hold it."""
+    first: dict[int, str] = {}
+    found: dict[str, list] = defaultdict(list)
+    for path, module in model.named_modules():
+        for own, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                name = first.setdefault(id(tensor), f"{path}.{own}" if path else own)
+                found[name].append((module, own))
+    return dict(found)
+
+
+def _get(module: torch.nn.Module, own: str) -> torch.Tensor:
+    return module._parameters[own] if own in module._parameters else module._buffers[own]
+
+
+def _empty_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    if isinstance(tensor, torch.nn.Parameter):
+        made = torch.nn.Parameter(made, requires_grad=tensor.requires_grad)
+        made.__dict__.update(tensor.__dict__)
+    return made
+
+
+def _replace(places: list[tuple[torch.nn.Module, str]], tensor: torch.Tensor) -> None:
+    for module, own in places:
+        table = module._parameters if own in module._parameters else module._buffers
+        table[own] = tensor
+        if isinstance(module, torch.nn.RNNBase):
+            module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
+
+
+def _move(places: list[tuple[torch.nn.Module, str]], tensor: torch.Tensor, device: torch.device) -> None:
+    if isinstance(tensor, torch.nn.Parameter):
+        tensor.data = tensor.data.to(device)            # the same object: an optimizer made before keeps working
+        if tensor.grad is not None:
+            tensor.grad = tensor.grad.to(device)
+    else:
+        _replace(places, tensor.to(device))
+
+
+class _Seeded(TorchDispatchMode):
+    """Gives every tensor random numbers of its own, whatever else is initialised before it; notes what was written."""
+
+    def __init__(self, names: Mapping[int, str], seed: int, device: torch.device):
+        super().__init__()
+        self._names, self._seed, self._generators = names, seed, generators(device)
+        self._draws: Counter[str] = Counter()
+        self.path = ""
+        self.written: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        target = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        name = None
+        if target is not None and target.device.type != "meta":
+            name = self._names.get(target.untyped_storage()._cdata)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            place = name or f"in {self.path}"
+            self._draws[place] += 1
+            number = mix(self._seed, place_number(place), self._draws[place])
+            for generator in self._generators:
+                generator.manual_seed(number)
+        if name is not None and func._schema.is_mutable:
+            self.written.add(name)
+        return func(*args, **kwargs)
+
+
+def _initialise(model: torch.nn.Module, slots, made: set[str], read: set[str], device: torch.device, seed: int) -> None:
+    """Run the modules' own initialisers on what has just been made and not read from a file."""
+    names = {_get(*slots[name][0]).untyped_storage()._cdata: name for name in made}
+    kept = {name: _get(*slots[name][0]).detach().clone() for name in read & made}
+    states = [generator.get_state() for generator in generators(device)]
+    mode = _Seeded(names, seed, device)
+    try:
+        with mode, torch.no_grad():
+            for path, module, initialise in _initialisers(model, {id(m) for n in made for m, _ in slots[n]}):
+                mode.path = path
+                initialise()
+    finally:
+        for generator, state in zip(generators(device), states):
+            generator.set_state(state)
+    with torch.no_grad():
+        for name, value in kept.items():
+            _get(*slots[name][0]).copy_(value)
+    missing = sorted(made - read - mode.written)
+    if missing:
+        module = slots[missing[0]][0][0]
+        raise InputError(
+            f"{len(missing)} of {len(made)} tensors on meta have no initial value, first {missing[0]}: no reset_parameters or "
+            f"_init_weights of {type(module).__name__} or of a module around it writes it. Give the class a reset_parameters, "
+            "pass weights=, or build the model for real")
+
+
+def _initialisers(model: torch.nn.Module, owners: set[int]) -> Iterator[tuple[str, torch.nn.Module, object]]:
+    """First every module's own reset, then ``_init_weights`` of the model around it, children before parents."""
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+        if id(module) in owners and callable(reset):
+            yield path, module, reset
+    around = {path: next((modules[p] for p in _upwards(path) if callable(getattr(modules[p], "_init_weights", None))), None)
+              for path in modules}
+    for path in sorted(modules, key=lambda p: -p.count(".") - (p != "")):
+        if around[path] is not None:
+            module = modules[path]
+            yield path, module, lambda module=module, outer=around[path]: outer._init_weights(module)
+
+
+def _upwards(path: str) -> Iterator[str]:
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield ""
+
+
+def _read_weights(model: torch.nn.Module, slots, held: Collection[str], folder: Path) -> set[str]:
+    """Copy from a checkpoint folder what this worker holds; returns the names that were found."""
+    files = files_of(folder)
+    sources = sources_of(model, files)
+    aliases = _aliases(model)
+    persistent = set(model.state_dict(keep_vars=True))
+    wanted: dict[Source, list[tuple[str, str]]] = defaultdict(list)
+    missing = []
+    for name in (name for name in slots if name in held):
+        alias = next((alias for alias in aliases[name] if alias in sources), None)
+        if alias is not None:
+            wanted[sources[alias]].append((name, alias))
+        elif any(alias in persistent for alias in aliases[name]):
+            missing.append(name)
+    if missing:
+        raise InputError(f"{folder} lacks {len(missing)} of {len(missing) + sum(map(len, wanted.values()))} tensors of this "
+                         f"worker's stages, first {missing[0]}; it holds {len(files)}, such as {next(iter(files), 'none')}. Is it "
+                         "a checkpoint of this architecture?")
+    with torch.no_grad():
+        for source, found in read(folder, files, wanted):
+            for name, alias in wanted[source]:
+                target, value = _get(*slots[name][0]), found[alias]
+                if target.shape != value.shape:
+                    raise InputError(f"{folder}: {source.keys[0]} has shape {tuple(value.shape)}, the model's {name} has "
+                                     f"{tuple(target.shape)}")
+                target.copy_(value)
+    return {name for entries in wanted.values() for name, _ in entries}
+
+
+def _aliases(model: torch.nn.Module) -> dict[str, list[str]]:
+    first: dict[int, str] = {}
+    found: dict[str, list[str]] = defaultdict(list)
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        found[first.setdefault(id(tensor), name)].append(name)
+    return found
+
+
+def save_weights(model: torch.nn.Module, owned: Collection[str], folder: Path, world) -> None:
+    """Every worker writes the tensors it owns; the first one writes the index, last, and the model's config if it has one."""
+    persistent = set(model.state_dict(keep_vars=True))
+    slots = _slots(model)
+    aliases = _aliases(model)
+
+    def write() -> tuple[str, list[str], int]:
+        mine = {name: _get(*slots[name][0]).detach().cpu().contiguous() for name in slots
+                if name in owned and any(alias in persistent for alias in aliases[name])}
+        file = SINGLE if world.size == 1 else f"model-{world.rank + 1:05}-of-{world.size:05}.safetensors"
+        folder.mkdir(parents=True, exist_ok=True)
+        safetensors().torch.save_file(mine, folder / file, metadata={"format": "pt"})
+        return file, list(mine), sum(t.numel() * t.element_size() for t in mine.values())
+    written = world.gather(world.together(write))
+
+    def finish() -> None:
+        if world.rank:
+            return
+        config = getattr(model, "config", None)
+        if hasattr(config, "save_pretrained"):
+            config.save_pretrained(folder)
+        if world.size > 1:
+            index = {"metadata": {"total_size": sum(size for _, _, size in written)},
+                     "weight_map": {name: file for file, names, _ in written for name in names}}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        # What an earlier save with another number of workers has left would be read in the place of this.
+        current = {file for file, _, _ in written} | ({INDEX} if world.size > 1 else set())
+        for path in (folder / SINGLE, folder / INDEX, *folder.glob("model-?????-of-?????.safetensors")):
+            if path.name not in current:
+                path.unlink(missing_ok=True)
+    world.together(finish)

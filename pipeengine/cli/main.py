@@ -1,0 +1,225 @@
+"""``pipeengine``: plan, profile, simulate and report from the command line.
+
+With ``--format json`` the answer is one JSON object on stdout, an error included; the exit status is 2 when there is no valid
+answer. torch is imported only for commands that are given a model.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import perf_counter
+
+import networkx
+
+from partitioners.graph import to_json
+from partitioners.reporting import command
+from partitioners.units import format_bytes, format_seconds
+from pipeengine.cli import simulate as simulate_command
+from pipeengine.errors import InputError, PipeEngineError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in the format that was asked for."""
+
+    def error(self, message: str) -> None:
+        if _wants_json(sys.argv[1:]):
+            print(json.dumps({"error": message}))
+            raise SystemExit(2)
+        super().error(message)
+
+
+def _wants_json(arguments: Sequence[str]) -> bool:
+    return "--format=json" in arguments or ("--format", "json") in zip(arguments, arguments[1:])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the command."""
+    parser = _Parser(prog="pipeengine", description="Cut models into balanced pipeline stages; look at runs.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    _plan_arguments(commands.add_parser("plan", help="cut a model or a cost graph into stages"))
+    _profile_arguments(commands.add_parser("profile", help="what every part of a model takes on this machine"))
+    simulate_command.add_arguments(commands.add_parser("simulate", help="what a schedule would take"))
+    _report_arguments(commands.add_parser("report", help="a finished run as a table, a page or a trace"))
+    args = parser.parse_args(arguments)
+    status, text = _COMMANDS[args.command](args)
+    try:
+        print(text, end="\n" if text else "", flush=True)
+    except BrokenPipeError:     # such as `| head`; what is left in the buffer must not complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
+
+
+def _answer(args: argparse.Namespace, make: Callable[[], str]) -> tuple[int, str]:
+    try:
+        return 0, make()
+    except (PipeEngineError, OSError) as error:
+        return 2, json.dumps({"error": str(error)}) if args.format == "json" else f"error: {error}"
+
+
+def _progress(seconds: float = 2.0) -> Callable[[str], None]:
+    """Tell on stderr how far things are, at most every ``seconds``."""
+    last = [perf_counter()]
+
+    def tell(line: str) -> None:
+        if perf_counter() - last[0] > seconds:
+            last[0] = perf_counter()
+            print(line, file=sys.stderr, flush=True)
+    return tell
+
+
+def _write(text: str, path: str | None) -> str:
+    if path is None:
+        return text
+    Path(path).write_text(text + "\n")
+    return f"wrote {path}"
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=int, default=8, help="rows in a batch, for a config.json")
+    parser.add_argument("--length", type=int, help="tokens in a row, for a config.json")
+    parser.add_argument("--device", help="where to measure (default: the accelerator, else the CPU)")
+    parser.add_argument("--cache", metavar="FILE", help="keep measurements here, so that each is made once")
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    command.add_arguments(parser)
+    parser.add_argument("-o", "--output", metavar="PLAN",
+                        help="write the plan here, as JSON; with --format svg the picture (--save: the plan)")
+    parser.add_argument("--costs", choices=("analytic", "measured"), default="analytic",
+                        help="for a model: from FLOPs and bytes, or measured here")
+    parser.add_argument("--flops", type=command.parse_rate, metavar="RATE",
+                        help="a device's FLOP/s, such as 300T, for analytic costs")
+    parser.add_argument("--memory-bandwidth", type=command.parse_rate, metavar="RATE", help="its bytes per second, such as 2TB/s")
+    _model_arguments(parser)
+    for action in parser._actions:
+        if action.dest == "graph":
+            action.metavar = "MODEL"
+            action.help = ("a cost graph (JSON or a PipeDream profile), a Hugging Face config.json, package.module:factory or "
+                           "path/to/file.py:factory")
+
+
+def _plan(args: argparse.Namespace) -> tuple[int, str]:
+    def make() -> str:
+        is_file, is_picture = _is_graph_file(args.graph), args.format == "svg"
+        if not is_file and args.stages is None:
+            raise InputError("say how many stages: --stages K")
+        graph = command.read_graph(args.graph) if is_file else _profiled(args, args.costs)
+        plan = command.plan_graph(graph, args)
+        for path in filter(None, (args.save, None if is_picture else args.output)):
+            plan.save(path)
+        text = command.render(plan, graph, args.format)
+        return _write(text, args.output) if is_picture else _hints(args, graph, is_file) + text
+    return _answer(args, make)
+
+
+def _hints(args: argparse.Namespace, graph: networkx.DiGraph, is_file: bool) -> str:
+    """What was not used as asked, or was not said, for people."""
+    if args.format != "text":
+        return ""
+    rows, lines = graph.graph.get("made_with", {}).get("rows"), []
+    if rows and args.microbatches and args.microbatches > rows:
+        lines.append(f"{rows} micro-batches are used: {args.microbatches} were asked for and the batch has {rows} rows"
+                     + ("" if is_file else " (--rows)"))
+    if not is_file and args.costs == "analytic" and not (args.flops and args.memory_bandwidth):
+        lines.append("the device is a guess, a slow one: --flops and --memory-bandwidth say what yours reaches")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _is_graph_file(name: str) -> bool:
+    """Whether this is a cost graph rather than a model; what cannot be read is left to the one that says so best."""
+    path = Path(name)
+    if path.suffix != ".json":
+        return ":" not in name or path.exists()
+    try:
+        return "model_type" not in json.loads(path.read_text())
+    except (OSError, ValueError, UnicodeDecodeError):
+        return True
+
+
+def _profiled(args: argparse.Namespace, costs: str) -> networkx.DiGraph:
+    from pipeengine.cli.model_spec import load
+    from pipeengine.costs import DeviceDescription, profile
+    made = load(args.graph, rows=args.rows, length=args.length)
+    described = DeviceDescription()
+    if costs == "analytic":
+        described = DeviceDescription(getattr(args, "flops", None) or described.flops_per_second,
+                                      getattr(args, "memory_bandwidth", None) or described.bytes_per_second)
+    return profile(made.model, made.example, num_microbatches=args.microbatches or 1, loss_fn=made.loss_fn, target=made.target,
+                   costs=described if costs == "analytic" else costs, device=args.device, cache=args.cache, progress=_progress())
+
+
+def _profile_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("graph", metavar="MODEL", help="a Hugging Face config.json, package.module:factory or "
+                        "path/to/file.py:factory")
+    parser.add_argument("--microbatches", type=int, default=1, help="micro-batches that the batch is cut into")
+    parser.add_argument("--depth", type=int, default=2, help="how deep into the module tree the table goes")
+    parser.add_argument("--format", choices=("text", "json"), default="text")
+    parser.add_argument("-o", "--output", metavar="GRAPH", help="write the cost graph here; `pipeengine plan GRAPH` reads it")
+    _model_arguments(parser)
+
+
+def _profile(args: argparse.Namespace) -> tuple[int, str]:
+    def make() -> str:
+        graph = _profiled(args, "measured")
+        data = to_json(graph)
+        if args.output:
+            Path(args.output).write_text(json.dumps(data) + "\n")
+        if args.format == "json":
+            return json.dumps({"modules": _by_module(graph, args.depth), "graph": data})
+        return _table(_by_module(graph, args.depth))
+    return _answer(args, make)
+
+
+def _by_module(graph: networkx.DiGraph, depth: int) -> list[dict]:
+    """Sums per module path, in order of execution."""
+    found: dict[str, dict] = {}
+    seen: set[tuple[str, str]] = set()
+    for name, data in graph.nodes(data=True):
+        path = ".".join(name.partition(":")[0].split("#")[0].split(".")[:depth]) or "(model)"
+        row = found.setdefault(path, {"module": path, "forward": 0.0, "backward": 0.0, "parameter_bytes": 0,
+                                      "activation_bytes": 0})
+        row["forward"] += data.get("forward", 0.0)
+        row["backward"] += data.get("backward", 0.0)
+        row["activation_bytes"] += data.get("activation_bytes", 0)
+        row["parameter_bytes"] += data.get("param_bytes", 0)
+        for shared, size in data.get("shared", {}).items():
+            row["parameter_bytes"] += 0 if (path, shared) in seen else size
+            seen.add((path, shared))
+    return list(found.values())
+
+
+def _table(rows: list[dict]) -> str:
+    total = sum(row["forward"] + row["backward"] for row in rows) or 1.0
+    lines = [("module", "forward", "backward", "share", "parameters", "activations")]
+    lines += [(row["module"], format_seconds(row["forward"]), format_seconds(row["backward"]),
+               f"{(row['forward'] + row['backward']) / total:.1%}", format_bytes(row["parameter_bytes"]),
+               format_bytes(row["activation_bytes"])) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
+                               for i, (cell, width) in enumerate(zip(line, widths))) for line in lines)
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="a folder that save_report() wrote, or its report.json")
+    parser.add_argument("--format", choices=("text", "json", "html", "chrome"), default="text")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write there instead of printing")
+
+
+def _report(args: argparse.Namespace) -> tuple[int, str]:
+    from pipeengine.report import RunReport, chrome_trace, report_html, report_text
+
+    def make() -> str:
+        path = Path(args.run)
+        found = RunReport.load(path / "report.json" if path.is_dir() else path)
+        timelines = [timeline for timeline in (found.predicted, found.measured) if timeline is not None]
+        forms = {"text": lambda: report_text(found), "json": found.to_json, "html": lambda: report_html(found),
+                 "chrome": lambda: json.dumps(chrome_trace(*timelines))}
+        return _write(forms[args.format](), args.output)
+    return _answer(args, make)
+_COMMANDS = {"plan": _plan, "profile": _profile, "simulate": simulate_command.run, "report": _report}
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,224 @@
+"""``pipeengine simulate``: what a schedule would take, before there is a machine. Needs no torch."""
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from typing import Callable, NamedTuple, Sequence
+
+from partitioners.plan import Plan
+from pipeengine.errors import PipeEngineError, ScheduleError
+from pipeengine.program import check
+from pipeengine.report import chrome_trace, seconds_text, size_text, timeline_svg, timeline_text
+from pipeengine.schedules import Edge, Schedule, Topology
+from pipeengine.simulation import Breakdown, Costs, Timeline, breakdown, costs_of, edges_of, peak_activations, simulate
+from pipeengine.synthesis import SCHEDULES, build, find
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``pipeengine simulate``."""
+    parser.add_argument("--schedule", default="all", metavar="NAME",
+                        help=f"all (a table that compares them), one of {', '.join(SCHEDULES)}, or your own: a .csv file of "
+                        "torch's text form, or module:function or path/to/file.py:function; default all")
+    parser.add_argument("--workers", type=int, metavar="P", help="number of workers; with --plan, those of the plan")
+    parser.add_argument("--microbatches", type=int, metavar="M", help="number of micro-batches; with --plan, the plan's")
+    parser.add_argument("--stages-per-worker", type=int, metavar="V", help="for schedules that take any number")
+    parser.add_argument("--forward", type=float, metavar="F",
+                        help="time of one micro-batch's forward on one worker, shared by its stages; default 1")
+    parser.add_argument("--input-grad", type=float, metavar="I", help="time of its input gradient; default 1")
+    parser.add_argument("--weight-grad", type=float, metavar="W", help="time of its weight gradient; default 1")
+    parser.add_argument("--hop", type=float, metavar="C", help="time of one message; default 0")
+    parser.add_argument("--max-peak", type=float, metavar="A", help="activations a worker may keep, in micro-batches (with "
+                        "--plan, in bytes); auto is made for it (default those of 1F1B), others that need more are refused")
+    parser.add_argument("--objective", choices=("makespan", "span"),
+                        help="for auto: what to make short; default makespan")
+    parser.add_argument("--weight-activation", type=float, metavar="S",
+                        help="share of a micro-batch's activations kept between I and W; default 1, or the plan's (the "
+                        "zero-bubble papers' tables: 0.5)")
+    parser.add_argument("--plan", metavar="FILE", help="take stages, times and messages from a plan instead")
+    parser.add_argument("--format", choices=("text", "json", "svg", "chrome"), default="text")
+    parser.add_argument("--width", type=int, default=120, help="columns of the text grid")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write there instead of printing")
+
+
+class _Result(NamedTuple):
+    """One simulated schedule."""
+    schedule: Schedule
+    timeline: Timeline
+    peaks: tuple[float, ...]
+    parts: Breakdown
+    bubble: float
+    messages: int
+
+    def to_dict(self) -> dict[str, object]:
+        return {"schedule": self.schedule.name, "workers": self.timeline.num_workers,
+                "microbatches": self.schedule.num_microbatches, "stages": self.schedule.topology.num_stages,
+                "makespan": self.timeline.makespan, "span": self.timeline.span, "bubble": self.bubble,
+                "peak_activations": list(self.peaks), "messages": self.messages,
+                "idle_share": self.timeline.idle_share.tolist(), "breakdown": asdict(self.parts)}
+
+
+def run(args: argparse.Namespace) -> tuple[int, str]:
+    """Exit code and what to print. 2 when there is no valid answer."""
+    try:
+        names = list(SCHEDULES) if args.schedule == "all" else [args.schedule]
+        results, refused = _simulated(args, names)
+        if not results:
+            raise refused[0][1]
+        text = (_ALL if args.schedule == "all" else _ONE)[args.format](args, results, refused)
+        if args.output:
+            with open(args.output, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+            text = f"wrote {args.output}"
+        return 0, text
+    except (PipeEngineError, OSError) as error:
+        return 2, json.dumps({"error": str(error)}) if args.format == "json" else f"error: {error}"
+
+
+def _simulated(args: argparse.Namespace,
+               names: Sequence[str]) -> tuple[list[_Result], list[tuple[str, PipeEngineError]]]:
+    """Each schedule's result, and those that these numbers do not suit, with the reason."""
+    results, refused = [], []
+    if args.stages_per_worker is not None and args.stages_per_worker < 1:
+        raise ScheduleError(f"--stages-per-worker is {args.stages_per_worker}; give 1 or more")
+    own = find(args.schedule) if args.schedule != "all" else None
+    if isinstance(own, Schedule):
+        args = argparse.Namespace(**vars(args) | {"workers": args.workers or own.topology.num_workers,
+                                                  "microbatches": args.microbatches or own.num_microbatches})
+    ask = _from_plan(args) if args.plan else _from_times(args)
+    for name in names:
+        try:
+            results.append(ask(name))
+        except ScheduleError as error:
+            refused.append((name, error))
+    return results, refused
+
+
+def _from_times(args: argparse.Namespace) -> Callable[[str], _Result]:
+    for option in ("workers", "microbatches"):
+        if (getattr(args, option) or 0) < 1:
+            raise ScheduleError(f"--{option} is {getattr(args, option)}; give 1 or more, or a --plan")
+    times = {name: getattr(args, name) for name in _TIMES if getattr(args, name) is not None}
+
+    def costs_for(topology: Topology) -> Costs:
+        kept = 1.0 if args.weight_activation is None else args.weight_activation
+        return Costs.uniform(topology, **times, weight_activation=kept)
+
+    def ask(name: str) -> _Result:
+        fixed = args.schedule == "all" and name not in _TAKES_STAGES
+        schedule = build(name, num_workers=args.workers, num_microbatches=args.microbatches,
+                         stages_per_worker=None if fixed else args.stages_per_worker,
+                         max_peak=args.max_peak, objective=args.objective,
+                         costs=costs_for(Topology.looped(args.workers, args.stages_per_worker or 1)))
+        costs = costs_for(schedule.topology)
+        work = args.microbatches * sum(times.get(name, 1.0) for name in _TIMES[:3])
+        return _result(schedule, costs, schedule.topology.chain(), work, args.max_peak)
+    return ask
+_TIMES = ("forward", "input_grad", "weight_grad", "hop")
+_TAKES_STAGES = ("interleaved-1f1b", "bfs", "interleaved-zb", "auto")
+
+
+def _from_plan(args: argparse.Namespace) -> Callable[[str], _Result]:
+    both = [f"--{name.replace('_', '-')}" for name in _TIMES if getattr(args, name) is not None]
+    if both:
+        raise ScheduleError(f"--plan and {both[0]} both give times; give one of them")
+    plan = Plan.load(args.plan)
+    link = plan.setting.cluster.links[0]
+    costs, edges = costs_of(plan, hop=link.latency, bandwidth=link.bandwidth), edges_of(plan)
+    if args.weight_activation is not None:
+        costs = replace(costs, weight_activation=tuple(args.weight_activation * held for held in costs.activation))
+    microbatches = args.microbatches or plan.setting.num_microbatches
+
+    def ask(name: str) -> _Result:
+        per_worker = args.stages_per_worker or _stages_per_worker(name, args, plan)
+        if args.workers is not None and args.workers * per_worker != plan.num_stages:
+            fitting = ", ".join(str(count) for count in range(1, plan.num_stages + 1) if plan.num_stages % count == 0)
+            raise ScheduleError(f"--workers is {args.workers}, with {per_worker} stages each; the plan has {plan.num_stages} stages: "
+                                f"leave --workers out, or give one of {fitting}")
+        workers = plan.num_stages // per_worker
+        schedule = build(name, num_workers=workers, num_microbatches=microbatches, stages_per_worker=per_worker,
+                         costs=costs, max_peak=args.max_peak, objective=args.objective)
+        if schedule.topology.num_stages != plan.num_stages or schedule.topology.num_routes > 1:
+            raise ScheduleError(f"schedule {name} on {workers} workers has {schedule.topology.num_stages} stages, the "
+                                f"plan has {plan.num_stages}; plan for that many stages")
+        work = microbatches * sum(costs.forward + costs.backward) / workers
+        return _result(schedule, costs, edges, work, args.max_peak)
+    return ask
+
+
+def _stages_per_worker(name: str, args: argparse.Namespace, plan: Plan) -> int:
+    if args.workers:
+        return max(plan.num_stages // args.workers, 1)
+    if plan.setting.stages_per_worker > 1:
+        return plan.setting.stages_per_worker
+    if name not in SCHEDULES:
+        return 1
+    return build(name, num_workers=2, num_microbatches=8).topology.num_stages // 2 if name != "auto" else 1
+
+
+def _result(schedule: Schedule, costs: Costs, edges: Sequence[Edge], work: float, max_peak: float | None) -> _Result:
+    check(schedule, edges=edges, max_peak=max_peak, costs=costs)
+    timeline = simulate(schedule, costs, edges)
+    owner, visits = schedule.topology.worker_of, schedule.topology.visits(schedule.num_microbatches)
+    messages = sum((edge.activation + edge.gradient) * int((visits[edge.source] & visits[edge.target]).sum())
+                   for edge in edges if owner[edge.source] != owner[edge.target])
+    bubble = (timeline.span - work) / timeline.span if timeline.span else 0.0
+    return _Result(schedule, timeline, tuple(peak_activations(schedule, costs).tolist()),
+                   breakdown(schedule, costs, edges), bubble, messages)
+
+
+def _text(args: argparse.Namespace, results: list[_Result], refused: object) -> str:
+    [result] = results
+    timeline, parts = result.timeline, result.parts
+    return "\n".join([
+        f"{result.schedule.name}: {timeline.num_workers} workers, {result.schedule.topology.num_stages} stages, "
+        f"{result.schedule.num_microbatches} micro-batches", "", timeline_text(timeline, args.width), "",
+        f"makespan  {seconds_text(timeline.makespan)} = ideal {seconds_text(parts.ideal)} + fill and drain "
+        f"{seconds_text(parts.fill_drain)} + imbalance {_signed(parts.imbalance)} + communication "
+        f"{_signed(parts.communication)}",
+        f"span      {seconds_text(timeline.span)}, of which bubble {100 * result.bubble:.2f} %",
+        f"idle      {' '.join(f'{100 * share:.1f}%' for share in timeline.idle_share)}",
+        f"peak      {' '.join(f'{peak:,.6g}' for peak in result.peaks)} "
+        + ("bytes of activations" if args.plan else "micro-batches' activations"),
+        f"messages  {result.messages:,} per step"])
+
+
+def _signed(seconds: float) -> str:
+    return seconds_text(seconds) if seconds >= 0 else "-" + seconds_text(-seconds)
+
+
+def _json(args: argparse.Namespace, results: list[_Result], refused: object) -> str:
+    return json.dumps(results[0].to_dict())
+
+
+def _svg(args: argparse.Namespace, results: list[_Result], refused: object) -> str:
+    peak = size_text if args.plan else lambda number: f"{number:.4g} micro-batches"
+    panels = [(f"{r.schedule.name}: bubble {100 * r.bubble:.1f} % of the longest span, peak {peak(max(r.peaks))}",
+               r.timeline) for r in results]
+    return timeline_svg(panels, unit="s" if args.plan else "", hover=False)
+
+
+def _chrome(args: argparse.Namespace, results: list[_Result], refused: object) -> str:
+    return json.dumps(chrome_trace(*(result.timeline for result in results)))
+
+
+def _table(args: argparse.Namespace, results: list[_Result], refused: list[tuple[str, PipeEngineError]]) -> str:
+    heads = ("schedule", "workers", "stages", "makespan", "span", "bubble", "fill/drain", "imbalance", "comm.", "peak", "messages")
+    rows = [(r.schedule.name, str(r.timeline.num_workers), str(r.schedule.topology.num_stages), seconds_text(r.timeline.makespan),
+             seconds_text(r.timeline.span), f"{100 * r.bubble:.2f} %", seconds_text(r.parts.fill_drain),
+             _signed(r.parts.imbalance), _signed(r.parts.communication), f"{max(r.peaks):,.4g}", f"{r.messages:,}")
+            for r in sorted(results, key=lambda r: r.timeline.makespan)]
+    widths = [max(map(len, column)) for column in zip(heads, *rows)]
+    lines = ["  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths)))
+             for row in [heads, ["-" * w for w in widths], *rows]]
+    notes = [f"{name}: {error}" for name, error in refused]
+    best = min(results, key=lambda r: r.timeline.makespan)
+    return "\n".join([*lines, "", f"fastest step: {best.schedule.name}; times as given, peak in "
+                      + ("bytes" if args.plan else "micro-batches of a whole worker"), *notes])
+
+
+def _all_json(args: argparse.Namespace, results: list[_Result], refused: list[tuple[str, PipeEngineError]]) -> str:
+    return json.dumps({"schedules": {r.schedule.name: r.to_dict() for r in results},
+                       "refused": {name: str(error) for name, error in refused}})
+_ONE = {"text": _text, "json": _json, "svg": _svg, "chrome": _chrome}
+_ALL = {"text": _table, "json": _all_json, "svg": _svg, "chrome": _chrome}

@@ -1,0 +1,131 @@
+"""From a batch to micro-batches: what is split, what goes whole, and what the micro-batches weigh."""
+from __future__ import annotations
+
+import inspect
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipeengine.errors import InputError
+from pipeengine.tracing import Inputs, encode, replace
+
+_SAMPLE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch, taken apart.
+
+    ``tensors`` are its distinct tensors in a fixed order, ``dims`` the dimension along which each is split (None: goes whole
+    to every micro-batch). ``key`` is everything but the numbers.
+    """
+
+    inputs: Inputs
+    tensors: tuple[torch.Tensor, ...]
+    dims: tuple[int | None, ...]
+    rows: int
+    key: tuple
+
+    def sizes(self, num_microbatches: int) -> tuple[int, ...]:
+        """Rows of each micro-batch, as ``tensor_split`` makes them; at most one micro-batch per row."""
+        count = min(num_microbatches, self.rows)
+        return tuple(self.rows // count + (i < self.rows % count) for i in range(count))
+
+    def split(self, num_microbatches: int, device: torch.device) -> list[list[torch.Tensor]]:
+        """For each micro-batch its tensors, in the order of ``tensors``, on ``device``."""
+        count = min(num_microbatches, self.rows)
+        moved = [tensor.to(device) for tensor in self.tensors]
+        parts = [[tensor] * count if dim is None else torch.tensor_split(tensor, count, dim)
+                 for tensor, dim in zip(moved, self.dims)]
+        return [list(part) for part in zip(*parts)]
+
+    def again(self, tensors: Sequence[torch.Tensor]) -> Inputs:
+        """The inputs with other tensors in the place of ``tensors``."""
+        at = {id(tensor): index for index, tensor in enumerate(self.tensors)}
+        args, kwargs, target = replace(self.inputs.everything(), lambda leaf: tensors[at[id(leaf)]]
+                                       if isinstance(leaf, torch.Tensor) else leaf)
+        return Inputs(args, kwargs, target)
+
+    def digest(self) -> int:
+        """A number that differs when the batch does. Tensors beyond a megabyte are sampled."""
+        found = zlib.crc32(repr(self.key).encode())
+        for tensor in self.tensors:
+            flat = tensor.detach().reshape(-1)
+            step = max(1, flat.numel() * flat.element_size() // _SAMPLE_BYTES)
+            sample = flat[::step].contiguous().cpu()
+            found = zlib.crc32(sample.view(torch.uint8).numpy() if sample.numel() else b"", found)
+        return found
+
+
+def take_apart(inputs: Inputs, *, names: Sequence[str], batch_dims: Mapping[str, int | None] | None) -> Batch:
+    """Find the rows of a batch and how each tensor is split. Raises ``InputError`` for what cannot be a batch."""
+    dims = dict(batch_dims or {})
+    named = [*((names[i] if i < len(names) else f"argument {i}", value) for i, value in enumerate(inputs.args)),
+             *inputs.kwargs.items(), ("target", inputs.target)]
+    unknown = set(dims) - {name for name, _ in named} - set(names)
+    if unknown:
+        raise InputError(f"batch_dims names {sorted(unknown)}, the inputs are {[name for name, _ in named]}")
+    tensors: list[torch.Tensor] = []
+    wanted: list[object] = []
+    owners: list[str] = []
+    seen: dict[int, int] = {}
+
+    def leaf(name: str, value: object) -> object:
+        if not isinstance(value, torch.Tensor):
+            return ("object", type(value).__name__, id(value))
+        if value.requires_grad:
+            raise InputError(f"input {name} needs a gradient; a pipeline gives none to its inputs: pass {name}.detach()")
+        if id(value) not in seen:
+            seen[id(value)] = len(tensors)
+            tensors.append(value)
+            wanted.append(dims.get(name, "rows"))
+            owners.append(name)
+        return ("tensor", seen[id(value)], tuple(value.shape), value.dtype,
+                tuple(value.stride()) if value.layout == torch.strided else value.layout)
+    key = tuple((name, _hashable(encode(value, lambda x, name=name: leaf(name, x)))) for name, value in named)
+    rows = _rows(tensors, wanted)
+    for tensor, want, name in zip(tensors, wanted, owners):
+        if name == "target" and want == "rows" and tensor.dim() and tensor.shape[0] not in (1, rows):
+            raise InputError(f"target has {tensor.shape[0]} rows, the batch has {rows}; give as many, or pass "
+                             "batch_dims={'target': None} if every micro-batch shall have the whole of it")
+    return Batch(inputs, tuple(tensors), tuple(_dim(t, want, rows) for t, want in zip(tensors, wanted)), rows, key)
+
+
+def _rows(tensors: Sequence[torch.Tensor], wanted: Sequence[object]) -> int:
+    found = [(t.shape[want], t) for t, want in zip(tensors, wanted) if isinstance(want, int)]
+    found += [(t.shape[0], t) for t, want in zip(tensors, wanted) if want == "rows" and t.dim()]
+    if not found:
+        raise InputError(f"the batch holds {len(tensors)} tensors and none with rows; pass at least one tensor whose "
+                         "dimension 0 counts the rows")
+    if found[0][0] == 0:
+        raise InputError(f"the batch is empty: its first tensor has shape {tuple(found[0][1].shape)}, 0 rows; skip such "
+                         "batches in the loader")
+    return found[0][0]
+
+
+def _dim(tensor: torch.Tensor, want: object, rows: int) -> int | None:
+    if want == "rows":
+        return 0 if tensor.dim() and tensor.shape[0] == rows else None
+    if want is not None and tensor.shape[want] != rows:
+        raise InputError(f"batch_dims says dimension {want}, which has {tensor.shape[want]} entries; the batch has {rows} rows")
+    return want
+
+
+def _hashable(value: object) -> object:
+    if isinstance(value, dict):
+        return tuple((key, _hashable(item)) for key, item in value.items())
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return tuple(_hashable(item) for item in value)
+    if isinstance(value, slice):
+        return "slice", _hashable((value.start, value.stop, value.step))
+    if hasattr(value, "parts"):
+        return str(getattr(value.build, "args", value.build)), _hashable(value.parts)
+    return (type(value).__name__, value) if isinstance(value, (bool, int, float)) else value
+
+
+def argument_names(model: torch.nn.Module) -> tuple[str, ...]:
+    """Names of the positional arguments of the model's forward."""
+    return tuple(name for name, p in inspect.signature(model.forward).parameters.items()
+                 if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))

@@ -1,0 +1,7 @@
+"""A schedule goes in, a ``Program`` comes out: its messages placed, and the proof that it completes. No torch."""
+from pipeengine.program.checking import check
+from pipeengine.program.lowering import lower
+from pipeengine.program.program import UNDERWAY, WINDOW, Action, Program
+from pipeengine.program.single_channel import simulate_channel
+
+__all__ = ["Action", "Program", "UNDERWAY", "WINDOW", "check", "lower", "simulate_channel"]

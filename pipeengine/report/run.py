@@ -1,0 +1,57 @@
+"""What a run looked like: every worker's last records, put together without anybody waiting for anybody."""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from partitioners import Plan
+from partitioners.reporting import ends
+from pipeengine.report.chrome_trace import chrome_trace
+from pipeengine.report.html import report_html
+from pipeengine.report.memory import stage_bytes, step_bytes
+from pipeengine.report.run_report import RunReport, StageRow
+from pipeengine.schedules import Schedule
+from pipeengine.simulation import Timeline, costs_of, edges_of, simulate
+
+Record = tuple[str, int, int, float, float]         # op, stage, micro-batch, start and end in seconds of the step
+
+
+def predict(plan: Plan, schedule: Schedule, **link: float | None) -> Timeline:
+    """The timeline of one step by the plan's costs; its peaks are what the step adds to each worker's memory.
+
+    A worker runs one action at a time, also where the schedule has two as one block. ``link`` is as ``costs_of`` takes it.
+    """
+    timeline = simulate(replace(schedule, pairs=()), costs_of(plan, **link), edges_of(plan))
+    return replace(timeline, peak_bytes=step_bytes(plan, schedule))
+
+
+def measured(records: Mapping[int, Sequence[Record]], *, schedule: str, num_workers: int) -> Timeline | None:
+    """The timeline of the step that the workers (lanes) have recorded."""
+    rows = [(worker, *record) for worker in sorted(records) for record in records[worker]]
+    if not rows:
+        return None
+    worker, op, stage, microbatch, start, end = zip(*rows)
+    return Timeline.from_columns(worker, op, stage, microbatch, start, end, name=f"{schedule}, measured",
+                                 num_workers=num_workers)
+
+
+def stage_rows(plan: Plan, schedule: Schedule, parameters: Mapping[int, int], num_microbatches: int) -> Iterator[StageRow]:
+    """One row per stage: what it holds, and what it sends in a step."""
+    memory, worker_of = stage_bytes(plan, schedule), schedule.topology.worker_of
+    for stage in range(plan.num_stages):
+        sends = [b for b in plan.boundaries if b.source == stage and b.values and worker_of[b.target] != worker_of[stage]]
+        returns = [b for b in plan.boundaries if b.target == stage and b.gradients and worker_of[b.source] != worker_of[stage]]
+        yield StageRow(stage, worker_of[stage], modules=ends(plan, stage), parameters=parameters[stage],
+                       predicted_bytes=memory[stage],
+                       sent_bytes=float(num_microbatches * (sum(b.bytes for b in sends) + sum(b.gradient_bytes for b in returns))),
+                       sent_messages=num_microbatches * (len(sends) + len(returns)))
+
+
+def save(report: RunReport, folder: Path) -> None:
+    """``report.json`` for ``pipeengine report``, ``report.html`` to look at, ``trace.json`` for Perfetto."""
+    report.save(folder / "report.json")
+    (folder / "report.html").write_text(report_html(report))
+    timelines = [timeline for timeline in (report.predicted, report.measured) if timeline is not None]
+    (folder / "trace.json").write_text(json.dumps(chrome_trace(*timelines)))

@@ -1,0 +1,209 @@
+"""Run a program on one worker: the only place that acts on the order of a schedule."""
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch.autograd.graph import _engine_run_backward, get_gradient_edge
+from torch.utils.checkpoint import checkpoint
+
+from pipeengine.autograd import Queue
+from pipeengine.autograd import run as run_deferred
+from pipeengine.rng import Draw
+from pipeengine.stages import ACTIVATION, GRADIENT, Runnable
+
+
+@dataclass(frozen=True)
+class Task:
+    """One micro-batch: its tensors, the runnable of each own stage, its weight and the key of its random numbers."""
+
+    inputs: Sequence[torch.Tensor]
+    stages: dict[int, Runnable]
+    weight: float
+    key: int | None
+    links: frozenset[tuple[int, int]]
+
+
+class Executor:
+    """Runs the actions of one worker. ``records`` holds (op, stage, microbatch, start, end) of the last step, in seconds."""
+
+    def __init__(self, transport, draw: Draw):
+        self._transport, self._draw = transport, draw
+        self._do = {"F": self._forward, "B": self._backward, "I": self._input_gradient, "W": self._weight_gradient,
+                    "SA": self._send_activation, "RA": self._post_activation,
+                    "SG": self._send_gradient, "RG": self._post_gradient}
+        self.records: list[tuple[str, int, int, float, float]] = []
+        self.position: tuple = ()
+
+    def run(self, actions: Sequence[tuple], tasks: Sequence[Task]) -> None:
+        """Do ``actions`` in order for the micro-batches ``tasks``. Afterwards ``loss`` and ``outputs`` are set."""
+        self._tasks = tasks
+        self._ready: dict[tuple, list] = {}         # what a send will carry
+        self._saved: dict[tuple[int, int], tuple] = {}
+        self._waiting: dict[tuple[int, int], Queue] = {}     # weight gradients that were put off
+        self._seeds: dict[tuple, torch.Tensor] = {}
+        self._training = torch.is_grad_enabled()
+        self.loss: torch.Tensor | None = None
+        self.outputs: dict[int, list] = {}
+        self.records.clear()
+        do = self._do
+        try:
+            for action in actions:
+                self.position = action
+                op, stage, microbatch, peer = action
+                do[op](stage, microbatch, peer)
+            self._transport.finish()
+            self.position = ()
+        finally:
+            self._saved.clear()
+            self._waiting.clear()
+            self._ready.clear()
+            self._seeds.clear()
+            self._tasks = ()
+
+    # -- computing --------------------------------------------------------------------------------------------------
+
+    def _forward(self, stage: int, microbatch: int, peer: int) -> None:
+        task = self._tasks[microbatch]
+        runnable = task.stages[stage]
+        received: list[torch.Tensor] = []
+        for route in runnable.receives:
+            if route.form.slots:
+                received += self._transport.take(ACTIVATION, route.source, route.target, microbatch, route.form)
+        start = perf_counter()
+        if self._training:
+            for tensor, wants in zip(received, runnable.wants):
+                if wants:
+                    tensor.requires_grad_()
+        inputs = task.inputs
+        if runnable.deferral is not None:
+            self._waiting[stage, microbatch] = runnable.deferral.begin()
+        made = self._run(runnable, task.key, [inputs[i] for i in runnable.inputs], received)
+        for route in runnable.sends:
+            if route.positions:
+                self._ready[ACTIVATION, route.source, route.target, microbatch] = \
+                    [made[i].detach() for i in route.positions], route
+        loss = None if runnable.loss is None else made[runnable.loss].detach()
+        if loss is not None and task.weight:
+            share = loss * task.weight
+            self.loss = share if self.loss is None else self.loss + share
+        if self._training:
+            # Only the edges are kept: an output that nobody saved for backward is freed once it is sent.
+            edges = [get_gradient_edge(made[i] if made[i].requires_grad else _end_of_path(made[i])) for i in runnable.roots]
+            edges += [get_gradient_edge(received[i]) for i in runnable.relays]
+            leaves = [tensor if wants else None for tensor, wants in zip(received, runnable.wants)]
+            self._saved[stage, microbatch] = edges, leaves, loss
+        if runnable.keeps:
+            self.outputs[microbatch] = [made[i] for i in runnable.keeps]
+        self.records.append(("F", stage, microbatch, start, perf_counter()))
+        if len(task.stages) > 1:
+            self._hand_over(runnable, microbatch)
+
+    def _run(self, runnable: Runnable, key: int | None, inputs: list, received: list) -> tuple:
+        """The stage's function, with its random numbers, and again in backward if asked."""
+        run = self._with_random(runnable, key) if runnable.random else runnable.run
+        if not runnable.recompute:
+            return run(*inputs, *received)
+        # A recomputed forward draws the same random numbers, since every place in the model has its own stream.
+        return checkpoint(run, *inputs, *received, use_reentrant=False, preserve_rng_state=False)
+
+    def _with_random(self, runnable: Runnable, key: int | None) -> Callable:
+        def run(*arguments):
+            states = self._draw.enter(key)
+            try:
+                return runnable.run(*arguments)
+            finally:
+                self._draw.leave(states)
+        return run
+
+    def _backward(self, stage: int, microbatch: int, peer: int) -> None:
+        self._input_gradient(stage, microbatch, peer, "B")
+
+    def _weight_gradient(self, stage: int, microbatch: int, peer: int) -> None:
+        start = perf_counter()
+        run_deferred(self._waiting.pop((stage, microbatch), deque()))
+        self.records.append(("W", stage, microbatch, start, perf_counter()))
+
+    def _input_gradient(self, stage: int, microbatch: int, peer: int, op: str = "I") -> None:
+        task = self._tasks[microbatch]
+        runnable = task.stages[stage]
+        edges, leaves, loss = self._saved.pop((stage, microbatch))
+        gradients: list[torch.Tensor | None] = [None] * len(edges)
+        for route in runnable.sends:
+            if route.gradient_positions:
+                arrived = self._transport.take(GRADIENT, route.source, route.target, microbatch, route.gradient_form)
+                for position, gradient in zip(route.gradient_positions, arrived):
+                    held = gradients[position]
+                    gradients[position] = gradient if held is None else held + gradient
+        start = perf_counter()
+        if runnable.loss_root is not None:
+            gradients[runnable.loss_root] = self._seed(loss, task.weight)
+        if edges:
+            # torch.autograd.backward without its checks in Python: the layouts have settled the shapes.
+            _engine_run_backward(tuple(edges), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True)
+        for route in runnable.receives:
+            if route.received:
+                self._ready[GRADIENT, route.source, route.target, microbatch] = \
+                    [_take_gradient(leaves[i]) for i in route.received], route
+        self.records.append((op, stage, microbatch, start, perf_counter()))
+        if len(task.stages) > 1:
+            self._hand_back(runnable, microbatch)
+
+    def _seed(self, loss: torch.Tensor, weight: float) -> torch.Tensor:
+        """The gradient of a micro-batch's loss; most micro-batches weigh the same."""
+        key = weight, loss.dtype, loss.shape
+        found = self._seeds.get(key)
+        if found is None:
+            found = self._seeds[key] = torch.full_like(loss, weight)
+        return found
+
+    # -- messages ---------------------------------------------------------------------------------------------------
+
+    def _hand_over(self, runnable: Runnable, microbatch: int) -> None:
+        """Give values to stages of this same worker: those have no message in the program."""
+        for route in runnable.sends:
+            if route.positions and self._is_here(route.source, route.target):
+                self._send_activation(route.source, microbatch, route.target)
+
+    def _hand_back(self, runnable: Runnable, microbatch: int) -> None:
+        for route in runnable.receives:
+            if route.received and self._is_here(route.source, route.target):
+                self._send_gradient(route.target, microbatch, route.source)
+
+    def _is_here(self, source: int, target: int) -> bool:
+        stages = self._tasks[0].stages
+        return source in stages and target in stages
+
+    def _send_activation(self, stage: int, microbatch: int, peer: int) -> None:
+        found = self._ready.pop((ACTIVATION, stage, peer, microbatch), None)
+        if found is not None:
+            self._transport.send(ACTIVATION, stage, peer, microbatch, found[0], found[1].form)
+
+    def _send_gradient(self, stage: int, microbatch: int, peer: int) -> None:
+        found = self._ready.pop((GRADIENT, peer, stage, microbatch), None)
+        if found is not None:
+            self._transport.send(GRADIENT, peer, stage, microbatch, found[0], found[1].gradient_form)
+
+    def _post_activation(self, stage: int, microbatch: int, peer: int) -> None:
+        for route in self._tasks[microbatch].stages[stage].receives:
+            if route.source == peer and route.form.slots:
+                self._transport.post(ACTIVATION, peer, stage, microbatch, route.form)
+
+    def _post_gradient(self, stage: int, microbatch: int, peer: int) -> None:
+        for route in self._tasks[microbatch].stages[stage].sends:
+            if route.target == peer and route.gradient_positions:
+                self._transport.post(GRADIENT, stage, peer, microbatch, route.gradient_form)
+
+
+def _end_of_path(value: torch.Tensor) -> torch.Tensor:
+    """Takes the gradient of a value that needs none this time (a module that is kept whole skipped its layers)."""
+    return value.detach().requires_grad_()
+
+
+def _take_gradient(leaf: torch.Tensor) -> torch.Tensor:
+    gradient = leaf.grad
+    leaf.grad = None
+    return torch.zeros_like(leaf) if gradient is None else gradient

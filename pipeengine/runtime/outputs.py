@@ -1,0 +1,45 @@
+"""One output for the whole batch, made from those of its micro-batches."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pipeengine.runtime.executor import Task
+from pipeengine.stages import Variant
+from pipeengine.tracing import fill, refs, replace, tensors
+
+
+def merge_outputs(variants: Sequence[Variant], outputs: Sequence | None, tasks: Sequence[Task],
+                  loss: torch.Tensor | None) -> object:
+    """One output for the whole batch from those of the micro-batches; without ``outputs`` the structure with the loss alone."""
+    first = variants[0].recording
+    if outputs is None:
+        return fill(first.output, lambda value: loss if value == first.loss else None)
+    made = [fill(variant.recording.output, dict(zip(variant.outputs, values)).__getitem__)
+            for variant, values in zip(variants, outputs)]
+    columns = iter(zip(*(tensors(output) for output in made)))
+    order = [value for value in refs(first.output)]
+    position = iter(order)
+
+    def merge(leaf: object) -> object:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        parts, value = next(columns), next(position)
+        if value == first.loss:
+            return loss
+        return _join(parts, tasks)
+    return replace(made[0], merge)
+
+
+def _join(parts: tuple, tasks) -> torch.Tensor:
+    """Micro-batches' tensors as one: rows one after another; scalars by weight; what is the same for all, once."""
+    if len(parts) == 1:
+        return parts[0]
+    if parts[0].dim() == 0:
+        if not parts[0].is_floating_point():
+            return parts[0]
+        return sum(part * task.weight for part, task in zip(parts, tasks))
+    if all(part.shape[1:] == parts[0].shape[1:] for part in parts):
+        return torch.cat(parts)
+    return parts[0]

@@ -1,0 +1,134 @@
+"""The recordings of one model: one for every kind of micro-batch that has come by.
+
+What eager execution would do depends on shapes, modes and on what the forward reads from its inputs (guards). A micro-batch
+of a kind not seen before is recorded anew; the plan, keyed by names, says where everything goes.
+"""
+from __future__ import annotations
+
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from pipeengine.autograd import Recompute, Replacement, check_twice, put_off
+from pipeengine.rng import Draw
+from pipeengine.stages.codegen import compile_part
+from pipeengine.stages.guards import guard_check
+from pipeengine.stages.loss_weight import target_count
+from pipeengine.stages.placement import Placement
+from pipeengine.stages.runnable import Runnable, make_runnable
+from pipeengine.stages.splitting import Split, split
+from pipeengine.tracing import Inputs, Recording, analyse, capture, refs
+
+_MOST = 128
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One recording, cut by the plan and compiled for the stages of this worker."""
+
+    recording: Recording
+    split: Split
+    stages: Runnables
+    guards: Callable[[Sequence[torch.Tensor], int | None], bool] | None
+    count_targets: Callable[[Sequence[torch.Tensor]], float] | None
+    cloned: tuple[int, ...]                     # inputs that the forward changes in place
+    links: frozenset[tuple[int, int, bool, bool]]       # (source, target, activation, gradient)
+    outputs: tuple[int, ...]
+    digest: int
+
+
+class Runnables:
+    """The stages of this worker for one kind of micro-batch, each compiled once, when it is first needed.
+
+    ``make(stage, halved)`` compiles one: ``halved`` where backward is two actions, I and W, so that weight gradients can wait.
+    """
+
+    def __init__(self, own: Sequence[int], make: Callable[[int, bool], Runnable]):
+        self._own, self._make = tuple(own), cache(make)
+        self._known: dict[frozenset[int], dict[int, Runnable]] = {}
+
+    def of(self, halved: frozenset[int] = frozenset()) -> dict[int, Runnable]:
+        """What runs a micro-batch whose backward is halved on the stages ``halved``."""
+        found = self._known.get(halved)
+        if found is None:
+            found = self._known[halved] = {stage: self._make(stage, stage in halved) for stage in self._own}
+        return found
+
+
+class Variants:
+    """Finds or makes the variant for a micro-batch."""
+
+    def __init__(self, model: torch.nn.Module, placement: Placement, own: Sequence[int], *, loss_fn: Callable | None,
+                 device: torch.device, draw: Draw, defer: bool = False,
+                 recompute: Recompute = Recompute()):
+        self._defer, self._recompute = defer, recompute
+        self._model, self._placement, self._own = model, placement, tuple(own)
+        self._loss_fn, self._device, self._draw = loss_fn, device, draw
+        self._known: OrderedDict[tuple, list[Variant]] = OrderedDict()
+        self.recorded = 0
+
+    def find(self, key: tuple, tensors: Sequence[torch.Tensor], inputs: Callable[[], Inputs], random_key: int | None, *,
+             outputs: bool) -> Variant:
+        """The variant for the micro-batch ``tensors``; ``inputs()`` gives it as the model wants it."""
+        known = self._known.setdefault(key, [])
+        self._known.move_to_end(key)
+        for variant in known:
+            if variant.guards is None or variant.guards(tensors, random_key):
+                return variant
+        with torch.set_grad_enabled(not outputs):
+            given = inputs()                # an evaluation may have no target: then there is no loss
+            recording = capture(self._model, given, loss_fn=None if given.target is None else self._loss_fn, device=self._device,
+                                random_key=random_key, warm=self._placement.sealed)
+        variant = self.make(recording, outputs=outputs)
+        self.recorded += 1
+        known.append(variant)
+        del known[:-_MOST]
+        while len(self._known) > _MOST:
+            self._known.popitem(last=False)
+        return variant
+
+    def make(self, recording: Recording, *, outputs: bool) -> Variant:
+        """Cut and compile a recording."""
+        flow = analyse(recording, outputs=outputs)
+        stage_of = self._placement.assign(flow)
+        wanted = tuple(dict.fromkeys(refs(recording.output))) if outputs else ()
+        again = () if outputs else self._recompute.spans(recording)
+        for span in again:
+            nodes = recording.nodes[slice(*span)]
+            check_twice(recording, nodes, f"module {nodes[0].name.partition(':')[0]}")
+
+        @cache
+        def cut_for(halved: bool) -> tuple[Split, Mapping[int, Replacement] | None]:
+            waits = put_off(recording, self._model) if halved else None
+            apart = {id(recording.nodes[n]) for span in again for n in range(*span)}
+            apart |= {id(node) for node in recording.nodes if node.results and node.results[0] in (waits or ())}
+            return split(flow, stage_of, self._placement.num_stages, outputs=outputs,
+                         keep_apart=lambda node: id(node) in apart), waits
+
+        def runnable(stage: int, halved: bool) -> Runnable:
+            cut, waits = cut_for(halved)
+            if stage in self._recompute.stages and not outputs:
+                check_twice(recording, cut.parts[stage].nodes, f"stage {stage}")
+            return make_runnable(compile_part(cut.parts[stage], recording, self._model, self._draw, put_off=waits, again=again), cut,
+                                 outputs=wanted if outputs else None, recompute=stage in self._recompute.stages)
+        cut, _ = cut_for(self._defer and not outputs)       # the links are the same either way
+        written = {storage for node in recording.nodes for storage in node.writes}
+        cloned = tuple(i for i, v in enumerate(recording.inputs) if recording.values[v].storage in written)
+        links = frozenset((link.source, link.target, bool(link.values), bool(link.gradients)) for link in cut.links)
+        return Variant(recording, cut, Runnables(self._own, runnable), guard_check(flow, self._model, self._draw), target_count(flow, self._model),
+                       cloned, links, wanted, _digest(cut))
+
+    def seed(self, key: tuple, variant: Variant) -> None:
+        """Remember a variant made elsewhere."""
+        self._known.setdefault(key, []).append(variant)
+
+
+def _digest(cut: Split) -> int:
+    values = cut.recording.values
+    text = repr([(link.source, link.target, [(values[v].name, values[v].spec) for v in link.values], len(link.gradients))
+                 for link in cut.links])
+    return zlib.crc32(text.encode())

@@ -1,0 +1,198 @@
+"""Run one stage: straight-line Python made from its part, forward and backward for one micro-batch."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipeengine.autograd import Deferral, Replacement, Span, checkpoint_block, checkpoint_module
+from pipeengine.rng import Draw, place_number
+from pipeengine.stages.splitting import Part, first_index
+from pipeengine.tracing import Node, Rebuilt, Recording, Ref, leaves, node_refs, switch
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A part as a Python function: ``run(*inputs, *received)`` returns the part's ``returns``, as a tuple."""
+
+    part: Part
+    run: Callable
+    source: str
+    random: bool
+    inputs: tuple[int, ...]                     # positions among the recording's inputs
+    needs_gradient: tuple[bool, ...]            # of each received value
+    deferral: Deferral | None
+
+
+def compile_part(part: Part, recording: Recording, model: torch.nn.Module, draw: Draw, *,
+                 put_off: Mapping[int, Replacement] | None = None, again: Sequence[Span] = ()) -> Compiled:
+    """Write and compile the function of one stage; modules are the user's own.
+
+    With ``put_off``, weight gradients can wait. Nodes in the spans ``again`` keep no activations: they run again in backward.
+    """
+    deferral = None if put_off is None else Deferral()
+    writer = _Writer(part, recording, model, draw, deferral, put_off or {}, again)
+    source = writer.write()
+    scope = writer.scope
+    exec(compile(source, f"<stage {part.stage}>", "exec"), scope)
+    returned = {v for link in part.receives for v in link.gradients}
+    received = [(v, v in returned) for link in part.receives for v in link.values]
+    position = {value: index for index, value in reversed(list(enumerate(recording.inputs)))}
+    return Compiled(part, scope["run"], source, writer.random, tuple(position[v] for v in part.inputs),
+                    tuple(wants for _, wants in received), deferral)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Nodes whose forward runs twice, with the values that they read and those that others read of them."""
+
+    nodes: tuple[Node, ...]
+    reads: tuple[int, ...]
+    results: tuple[int, ...]
+
+
+class _Writer:
+    """Turns nodes into lines of Python."""
+
+    def __init__(self, part: Part, recording: Recording, model: torch.nn.Module, draw: Draw,
+                 deferral: Deferral | None, put_off: Mapping[int, Replacement], again: Sequence[Span]):
+        self._part, self._recording, self._model, self._deferral, self._put_off = part, recording, model, deferral, put_off
+        self._again = again
+        self._blocks: list[str] = []
+        self.scope: dict[str, object] = {"draw": draw, "leaves": leaves, "recomputed": checkpoint_module, "twice": checkpoint_block}
+        self._globals: dict[int, str] = {}
+        self._keep: list[object] = []
+        self.random = any(node.random for node in part.nodes)
+
+    def write(self) -> str:
+        part = self._part
+        arguments = [f"v{v}" for v in part.inputs] + [f"v{v}" for link in part.receives for v in link.values]
+        run = self._function("run", arguments, self._steps(), part.returns)
+        return "\n".join([*self._blocks, *run]) + "\n"
+
+    def _steps(self) -> list[Node | Block]:
+        """The part's nodes; those of a span that runs twice together."""
+        steps: list[Node | Block] = []
+        inside: dict[Span, list[Node]] = {}
+        for node in self._part.nodes:
+            index = first_index(self._recording, node)
+            span = next((span for span in self._again if span[0] <= index < span[1]), None)
+            if span is None:
+                steps.append(node)
+            elif span in inside:
+                inside[span].append(node)
+            else:
+                inside[span] = [node]
+                steps.append(span)
+        return [self._block(inside[step]) if isinstance(step, tuple) else step for step in steps]
+
+    def _block(self, nodes: Sequence[Node]) -> Block:
+        made = {v for node in nodes for v in node.results}
+        own = set(map(id, nodes))
+        later = {v for node in self._part.nodes if id(node) not in own for v in node_refs(node)} | set(self._part.returns)
+        read = dict.fromkeys(v for node in nodes for v in node_refs(node)
+                             if v not in made and self._recording.values[v].kind in ("result", "input"))
+        return Block(tuple(nodes), tuple(read), tuple(v for v in dict.fromkeys(v for n in nodes for v in n.results) if v in later))
+
+    def _function(self, name: str, arguments: Sequence[str], steps: Sequence[Node | Block], returns: Sequence[int]) -> list[str]:
+        lines = [f"def {name}({', '.join(dict.fromkeys(arguments))}):"]
+        last = self._last_use(steps, set(arguments), set(returns))
+        modes = None
+        for index, step in enumerate(steps):
+            wanted = step.modes if isinstance(step, Node) else self._recording.modes
+            if wanted != modes:
+                modes = wanted
+                if modes != self._recording.modes:
+                    lines.append(f"    with {self._name(switch(modes), 'with')}:")
+            indent = "    " if modes == self._recording.modes else "        "
+            lines += [indent + line for line in (self._node(step) if isinstance(step, Node) else self._twice(step))]
+            if last[index]:
+                lines.append(f"{indent}del {', '.join(last[index])}")
+        return [*lines, f"    return ({''.join(self._value(v) + ', ' for v in returns)})"]
+
+    def _twice(self, block: Block) -> list[str]:
+        """A function of its own for the block, and the line that calls it."""
+        name, given = f"block{block.nodes[0].call}_{len(self._blocks)}", [f"v{v}" for v in block.reads]
+        self._blocks += self._function(name, given, block.nodes, block.results)
+        call = f"twice({', '.join([name, 'draw' if any(node.random for node in block.nodes) else 'None', *given])})"
+        return [f"{', '.join(f'v{v}' for v in block.results)}, = {call}" if block.results else call]
+
+    def _last_use(self, steps: Sequence[Node | Block], kept: set[str], returned: set[int]) -> list[list[str]]:
+        """For every step, the local names that nobody needs after it."""
+        last: dict[int, int] = {}
+        for index, step in enumerate(steps):
+            for value in (*step.results, *(node_refs(step) if isinstance(step, Node) else step.reads)):
+                if self._recording.values[value].kind == "result" and value not in returned and f"v{value}" not in kept:
+                    last[value] = index
+        found: list[list[str]] = [[] for _ in steps]
+        for value, index in last.items():
+            found[index].append(f"v{value}")
+        return found
+
+    def _node(self, node: Node) -> list[str]:
+        lines = [f"draw({place_number(node.name)})"] if node.random else []
+        call = self._call(node)
+        if not node.results:
+            return [*lines, call]
+        if node.picks == ("",):
+            return [*lines, f"v{node.results[0]} = {call}"]
+        lines.append(f"t = {call}")
+        if any(pick.startswith("@") for pick in node.picks):
+            lines.append("t = leaves(t)")
+        lines += [f"v{value} = t[{pick.strip('@[]')}]" for value, pick in zip(node.results, node.picks)]
+        return [*lines, "del t"]
+
+    def _call(self, node: Node) -> str:
+        if node.results and node.results[0] in self._put_off:
+            method, given = self._put_off[node.results[0]]
+            self.scope["deferral"] = self._deferral
+            return f"deferral.{method}({', '.join(map(self._expression, given))})"
+        if node.is_module:
+            target = self._name(self._model.get_submodule(node.target), "module")
+        else:
+            target = self._name(node.target, "f")
+        arguments = [self._expression(a) for a in node.args]
+        plain = {k: v for k, v in node.kwargs.items() if k.isidentifier()}
+        arguments += [f"{key}={self._expression(value)}" for key, value in plain.items()]
+        if len(plain) != len(node.kwargs):
+            rest = {k: v for k, v in node.kwargs.items() if k not in plain}
+            arguments.append(f"**{self._expression(rest)}")
+        if node.recompute:
+            return f"recomputed({', '.join([target, *arguments])})"
+        return f"{target}({', '.join(arguments)})"
+
+    def _value(self, value: int) -> str:
+        made = self._recording.values[value]
+        if made.kind == "attribute":
+            owner, _, name = made.name.rpartition(".")
+            module = self._model.get_submodule(owner)
+            table = "_parameters" if name in module._parameters else "_buffers"
+            return f"{self._name(module, 'module')}.{table}[{name!r}]"
+        if made.kind == "constant":
+            return self._name(self._recording.constants[value], "constant")
+        return f"v{value}"
+
+    def _expression(self, value: object) -> str:
+        if isinstance(value, Ref):
+            return self._value(value.value)
+        if isinstance(value, Rebuilt):
+            return f"{self._name(value.build, 'build')}([{', '.join(map(self._expression, value.parts))}])"
+        if type(value) is tuple:
+            return f"({''.join(self._expression(item) + ', ' for item in value)})"
+        if type(value) is list:
+            return f"[{', '.join(map(self._expression, value))}]"
+        if type(value) is dict:
+            return "{" + ", ".join(f"{self._expression(k)}: {self._expression(v)}" for k, v in value.items()) + "}"
+        if type(value) is slice:
+            return f"slice({', '.join(self._expression(x) for x in (value.start, value.stop, value.step))})"
+        if value is None or type(value) in (bool, int, str):
+            return repr(value)
+        return self._name(value, "c")
+
+    def _name(self, thing: object, kind: str) -> str:
+        name = self._globals.get(id(thing))
+        if name is None:
+            name = self._globals[id(thing)] = f"{kind}{len(self._globals)}"
+            self.scope[name] = thing
+        return name

@@ -1,0 +1,192 @@
+"""Check once that a recording does what eager execution does: same loss, same gradients, on two batches and two seeds."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from pipeengine.errors import CaptureError
+from pipeengine.rng import Draw
+from pipeengine.stages.codegen import compile_part
+from pipeengine.stages.guards import guard_check, guard_nodes
+from pipeengine.stages.splitting import split
+from pipeengine.tracing import (
+    Dataflow,
+    Inputs,
+    Recording,
+    fill,
+    find_loss,
+    leaves,
+    refs,
+    replace,
+    switch,
+    tensors,
+    undisturbed,
+)
+
+
+def check_recording(model: torch.nn.Module, flow: Dataflow, stage_of: Mapping[int, int], num_stages: int, inputs: Inputs,
+                    loss_fn: Callable | None) -> None:
+    """Run the stages one after the other and compare with the model itself; raise ``CaptureError`` naming what differs."""
+    device = next(model.parameters()).device
+    draw = Draw(device)
+    cut = split(flow, stage_of, num_stages, outputs=False)
+    parts = [compile_part(part, flow.recording, model, draw) for part in cut.parts]
+    holds = guard_check(flow, model, draw)
+    seed_decides = any(flow.recording.nodes[n].random for n in guard_nodes(flow))
+    for seed, example in enumerate((inputs, _shuffled(inputs))):
+        given = _moved(_tensors(example), device)
+        if holds is not None and not holds(given, 0):
+            continue                    # takes another path: that one would be recorded by itself
+        with torch.enable_grad():
+            with undisturbed(model), _seeded(seed, device):
+                truth = _eager(model, _again(example, given), loss_fn)
+            with undisturbed(model), _seeded(seed, device):
+                replayed = _replay(model, flow.recording, parts, given)
+        if seed_decides and not _close(truth[0], replayed[0]):
+            continue                    # random numbers chose another path in eager execution than in the recording
+        _compare(model, example, loss_fn, flow.recording, truth, replayed, given, seed)
+
+
+def _tensors(inputs: Inputs) -> list[torch.Tensor]:
+    distinct = {id(t): t for t in tensors(inputs.everything())}
+    return list(distinct.values())
+
+
+def _moved(found: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    return [tensor.detach().to(device).clone() for tensor in found]
+
+
+def _again(inputs: Inputs, given: list[torch.Tensor]) -> Inputs:
+    at = {id(t): new for t, new in zip(_tensors(inputs), given)}
+    return Inputs(*replace(inputs.everything(), lambda leaf: at[id(leaf)].clone() if isinstance(leaf, torch.Tensor) else leaf))
+
+
+def _shuffled(inputs: Inputs) -> Inputs:
+    """Another batch of the same kind: the entries of every tensor in reverse order of rows."""
+    given = [tensor.flip(0) if tensor.dim() else tensor for tensor in _tensors(inputs)]
+    return _again(inputs, given)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    torch.manual_seed(seed)
+    yield
+
+
+def _trained(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _gradients(loss: torch.Tensor, model: torch.nn.Module) -> list[torch.Tensor | None]:
+    """Gradients of all trained parameters; what was in ``.grad`` stays there."""
+    trained = _trained(model)
+    if any(p._post_accumulate_grad_hooks for p in trained):
+        # Such a hook may be an optimizer; re-entrant checkpoints, which need backward(), cannot be compared then.
+        return list(torch.autograd.grad(loss, trained, allow_unused=True))
+    held = [p.grad for p in trained]
+    try:
+        for p in trained:
+            p.grad = None
+        loss.backward()
+        return [p.grad for p in trained]
+    finally:
+        for p, gradient in zip(trained, held):
+            p.grad = gradient
+
+
+def _eager(model, inputs: Inputs, loss_fn) -> tuple[torch.Tensor, list]:
+    output = model(*inputs.args, **inputs.kwargs)
+    loss = loss_fn(output, inputs.target) if loss_fn is not None else find_loss(output)
+    return loss.detach(), _gradients(loss, model)
+
+
+def _replay(model, recording: Recording, parts, given: list[torch.Tensor]) -> tuple[torch.Tensor, list]:
+    made: dict[int, torch.Tensor] = {}
+    for compiled in parts:
+        received = [made[v] for link in compiled.part.receives for v in link.values]
+        out = compiled.run(*[given[i].clone() for i in compiled.inputs], *received)
+        made.update(zip(compiled.part.returns, out))
+    loss = made[recording.loss]
+    return loss.detach(), _gradients(loss, model)
+
+
+def _close(a: torch.Tensor | None, b: torch.Tensor | None, least: float = 0.0) -> bool:
+    """Equal but for rounding, relative to the largest entry or to ``least``, whichever is more."""
+    if a is None or b is None:
+        return a is None and b is None or not bool((a if b is None else b).any())
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if torch.equal(a, b):
+        return True
+    if a.is_sparse or not (a.is_floating_point() or a.is_complex()):
+        return torch.equal(a.to_dense(), b.to_dense())
+    scale = a.abs().max().double()
+    if not torch.isfinite(scale):
+        return bool(torch.allclose(a, b, equal_nan=True))
+    return bool((a.double() - b.double()).abs().max() <= 32 * torch.finfo(a.dtype).eps * max(float(scale), least))
+
+
+def _compare(model, example, loss_fn, recording, truth, replayed, given, seed: int) -> None:
+    problems = []
+    if not _close(truth[0], replayed[0]):
+        problems.append(f"loss {truth[0].item():.9g} against {replayed[0].item():.9g}")
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    # A gradient that is zero but for rounding (a key's bias in attention) has no digits of its own to agree in.
+    least = 1e-3 * max((float(g.abs().max()) for g in truth[1] if g is not None and g.layout == torch.strided), default=0.0)
+    problems += [f"gradient of {name}" for name, a, b in zip(names, truth[1], replayed[1]) if not _close(a, b, least)]
+    if not problems:
+        return
+    place = _first_difference(model, example, loss_fn, recording, given, seed)
+    raise CaptureError(
+        f"the recording does not do what the model does ({problems[0]}, eager against recorded"
+        f"{f', and {len(problems) - 1} more' if len(problems) > 1 else ''}); the first difference is at {place}. Keep that module "
+        "whole by moving what is unusual in it into a submodule with a hook, or pass check=False if you know better")
+
+
+def _first_difference(model, example: Inputs, loss_fn, recording: Recording, given: list[torch.Tensor], seed: int) -> str:
+    """Name of the first module call whose output differs between eager execution and the recording."""
+    device = next(model.parameters()).device
+    paths = {module: path for path, module in model.named_modules()}
+    counts: dict[str, int] = {}
+    seen: list[tuple[str, list[torch.Tensor]]] = []
+
+    def note(module, args, out):
+        if module in paths:
+            path = paths[module]
+            counts[path] = counts.get(path, 0) + 1
+            scope = path if counts[path] == 1 else f"{path}#{counts[path] - 1}"
+            seen.append((scope, [t.detach().clone() for t in tensors(out)]))
+    with undisturbed(model), _seeded(seed, device):
+        handle = torch.nn.modules.module.register_module_forward_hook(note)
+        try:
+            _eager(model, _again(example, given), loss_fn)
+        finally:
+            handle.remove()
+    recorded = _interpret(model, recording, given, seed, device)
+    for scope, outputs in seen:
+        if scope in recorded and not all(map(_close, outputs, recorded[scope])):
+            return scope or "the model itself"
+    return "no module's output: in code between modules, or in backward"
+
+
+def _interpret(model, recording: Recording, given, seed: int, device) -> dict[str, list[torch.Tensor]]:
+    """Run the recording node by node; the outputs of every module call, by scope."""
+    tables = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    made: dict[int, torch.Tensor] = {v: tensor.clone() for v, tensor in zip(recording.inputs, given)}
+    made.update(recording.constants)
+    made.update({i: tables[v.name] for i, v in enumerate(recording.values) if v.kind == "attribute"})
+    found: dict[str, list[torch.Tensor]] = {}
+    with undisturbed(model), _seeded(seed, device), torch.no_grad():
+        for node in recording.nodes:
+            target = model.get_submodule(node.target) if node.is_module else node.target
+            with switch(node.modes), torch.no_grad():
+                out = target(*fill(node.args, made.__getitem__), **fill(node.kwargs, made.__getitem__))
+            for value, pick in zip(node.results, node.picks):
+                made[value] = out if pick == "" else leaves(out)[int(pick[1:])] if pick[0] == "@" else out[int(pick[1:-1])]
+            if node.is_module:
+                found[node.name] = [made[v].clone() for v in node.results]
+    for call in recording.calls:
+        found.setdefault(call.scope, [made[v] for v in refs(call.output) if v in made])
+    return found

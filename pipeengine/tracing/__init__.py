@@ -1,0 +1,26 @@
+"""A model goes in, a ``Recording`` comes out: one eager forward, written down as nodes that call the user's own modules.
+
+``capture`` records; ``analyse`` finds what depends on what. Nothing of the model is changed by either.
+"""
+from pipeengine.tracing.capturing import capture
+from pipeengine.tracing.dataflow import Dataflow, analyse
+from pipeengine.tracing.inputs import Inputs, find_loss
+from pipeengine.tracing.modes import current_modes, switch
+from pipeengine.tracing.module_state import undisturbed
+from pipeengine.tracing.pytree import encode, leaves, replace, tensors
+from pipeengine.tracing.recording import (
+    Call,
+    Node,
+    NodeCost,
+    Rebuilt,
+    Recording,
+    Ref,
+    TensorSpec,
+    encoded_leaves,
+    fill,
+    node_refs,
+    picks,
+    refs,
+)
+
+__all__ = ["Call", "Dataflow", "Inputs", "Node", "NodeCost", "Rebuilt", "Recording", "Ref", "TensorSpec", "analyse", "capture", "current_modes", "encode", "encoded_leaves", "fill", "find_loss", "leaves", "node_refs", "picks", "refs", "replace", "switch", "tensors", "undisturbed"]

@@ -1,0 +1,172 @@
+"""Record any model that runs eagerly, unmodified, and leave it as it was.
+
+The forward runs once on fake tensors (see ``recorder``). What cannot be held at operator grain makes the innermost enclosing
+module one node, and the model is recorded again; at the root it is a ``CaptureError``.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from pipeengine.errors import CaptureError
+from pipeengine.rng import keyed
+from pipeengine.tracing.dataflow import unstable_guard
+from pipeengine.tracing.fake_model import Held, plain_torch
+from pipeengine.tracing.inputs import Inputs, find_loss
+from pipeengine.tracing.interception import intercepted
+from pipeengine.tracing.module_state import look_or_set, python_random, set_python_random
+from pipeengine.tracing.pytree import replace
+from pipeengine.tracing.recorder import Promote, Recorder
+from pipeengine.tracing.recording import Recording
+
+_MAX_ATTEMPTS = 200
+
+
+def capture(model: torch.nn.Module, example: object, *, loss_fn: Callable | None = None, target: object = None,
+            device: torch.device | str | None = None, random_key: int | None = 0,
+            warm: Mapping[str, str] | None = None) -> Recording:
+    """Record one forward of ``model`` on ``example`` (a dict of keyword arguments or a tuple of positional ones).
+
+    The loss is ``loss_fn(output, target)`` when given, else the model's own (``output.loss``, ``output["loss"]``, the first
+    of a tuple when it is a scalar, or a scalar output). Needs no memory for parameters; they may be on meta. ``warm`` holds
+    modules known to be kept whole from an earlier recording of the same model; ``random_key`` chooses the random numbers that a
+    forward may look at. Changes nothing in the model or in any random state.
+
+    Raises ``CaptureError`` naming the module and the line when the forward cannot be recorded faithfully.
+    """
+    inputs = example if isinstance(example, Inputs) else Inputs.of(example, target)
+    device = torch.device(device) if device is not None else _device_of(model)
+    sealed = {**_never_opened(model), **(warm or {})}
+
+    def key(place: str):
+        return keyed(random_key or 0, place, device)
+    with Held(model, device) as held:
+        return _record_until_faithful(model, inputs, loss_fn, held, sealed, key)
+
+
+def _record_until_faithful(model, inputs: Inputs, loss_fn, held: Held, sealed: dict[str, str], key) -> Recording:
+    watch_random = None
+    warmed = False
+    for _ in range(_MAX_ATTEMPTS):
+        try:
+            recording, drew, traces = _record(model, inputs, loss_fn, held, sealed, key, watch_random)
+        except Promote as stop:
+            _seal(model, sealed, stop.path, stop.reason)
+            held.restore_attributes()
+            continue
+        if drew and watch_random is None:
+            watch_random = look_or_set
+            continue
+        changed = {path: what for path, what in held.changed().items() if path not in sealed}
+        if not warmed and (changed or held.keeps_fakes()):
+            # What only a first call sets is no state. A tensor that is kept for the next call is: the second recording,
+            # which finds a fake of the first in its way, then says so.
+            warmed = True
+            held.start_warm()
+            continue
+        if changed:
+            for path, what in changed.items():
+                _seal(model, sealed, path, f"its forward changes self.{what}")
+            held.restore_attributes()
+            continue
+        held.traces = traces
+        return recording
+    raise CaptureError(f"no faithful recording after {_MAX_ATTEMPTS} attempts; last kept whole: {list(sealed.items())[-1]}")
+
+
+def _seal(model: torch.nn.Module, sealed: dict[str, str], path: str, reason: str) -> None:
+    """Keep the module whole from now on, and with it its likes: layers of one class fail alike."""
+    if not path:
+        raise CaptureError(
+            f"the model's own forward cannot be recorded: {reason}. Move that code into a submodule, which then stays one "
+            "node of the graph, or replace it")
+    if path in sealed:
+        raise CaptureError(f"module {path} cannot be recorded even as one node: {reason}")
+    kind = type(model.get_submodule(path))
+    sealed[path] = reason
+    if not kind.__module__.startswith("torch."):
+        sealed.update({other: reason for other, module in model.named_modules()
+                       if type(module) is kind and other and other not in sealed})
+
+
+def _record(model, inputs: Inputs, loss_fn, held: Held, sealed, key, watch_random) -> tuple[Recording, bool, list]:
+    """One attempt. Also tells whether Python's or NumPy's random numbers were drawn outside of sealed modules."""
+    recorder = Recorder(model, held.fake, attributes=held.fakes_by_name, real_buffers=held.real_buffers,
+                        buffers=frozenset(held.buffers), plain=held.plain,
+                        sealed=sealed, draw=key, run_for_real=held.run_for_real, watch_random=watch_random)
+    faked: dict[int, torch.Tensor] = {}
+
+    def fake_input(leaf):
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if id(leaf) not in faked:
+            with plain_torch():
+                moved = leaf if leaf.device.type != "meta" else held.fake_like(leaf)
+                faked[id(leaf)] = recorder.add_input(f"input{len(faked)}", moved)
+        return faked[id(leaf)]
+    args, kwargs, target = replace(inputs.everything(), fake_input)
+    before = python_random()
+    try:
+        with held.fakes_in_place(), intercepted(model, recorder), recorder.watching():
+            output = model(*args, **kwargs)
+            loss = loss_fn(output, target) if loss_fn is not None else find_loss(output)
+        return _finished(recorder, output, loss, before)
+    finally:
+        recorder.release()
+
+
+def _finished(recorder: Recorder, output: object, loss: object, before: tuple) -> tuple[Recording, bool, list]:
+    drew = python_random() != before
+    set_python_random(before)
+    if loss is not None and not isinstance(loss, torch.Tensor):
+        raise CaptureError(f"loss_fn returned a {type(loss).__name__}, not a tensor")
+    recording = recorder.finish(output, loss)
+    guard = unstable_guard(recording)
+    if guard is not None:
+        raise Promote(guard.path, f"{guard.where}: its path depends on a buffer that it changes")
+    return recording, drew, recorder.traces()
+
+
+def _device_of(model: torch.nn.Module) -> torch.device:
+    """Where the model will run: where its first real parameter is; for meta, the accelerator if there is one."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type != "meta":
+            return tensor.device
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def _never_opened(model: torch.nn.Module) -> dict[str, str]:
+    """Modules that stay one node whatever their forward does, and why."""
+    found = {}
+    for path, module in model.named_modules():
+        reason = _reason_to_keep_whole(module)
+        if reason and not path:
+            raise CaptureError(f"the model itself {reason}; a pipeline would not run that. Remove it, or wrap the part that "
+                               "needs it in a submodule")
+        if reason:
+            found[path] = reason
+    return found
+_HOOKS = {"_forward_hooks": "has forward hooks", "_forward_pre_hooks": "has forward pre-hooks",
+          "_backward_hooks": "has backward hooks", "_backward_pre_hooks": "has backward pre-hooks"}
+
+
+def _reason_to_keep_whole(module: torch.nn.Module) -> str:
+    for attribute, reason in _HOOKS.items():
+        if any(not _is_inert(hook) for hook in getattr(module, attribute).values()):
+            return reason
+    if getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule":
+        return "is compiled"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is a TorchScript module"
+    if type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+        return f"is wrapped in {type(module).__name__}"
+    if any(type(p) not in (torch.nn.Parameter, torch.Tensor, FakeTensor) for p in module.parameters(recurse=False)):
+        return "has parameters of a tensor subclass"
+    return ""
+
+
+def _is_inert(hook: Callable) -> bool:
+    """Hooks that Hugging Face leaves on layers act only while its own collector is active."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"

@@ -1,0 +1,50 @@
+"""The thread-wide switches that change what an operator does: told, and set again."""
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+
+
+class Modes(NamedTuple):
+    """Thread-wide switches under which a node ran: gradients, inference mode, autocast per device."""
+
+    grad: bool
+    inference: bool
+    autocast: tuple
+
+
+
+def current_modes() -> Modes:
+    """The thread-wide switches that change what an operator does."""
+    devices = [kind for kind in ("cpu", torch.accelerator.current_accelerator(check_available=True)) if kind is not None]
+    kinds = [kind if isinstance(kind, str) else kind.type for kind in devices]
+    autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind))
+    return Modes(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
+
+
+
+class switch:
+    """A context that sets the modes a node was recorded under; enters any number of times."""
+
+    def __init__(self, modes: Modes):
+        self._modes = modes
+        self._stacks: list[contextlib.ExitStack] = []
+
+    def __enter__(self) -> None:
+        stack = contextlib.ExitStack()
+        stack.enter_context(torch.inference_mode(self._modes.inference))
+        stack.enter_context(torch.set_grad_enabled(self._modes.grad))
+        wanted = dict(self._modes.autocast)
+        for kind in {"cpu", *wanted, *_accelerators()}:
+            stack.enter_context(torch.autocast(kind, dtype=wanted.get(kind), enabled=kind in wanted))
+        self._stacks.append(stack)
+
+    def __exit__(self, *exc) -> None:
+        self._stacks.pop().close()
+
+
+def _accelerators() -> tuple[str, ...]:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return () if found is None else (found.type,)
