@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import zoo
-from distributed import Workers
 from torch import nn
+from workers import Workers
 
 import pipeengine as pe
 

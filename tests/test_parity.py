@@ -7,8 +7,8 @@ from functools import cache
 import pytest
 import torch
 import zoo
-from distributed import launch
 from reference import assert_same_step, gradients, reference_step
+from workers import launch
 
 import pipeengine as pe
 

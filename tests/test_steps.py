@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from distributed import launch
 from reference import assert_same_step, gradients, num_rows, reference_step, split_batch, worst_difference
 from torch import nn
+from workers import launch
 
 import pipeengine as pe
 

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch.distributed as dist
 import zoo
-from distributed import launch
+from workers import launch
 
 import pipeengine as pe
 

@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import Callable, NamedTuple, Sequence
+from typing import NamedTuple
 
 from partitioners.plan import Plan
 from pipeengine.errors import PipeEngineError, ScheduleError

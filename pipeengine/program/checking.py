@@ -1,7 +1,7 @@
 """The rules that every schedule and program must keep, and errors that show the lines that break them."""
 from __future__ import annotations
 
-from typing import Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 

@@ -5,8 +5,9 @@ in-order channel and fast on many. ``check`` trusts nobody, not even ``lower``.
 """
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Iterator, NamedTuple, Sequence
+from typing import NamedTuple
 
 import numpy as np
 

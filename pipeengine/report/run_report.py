@@ -5,9 +5,9 @@ A ``RunReport`` is plain data in a JSON file, so that it can be printed and draw
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Mapping
 
 from pipeengine.errors import InputError
 from pipeengine.simulation import Timeline

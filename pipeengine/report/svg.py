@@ -1,9 +1,10 @@
 """Timelines as pictures."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import numpy as np
 

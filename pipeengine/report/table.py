@@ -1,8 +1,8 @@
 """A run report as a table for a terminal."""
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Callable, Sequence
 
 from pipeengine.report.advice import advice
 from pipeengine.report.numbers import count_text, seconds_text, size_text

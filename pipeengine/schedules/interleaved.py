@@ -1,7 +1,7 @@
 """Schedules with several stages per worker, round and round: stage c * p + r is chunk c of worker r."""
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 

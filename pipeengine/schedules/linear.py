@@ -4,7 +4,7 @@ Each is a table of sort keys: a worker runs its actions in order of key.
 """
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 

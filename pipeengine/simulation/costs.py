@@ -1,8 +1,8 @@
 """What actions and messages take. Seconds and bytes throughout (or any unit of time, and any of memory, used alike)."""
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Iterable, Mapping, Sequence
 
 import numpy as np
 

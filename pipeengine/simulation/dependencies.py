@@ -1,7 +1,7 @@
 """What each action of a schedule waits for, as columns."""
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 

@@ -1,8 +1,8 @@
 """When everything happens: a schedule or program and costs in, a timeline out."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Sequence
 
 import numpy as np
 

@@ -7,9 +7,9 @@ goes back to Qi et al., Zero Bubble, ICLR 2024, section 3. Deterministic: every 
 """
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Iterable, Sequence
 
 import numpy as np
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 from pipeengine.schedules import Topology
 from pipeengine.simulation import Costs

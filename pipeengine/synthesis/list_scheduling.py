@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from typing import Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from pipeengine.synthesis.problem import SLACK, Problem
 

@@ -5,10 +5,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
-from typing import Callable, Sequence
 
 from pipeengine.errors import ScheduleError
 from pipeengine.object_path import named

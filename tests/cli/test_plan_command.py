@@ -12,7 +12,7 @@ from partitioners.reporting.command import main
 from partitioners.reporting.drawing import ends
 from partitioners.units import parse_rate, parse_seconds, parse_size
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.mark.parametrize("text, value", [("80GB", 80e9), ("16 GiB", 16 * 2**30), ("1e9", 1e9), ("5.5MB", 5.5e6), ("3b", 3)])

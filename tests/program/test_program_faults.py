@@ -1,7 +1,7 @@
 """Ten thousand seeded faults, each wrong by construction, and the checker finds every one; no false alarm on the rest."""
 import random
 from collections import Counter
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ NUM_FAULTS = 10_000
 NAMES = [name for name in SCHEDULES if name not in ("auto", "dualpipe")]
 
 
-@lru_cache(maxsize=None)
+@cache
 def sound(name, p, m):
     """A schedule, its program, and the program's rows as lists of (op, stage, micro-batch, peer)."""
     schedule = build(name, num_workers=p, num_microbatches=m)

@@ -9,7 +9,7 @@ import pytest
 from partitioners import GraphError, PipeEngineError, check, digest, from_json, read_pipedream, read_workload, to_json
 from partitioners.graph.cost_graph import topological_order
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 def chain(length: int = 3) -> nx.DiGraph:

@@ -15,7 +15,7 @@ from pipeengine.simulation.memory import peak_activations
 from pipeengine.simulation.simulator import simulate
 from pipeengine.synthesis.registry import SCHEDULES, build, build_short
 
-TABLE = json.loads((Path(__file__).parent / "data" / "zero_bubble.json").read_text())["rows"]
+TABLE = json.loads((Path(__file__).parents[1] / "data" / "zero_bubble.json").read_text())["rows"]
 
 # Seconds beyond m (F + I + W): p workers, v stages each, times of a whole worker. Notation of the papers.
 MAKESPAN = {

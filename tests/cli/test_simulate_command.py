@@ -108,7 +108,7 @@ def test_a_plan_gives_stages_times_and_messages(tmp_path):
 
 
 def test_it_needs_no_torch():
-    code = "import sys, pipeengine.simulate_command; sys.exit('torch' in sys.modules)"
+    code = "import sys, pipeengine.cli.simulate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import zoo
-from distributed import launch
 from live import live
 from reference import assert_same_step, reference_step
+from workers import launch
 
 import pipeengine as pe
 from pipeengine.schedules.schedule import Schedule

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from distributed import launch
 from torch import nn
+from workers import launch
 
 import pipeengine as pe
 from pipeengine.checkpoint.weights import load_stage

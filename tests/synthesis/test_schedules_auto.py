@@ -16,7 +16,7 @@ from pipeengine.synthesis.auto import auto
 from pipeengine.synthesis.bound import lower_bound
 from pipeengine.synthesis.registry import SCHEDULES, build
 
-TABLE = json.loads((Path(__file__).parent / "data" / "zero_bubble.json").read_text())["rows"]
+TABLE = json.loads((Path(__file__).parents[1] / "data" / "zero_bubble.json").read_text())["rows"]
 
 
 def instance(seed, kept=0.5):

@@ -9,7 +9,7 @@ import pytest
 
 from partitioners import Device, InfeasibleError, PartitionError, partition, read_workload, split_sequence, verify
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 OPTIMA = {(name, key): value for name, cases in json.loads((DATA / "partition_optima.json").read_text())["optimum"].items()
           for key, value in cases.items()}
 
