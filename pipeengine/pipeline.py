@@ -29,7 +29,7 @@ from pipeengine.rng import Draw, mix
 from pipeengine.runtime import Executor, Orders, Task, merge_outputs
 from pipeengine.schedules import Schedule
 from pipeengine.simulation import Timeline, costs_of
-from pipeengine.stages import Placement, Variant, Variants, check_recording
+from pipeengine.stages import Placement, Specialization, SpecializationCache, check_recording
 from pipeengine.synthesis import build
 from pipeengine.tracing import Dataflow, Inputs, analyse, capture, current_modes, node_refs, refs
 
@@ -257,12 +257,12 @@ class Pipeline:
         if check and all(p.device.type != "meta" for p in (*self._model.parameters(), *self._model.buffers())):
             check_recording(self._model, flow, stage_of, self._num_stages, self._example, self._loss_fn)
         load_stage(self._model, self._held, self._device, weights=weights, seed=self._seed)
-        self._variants = Variants(self._model, self._placement, self._own, loss_fn=self._loss_fn, device=self._device,
+        self._specializations = SpecializationCache(self._model, self._placement, self._own, loss_fn=self._loss_fn, device=self._device,
                                   draw=self._draw, defer=self._orders.splits_backward, recompute=self._again)
-        variant = self._variants.make(flow.recording, outputs=False)
-        variant.stages.of(self._orders.halved(self._num_microbatches)[0])
-        self._example_links = variant.links
-        self._example_split = variant.split
+        specialization = self._specializations.make(flow.recording, outputs=False)
+        specialization.stages.of(self._orders.halved(self._num_microbatches)[0])
+        self._example_links = specialization.links
+        self._example_split = specialization.split
 
     def _held_names(self, flow: Dataflow) -> frozenset[str]:
         """Parameters of the own stages, and the small buffers that every worker needs to follow the inputs."""
@@ -316,13 +316,13 @@ class Pipeline:
         used raises ``InputError`` on every worker and loses nothing; a failure while the step runs raises
         ``WorkerError`` with the same root cause on every worker and closes the pipeline.
         """
-        tasks, variants, digest = self._prepare(self._inputs(args, kwargs, target), training=True)
-        links = frozenset().union(*(variant.links for variant in variants))
+        tasks, specializations, digest = self._prepare(self._inputs(args, kwargs, target), training=True)
+        links = frozenset().union(*(specialization.links for specialization in specializations))
         with torch.enable_grad():
-            self._guarded(lambda: self._run_step(tasks, variants, digest, links))
+            self._guarded(lambda: self._run_step(tasks, specializations, digest, links))
         return self.loss
 
-    def _run_step(self, tasks, variants, digest, links) -> None:
+    def _run_step(self, tasks, specializations, digest, links) -> None:
         actions = self._orders.actions(len(tasks), links, training=True)
         if self._shared is not None:
             self._shared.begin()
@@ -333,15 +333,15 @@ class Pipeline:
             self._shared.reduce()
         if self._step_number < 3 or self._step_number % 10 == 0:
             self._publish(start)
-        self.loss = self._trained_loss = self._spread_loss(variants[0], self._executor.loss)
+        self.loss = self._trained_loss = self._spread_loss(specializations[0], self._executor.loss)
         self._step_number += 1
 
-    def _spread_loss(self, variant: Variant, own: torch.Tensor | None) -> torch.Tensor | None:
-        if variant.split.loss_stage is None:
+    def _spread_loss(self, specialization: Specialization, own: torch.Tensor | None) -> torch.Tensor | None:
+        if specialization.split.loss_stage is None:
             return None
-        spec = variant.recording.values[variant.recording.loss].spec
+        spec = specialization.recording.values[specialization.recording.loss].spec
         loss = own if own is not None else torch.zeros(spec.shape, dtype=spec.dtype, device=self._device)
-        return self._world.tensor_from(loss, self._worker_of[variant.split.loss_stage])
+        return self._world.tensor_from(loss, self._worker_of[specialization.split.loss_stage])
 
     def evaluate(self, *args, target: object = None, gather: bool = False, **kwargs) -> object:
         """Forward only, without gradients, in the model's present mode; every worker calls it.
@@ -350,17 +350,17 @@ class Pipeline:
         loss alone, or with ``gather`` everything everywhere. The loss is also in ``pipe.loss``.
         """
         with torch.no_grad():
-            tasks, variants, digest = self._prepare(self._inputs(args, kwargs, target), training=False)
-            links = frozenset().union(*(variant.links for variant in variants))
-            return self._guarded(lambda: self._run_evaluation(tasks, variants, digest, links, gather))
+            tasks, specializations, digest = self._prepare(self._inputs(args, kwargs, target), training=False)
+            links = frozenset().union(*(specialization.links for specialization in specializations))
+            return self._guarded(lambda: self._run_evaluation(tasks, specializations, digest, links, gather))
 
-    def _run_evaluation(self, tasks, variants, digest, links, gather: bool) -> object:
+    def _run_evaluation(self, tasks, specializations, digest, links, gather: bool) -> object:
         self._transport.begin(self._calls, digest)
         self._executor.run(self._orders.actions(len(tasks), links, training=False), tasks)
-        self.loss = self._spread_loss(variants[0], self._executor.loss)
-        last = self._worker_of[variants[0].split.output_stage]
+        self.loss = self._spread_loss(specializations[0], self._executor.loss)
+        last = self._worker_of[specializations[0].split.output_stage]
         outputs = [self._executor.outputs.get(m) for m in range(len(tasks))]
-        merged = merge_outputs(variants, outputs if self._world.rank == last else None, tasks, self.loss)
+        merged = merge_outputs(specializations, outputs if self._world.rank == last else None, tasks, self.loss)
         return self._world.share(merged, last) if gather and self._world.size > 1 else merged
 
     def _inputs(self, args: tuple, kwargs: dict, target: object) -> Inputs:
@@ -377,7 +377,7 @@ class Pipeline:
                              f"{type(self._model).__name__}.forward{self._signature}") from None
         return take_apart(inputs, names=self._names, batch_dims=self._batch_dims)
 
-    def _prepare(self, inputs: Inputs, *, training: bool) -> tuple[list[Task], list[Variant], int]:
+    def _prepare(self, inputs: Inputs, *, training: bool) -> tuple[list[Task], list[Specialization], int]:
         """Everything that can go wrong with a batch goes wrong here, before anything is sent."""
         self._check_open()
         self._calls += 1
@@ -403,25 +403,25 @@ class Pipeline:
         sizes = batch.sizes(self._num_microbatches)
         digest = batch.digest()
         base = (batch.key, self._state_key(training), batch.dims)
-        variants, keys = [], []
-        alike: dict[int, Variant] = {}              # by rows, where no guard tells micro-batches apart
+        specializations, keys = [], []
+        alike: dict[int, Specialization] = {}              # by rows, where no guard tells micro-batches apart
         for index, (tensors, size) in enumerate(zip(parts, sizes)):
             key = mix(self._seed, self._step_number if training else (1 << 40) + self._calls, index)
             keys.append(key)
-            variant = alike.get(size) or self._variants.find((base, size), tensors, lambda t=tensors: batch.again(t), key,
+            specialization = alike.get(size) or self._specializations.find((base, size), tensors, lambda t=tensors: batch.again(t), key,
                                                              outputs=not training)
-            if variant.guards is None:
-                alike[size] = variant
-            variants.append(variant)
-        weights = self._weigh(variants, parts, sizes, batch)
+            if specialization.guards is None:
+                alike[size] = specialization
+            specializations.append(specialization)
+        weights = self._weigh(specializations, parts, sizes, batch)
         halved = self._orders.halved(len(parts)) if training else (frozenset(),) * len(parts)
-        tasks = [Task([t.clone() if i in variant.cloned else t for i, t in enumerate(tensors)] if variant.cloned else tensors,
-                      variant.stages.of(apart), weight, key, variant.links)
-                 for tensors, variant, weight, key, apart in zip(parts, variants, weights, keys, halved)]
+        tasks = [Task([t.clone() if i in specialization.cloned else t for i, t in enumerate(tensors)] if specialization.cloned else tensors,
+                      specialization.stages.of(apart), weight, key, specialization.links)
+                 for tensors, specialization, weight, key, apart in zip(parts, specializations, weights, keys, halved)]
         recorded = 0
-        for variant in variants:
-            recorded = mix(recorded, variant.digest)
-        return (tasks, variants, digest), (self._calls, digest, recorded)
+        for specialization in specializations:
+            recorded = mix(recorded, specialization.digest)
+        return (tasks, specializations, digest), (self._calls, digest, recorded)
 
     def _state_key(self, training: bool) -> tuple:
         """Everything besides the batch that eager execution would depend on."""
@@ -429,14 +429,14 @@ class Pipeline:
         needs = bytes(p.requires_grad for p in self._model.parameters())
         return training, modules, needs, current_modes().autocast
 
-    def _weigh(self, variants, parts, sizes, batch: Batch) -> list[float]:
+    def _weigh(self, specializations, parts, sizes, batch: Batch) -> list[float]:
         """What each micro-batch's loss counts for in the loss of the full batch."""
         if self._loss_weight is not None:
             raw = [float(self._loss_weight(*again.args, **again.kwargs) if again.target is None else
                          self._loss_weight(*again.args, target=again.target, **again.kwargs))
                    for again in map(batch.again, parts)]
-        elif all(variant.count_targets is not None for variant in variants):
-            raw = [variant.count_targets(tensors) for variant, tensors in zip(variants, parts)]
+        elif all(specialization.count_targets is not None for specialization in specializations):
+            raw = [specialization.count_targets(tensors) for specialization, tensors in zip(specializations, parts)]
         else:
             raw = [float(size) for size in sizes]
         total = sum(raw)

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 import torch
 
 from pipeengine.runtime.executor import Task
-from pipeengine.stages import Variant
+from pipeengine.stages import Specialization
 from pipeengine.tracing import fill, refs, replace, tensors
 
 
-def merge_outputs(variants: Sequence[Variant], outputs: Sequence | None, tasks: Sequence[Task],
+def merge_outputs(specializations: Sequence[Specialization], outputs: Sequence | None, tasks: Sequence[Task],
                   loss: torch.Tensor | None) -> object:
     """One output for the whole batch from those of the micro-batches; without ``outputs`` the structure with the loss alone."""
-    first = variants[0].recording
+    first = specializations[0].recording
     if outputs is None:
         return fill(first.output, lambda value: loss if value == first.loss else None)
-    made = [fill(variant.recording.output, dict(zip(variant.outputs, values)).__getitem__)
-            for variant, values in zip(variants, outputs)]
+    made = [fill(specialization.recording.output, dict(zip(specialization.outputs, values)).__getitem__)
+            for specialization, values in zip(specializations, outputs)]
     columns = iter(zip(*(tensors(output) for output in made)))
     order = [value for value in refs(first.output)]
     position = iter(order)

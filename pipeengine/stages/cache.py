@@ -27,7 +27,7 @@ _MOST = 128
 
 
 @dataclass(frozen=True)
-class Variant:
+class Specialization:
     """One recording, cut by the plan and compiled for the stages of this worker."""
 
     recording: Recording
@@ -59,8 +59,8 @@ class Runnables:
         return found
 
 
-class Variants:
-    """Finds or makes the variant for a micro-batch."""
+class SpecializationCache:
+    """Finds or makes the specialization for a micro-batch."""
 
     def __init__(self, model: torch.nn.Module, placement: Placement, own: Sequence[int], *, loss_fn: Callable | None,
                  device: torch.device, draw: Draw, defer: bool = False,
@@ -68,30 +68,30 @@ class Variants:
         self._defer, self._recompute = defer, recompute
         self._model, self._placement, self._own = model, placement, tuple(own)
         self._loss_fn, self._device, self._draw = loss_fn, device, draw
-        self._known: OrderedDict[tuple, list[Variant]] = OrderedDict()
+        self._known: OrderedDict[tuple, list[Specialization]] = OrderedDict()
         self.recorded = 0
 
     def find(self, key: tuple, tensors: Sequence[torch.Tensor], inputs: Callable[[], Inputs], random_key: int | None, *,
-             outputs: bool) -> Variant:
-        """The variant for the micro-batch ``tensors``; ``inputs()`` gives it as the model wants it."""
+             outputs: bool) -> Specialization:
+        """The specialization for the micro-batch ``tensors``; ``inputs()`` gives it as the model wants it."""
         known = self._known.setdefault(key, [])
         self._known.move_to_end(key)
-        for variant in known:
-            if variant.guards is None or variant.guards(tensors, random_key):
-                return variant
+        for specialization in known:
+            if specialization.guards is None or specialization.guards(tensors, random_key):
+                return specialization
         with torch.set_grad_enabled(not outputs):
             given = inputs()                # an evaluation may have no target: then there is no loss
             recording = capture(self._model, given, loss_fn=None if given.target is None else self._loss_fn, device=self._device,
                                 random_key=random_key, warm=self._placement.sealed)
-        variant = self.make(recording, outputs=outputs)
+        specialization = self.make(recording, outputs=outputs)
         self.recorded += 1
-        known.append(variant)
+        known.append(specialization)
         del known[:-_MOST]
         while len(self._known) > _MOST:
             self._known.popitem(last=False)
-        return variant
+        return specialization
 
-    def make(self, recording: Recording, *, outputs: bool) -> Variant:
+    def make(self, recording: Recording, *, outputs: bool) -> Specialization:
         """Cut and compile a recording."""
         flow = analyse(recording, outputs=outputs)
         stage_of = self._placement.assign(flow)
@@ -119,12 +119,12 @@ class Variants:
         written = {storage for node in recording.nodes for storage in node.writes}
         cloned = tuple(i for i, v in enumerate(recording.inputs) if recording.values[v].storage in written)
         links = frozenset((link.source, link.target, bool(link.values), bool(link.gradients)) for link in cut.links)
-        return Variant(recording, cut, Runnables(self._own, runnable), guard_check(flow, self._model, self._draw), target_count(flow, self._model),
+        return Specialization(recording, cut, Runnables(self._own, runnable), guard_check(flow, self._model, self._draw), target_count(flow, self._model),
                        cloned, links, wanted, _digest(cut))
 
-    def seed(self, key: tuple, variant: Variant) -> None:
-        """Remember a variant made elsewhere."""
-        self._known.setdefault(key, []).append(variant)
+    def seed(self, key: tuple, specialization: Specialization) -> None:
+        """Remember a specialization made elsewhere."""
+        self._known.setdefault(key, []).append(specialization)
 
 
 def _digest(cut: Split) -> int:
