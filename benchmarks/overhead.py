@@ -23,7 +23,7 @@ from torch import nn
 import pipeengine as pe
 from pipeengine import pipeline
 from pipeengine.distributed.local import NullTransport
-from pipeengine.distributed.workers import Alone, World
+from pipeengine.distributed.workers import ProcessGroupWorkers, SingleProcess
 from pipeengine.runtime.executor import Executor
 from pipeengine.stages import message as wire
 
@@ -47,7 +47,7 @@ class Tiny(nn.Module):
         return self.second(self.first(x))
 
 
-class OneOfMany(World):
+class OneOfMany(ProcessGroupWorkers):
     """A worker whose peers never answer: what they would share is given, what they would agree on is its own word."""
 
     def __init__(self, size: int, shared: object):
@@ -60,7 +60,7 @@ class OneOfMany(World):
 
 def engine(rank: int, x: torch.Tensor, y: torch.Tensor, *, messages: bool) -> Callable[[], object]:
     """A step of worker ``rank``; with ``messages`` they are packed, posted and unpacked as if they were there at once."""
-    with mock.patch.object(pipeline, "connect", lambda *_: Alone()):
+    with mock.patch.object(pipeline, "connect", lambda *_: SingleProcess()):
         plan = pe.Pipeline(Tiny(), (x,), target=y, num_stages=STAGES, costs="analytic", **OPTIONS).plan
 
     def new_group(ranks, backend=None, timeout=None):

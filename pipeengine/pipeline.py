@@ -22,7 +22,15 @@ from pipeengine.autograd import Recompute, put_off
 from pipeengine.checkpoint import load_stage, save_weights
 from pipeengine.costs import analytic, cost_graph, made_up_target, measure, price_modules, price_stages
 from pipeengine.data import Batch, argument_names, take_apart
-from pipeengine.distributed import Alone, DistributedTransport, LocalTransport, Shared, SharedParameters, World, connect
+from pipeengine.distributed import (
+    DistributedTransport,
+    LocalTransport,
+    ProcessGroupWorkers,
+    Shared,
+    SharedParameters,
+    SingleProcess,
+    connect,
+)
 from pipeengine.errors import InputError, PlanError, ScheduleError, WorkerError
 from pipeengine.report import RunReport, measured, predict, report_text, save, stage_rows
 from pipeengine.rng import Draw, mix
@@ -64,7 +72,7 @@ class Pipeline:
         self._schedule = str(schedule) if isinstance(schedule, Path) else schedule
         self._device = _device(model, device)
         self._recompute = recompute
-        self._world: Alone | World = connect(mesh, self._device, _launched())
+        self._workers: SingleProcess | ProcessGroupWorkers = connect(mesh, self._device, _launched())
         try:
             self._construct(example, target, num_microbatches, num_stages, plan, costs, weights, check)
         except BaseException:
@@ -74,30 +82,30 @@ class Pipeline:
     # -- construction -----------------------------------------------------------------------------------------------
 
     def _construct(self, example, target, num_microbatches, num_stages, plan, costs, weights, check) -> None:
-        world = self._world
+        workers = self._workers
         plan = self._read_plan(plan)
-        world.together(lambda: self._check_options(example, num_microbatches, num_stages, plan))
+        workers.run_synchronized(lambda: self._check_options(example, num_microbatches, num_stages, plan))
         self._num_stages = self._count_stages(num_stages, plan)
-        self._again = world.together(lambda: Recompute.of(self._recompute, self._num_stages, self._model))
-        self._orders = Orders(self._schedule, self._num_stages, num_microbatches, world.size, world.rank)
+        self._again = workers.run_synchronized(lambda: Recompute.of(self._recompute, self._num_stages, self._model))
+        self._orders = Orders(self._schedule, self._num_stages, num_microbatches, workers.size, workers.rank)
         self._worker_of = self._orders.worker_of
-        self._own = tuple(s for s in range(self._num_stages) if self._worker_of[s] == world.rank)
-        flow = world.together(lambda: self._record(example, target))
+        self._own = tuple(s for s in range(self._num_stages) if self._worker_of[s] == workers.rank)
+        flow = workers.run_synchronized(lambda: self._record(example, target))
         self._agree({"num_stages": self._num_stages, "num_microbatches": num_microbatches, "schedule": self._orders.name,
                      "seed": self._seed, "recompute": (sorted(self._again.stages), sorted(self._again.modules)),
                      "the model or the example": f"that with hash {_number(self._identity(flow))}"})
-        graph = world.together(lambda: self._price(flow, costs))
+        graph = workers.run_synchronized(lambda: self._price(flow, costs))
         price_modules(graph, flow, self._again.spans(flow.recording))
         self._plan: Plan = self._make_plan(graph, plan)
         self._priced = price_stages(self._plan, self._again.stages)
         self._orders = dataclasses.replace(self._orders, costs=costs_of(self._priced, **self._link),
                                            _known={})
-        world.together(lambda: self._place(flow, weights, check))
+        workers.run_synchronized(lambda: self._place(flow, weights, check))
         self._connect_workers(flow)
 
     def _agree(self, facts: Mapping[str, object]) -> None:
         """Raise ``InputError`` on every worker unless all were given the same."""
-        everybody = self._world.gather(facts)
+        everybody = self._workers.all_gather_object(facts)
         for name, first in everybody[0].items():
             other = next((rank for rank, found in enumerate(everybody) if found[name] != first), None)
             if other is not None:
@@ -106,10 +114,10 @@ class Pipeline:
 
     def _read_plan(self, plan: Plan | str | Path | None) -> Plan | None:
         """The plan that the first worker was given, on every worker."""
-        world = self._world
+        workers = self._workers
 
         def read() -> dict | None:
-            if plan is None or world.rank:
+            if plan is None or workers.rank:
                 return None
             if not isinstance(plan, (Plan, str, Path)):
                 raise InputError(f"plan is a {type(plan).__name__}; give a Plan or the path of one")
@@ -117,7 +125,7 @@ class Pipeline:
                 return (plan if isinstance(plan, Plan) else Plan.load(plan)).to_json()
             except OSError as error:
                 raise PlanError(f"cannot read the plan: {error}") from error
-        found = world.share(world.together(read))
+        found = workers.broadcast_object(workers.run_synchronized(read))
         return None if found is None else Plan.from_json(found)
 
     def _check_options(self, example, num_microbatches, num_stages, plan) -> None:
@@ -133,11 +141,11 @@ class Pipeline:
         self._check_types()
         self._num_microbatches = num_microbatches
         count = self._count_stages(num_stages, plan)
-        if count % self._world.size:
-            raise InputError(f"{count} stages on {self._world.size} workers; every worker holds the same number of stages: try "
-                             f"num_stages={self._world.size * max(1, round(count / self._world.size))}")
+        if count % self._workers.size:
+            raise InputError(f"{count} stages on {self._workers.size} workers; every worker holds the same number of stages: try "
+                             f"num_stages={self._workers.size * max(1, round(count / self._workers.size))}")
         # An unknown schedule is refused before anything else is done.
-        Orders(self._schedule, count, num_microbatches, self._world.size, self._world.rank).build()
+        Orders(self._schedule, count, num_microbatches, self._workers.size, self._workers.rank).build()
 
     def _check_types(self) -> None:
         """What is not used until later is refused at once."""
@@ -158,9 +166,9 @@ class Pipeline:
         """As asked, else the plan's, else one per worker; more where the schedule cannot do with one."""
         if num_stages is not None or plan is not None:
             return num_stages if num_stages is not None else plan.num_stages
-        size = self._world.size
+        size = self._workers.size
         with contextlib.suppress(ScheduleError):
-            return Orders(self._schedule, size, self._num_microbatches, size, self._world.rank).build().topology.num_stages
+            return Orders(self._schedule, size, self._num_microbatches, size, self._workers.rank).build().topology.num_stages
         with contextlib.suppress(ScheduleError):
             return build(self._schedule, num_workers=size, num_microbatches=self._num_microbatches).topology.num_stages
         return size
@@ -209,19 +217,19 @@ class Pipeline:
 
     def _tell(self, line: str) -> None:
         """Progress on what takes more than two seconds, from one worker."""
-        if self._world.rank == 0:
+        if self._workers.rank == 0:
             print(f"pipeengine: {line}", file=sys.stderr, flush=True)
 
     def _make_plan(self, graph: networkx.DiGraph, plan) -> Plan:
         """Rank 0 plans, everybody gets that plan: measured costs differ from worker to worker."""
-        world = self._world
+        workers = self._workers
 
         def plan_here() -> Plan | None:
-            if world.rank:
+            if workers.rank:
                 return None
             return self._given_plan(plan, graph) if plan is not None else self._partition(graph)
-        made = world.together(plan_here)
-        return Plan.from_json(world.share(None if made is None else made.to_json()))
+        made = workers.run_synchronized(plan_here)
+        return Plan.from_json(workers.broadcast_object(None if made is None else made.to_json()))
 
     def _partition(self, graph: networkx.DiGraph) -> Plan:
         total = sum(data.get("forward", 0) + data.get("backward", 0) for _, data in graph.nodes(data=True))
@@ -229,7 +237,7 @@ class Pipeline:
         return partitioners.partition(graph, self._num_stages, bandwidth=self._link["bandwidth"],
                                       num_microbatches=self._num_microbatches, prefer_single_tensor=tolerance, gap=_GAP,
                                       time_limit=_PLANNING_SECONDS, memory_model=self._memory_model(),
-                                      worker_of=self._worker_of if self._world.size > 1 else None, progress=self._tell)
+                                      worker_of=self._worker_of if self._workers.size > 1 else None, progress=self._tell)
 
     def _memory_model(self) -> partitioners.MemoryModel:
         """How many micro-batches a stage holds at once: all where every forward comes first, else as 1F1B does."""
@@ -274,20 +282,20 @@ class Pipeline:
         return frozenset(own | given)
 
     def _connect_workers(self, flow: Dataflow) -> None:
-        world = self._world
+        workers = self._workers
         self._shared: SharedParameters | None = None
         shared = self._shared_entries()
         self._owned = frozenset(name for name in self._held
-                                if self._owner(name) == world.rank)
-        if isinstance(world, Alone):
+                                if self._owner(name) == workers.rank)
+        if isinstance(workers, SingleProcess):
             self._transport = LocalTransport()
         else:
             backend = "gloo" if self._device.type == "cpu" else torch.distributed.get_default_backend_for_device(self._device)
-            self._transport = DistributedTransport(self._worker_of, world.rank, world.ranks, self._device, backend, world.timeout,
-                                                   world.waiter)
+            self._transport = DistributedTransport(self._worker_of, workers.rank, workers.ranks, self._device, backend, workers.timeout,
+                                                   workers.waiter)
             tensors = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
-            self._shared = SharedParameters(shared, {e.name: tensors[e.name] for e in shared if world.rank in e.workers},
-                                            world.rank, world.ranks, backend, world.timeout, world.waiter)
+            self._shared = SharedParameters(shared, {e.name: tensors[e.name] for e in shared if workers.rank in e.workers},
+                                            workers.rank, workers.ranks, backend, workers.timeout, workers.waiter)
             self._shared.equalise()
         self._executor = Executor(self._transport, self._draw)
         self._step_number = 0
@@ -341,7 +349,7 @@ class Pipeline:
             return None
         spec = specialization.recording.values[specialization.recording.loss].spec
         loss = own if own is not None else torch.zeros(spec.shape, dtype=spec.dtype, device=self._device)
-        return self._world.tensor_from(loss, self._worker_of[specialization.split.loss_stage])
+        return self._workers.broadcast(loss, self._worker_of[specialization.split.loss_stage])
 
     def evaluate(self, *args, target: object = None, gather: bool = False, **kwargs) -> object:
         """Forward only, without gradients, in the model's present mode; every worker calls it.
@@ -360,8 +368,8 @@ class Pipeline:
         self.loss = self._spread_loss(specializations[0], self._executor.loss)
         last = self._worker_of[specializations[0].split.output_stage]
         outputs = [self._executor.outputs.get(m) for m in range(len(tasks))]
-        merged = merge_outputs(specializations, outputs if self._world.rank == last else None, tasks, self.loss)
-        return self._world.share(merged, last) if gather and self._world.size > 1 else merged
+        merged = merge_outputs(specializations, outputs if self._workers.rank == last else None, tasks, self.loss)
+        return self._workers.broadcast_object(merged, last) if gather and self._workers.size > 1 else merged
 
     def _inputs(self, args: tuple, kwargs: dict, target: object) -> Inputs:
         """``target`` is for ``loss_fn``; without one it may be an argument of the model's own."""
@@ -389,7 +397,7 @@ class Pipeline:
         except Exception as error:
             problem = InputError(f"this batch cannot be used: {type(error).__name__}: {error}")
             problem.__cause__ = error
-        self._guarded(lambda: self._world.agree(facts, problem, ("the number of calls", "the batch", "the recorded model")),
+        self._guarded(lambda: self._workers.agree(facts, problem, ("the number of calls", "the batch", "the recorded model")),
                       harmless=InputError)
         return prepared
 
@@ -455,7 +463,7 @@ class Pipeline:
             position = getattr(getattr(self, "_executor", None), "position", ())
             if position:
                 where += f", {_action_text(position)}"
-            failure = self._world.fail(error, where)
+            failure = self._workers.fail(error, where)
             if self._shared is not None:
                 self._shared.restore()
             self._close(str(failure).splitlines()[0])
@@ -470,12 +478,12 @@ class Pipeline:
     def close(self) -> None:
         """Give up the connections to the other workers; every worker calls it. Model, weights and gradients stay."""
         if self._closed is None:
-            self._guarded(lambda: self._world.gather(None))         # nobody leaves while another is still at work
+            self._guarded(lambda: self._workers.all_gather_object(None))         # nobody leaves while another is still at work
             self._close("closed by its owner")
 
     def _close(self, why: str) -> None:
         self._closed = why
-        for part in ("_transport", "_shared", "_world"):
+        for part in ("_transport", "_shared", "_workers"):
             held = getattr(self, part, None)
             if held is not None:
                 held.close()
@@ -517,8 +525,8 @@ class Pipeline:
         stacked = torch.stack([norm.double().to(self._device) for norm in norms]) if norms else \
             torch.zeros(1, dtype=torch.float64, device=self._device)
         if norm_type == float("inf"):
-            return self._world.total(stacked.max(), largest=True).float()
-        return (self._world.total(stacked.pow(norm_type).sum()) ** (1 / norm_type)).float()
+            return self._workers.all_reduce(stacked.max(), largest=True).float()
+        return (self._workers.all_reduce(stacked.pow(norm_type).sum()) ** (1 / norm_type)).float()
 
     def train(self, mode: bool = True) -> Pipeline:
         """Set the model to training mode."""
@@ -536,7 +544,7 @@ class Pipeline:
 
     def save_weights(self, folder: str | Path) -> None:
         """Write all weights as safetensors with a sharded index in the original names; every worker calls it."""
-        save_weights(self._model, self._owned, Path(folder), self._world)
+        save_weights(self._model, self._owned, Path(folder), self._workers)
 
     # -- what happened ----------------------------------------------------------------------------------------------
 
@@ -544,7 +552,7 @@ class Pipeline:
         records = [(op, stage, microbatch, round(begin - start, 7), round(end - start, 7))
                    for op, stage, microbatch, begin, end in self._executor.records]
         self._ran = 1 + max((microbatch for _, _, microbatch, _, _ in records), default=self._ran - 1)
-        self._world.publish(json.dumps({"step": self._step_number, "records": records}))
+        self._workers.publish(json.dumps({"step": self._step_number, "records": records}))
 
     def timeline(self) -> Timeline | None:
         """What every worker did in a recent step (one of the first three, then every tenth); None before the first.
@@ -552,14 +560,14 @@ class Pipeline:
         Any worker may call it alone. In one process every stage is shown as a worker of its own.
         """
         lanes: dict[int, list] = {}
-        for rank, text in self._world.published().items():
+        for rank, text in self._workers.published().items():
             for record in json.loads(text)["records"]:
-                lanes.setdefault(record[1] if self._world.size == 1 else rank, []).append(tuple(record))
+                lanes.setdefault(record[1] if self._workers.size == 1 else rank, []).append(tuple(record))
         return measured(lanes, schedule=self._orders.name, num_workers=self._num_lanes)
 
     @property
     def _num_lanes(self) -> int:
-        return self._world.size if self._world.size > 1 else self._num_stages
+        return self._workers.size if self._workers.size > 1 else self._num_stages
 
     def predicted_timeline(self) -> Timeline:
         """One step as the plan's costs predict it, with as many micro-batches as ``timeline()`` shows.
@@ -571,7 +579,7 @@ class Pipeline:
     @property
     def _link(self) -> dict[str, float | None]:
         """What a message between two stages takes."""
-        if self._world.size == 1:
+        if self._workers.size == 1:
             return {"hop": 0.0, "bandwidth": None}
         return {"hop": _HOP_SECONDS, "bandwidth": _LINK_BYTES_PER_SECOND, "handling": _HANDLING_SECONDS}
 
@@ -584,7 +592,7 @@ class Pipeline:
         rows = tuple(stage_rows(self._priced, schedule, parameters, self._ran))
         return RunReport(type(self._model).__name__, self._orders.name, self._ran, rows, self.predicted_timeline(),
                          self.timeline(), None if self._trained_loss is None else float(self._trained_loss),
-                         in_turns=self._world.size == 1)
+                         in_turns=self._workers.size == 1)
 
     def report(self) -> str:
         """The run so far as a table for a terminal."""
@@ -592,7 +600,7 @@ class Pipeline:
 
     def save_report(self, folder: str | Path) -> None:
         """Write ``report.json``, ``report.html`` and ``trace.json`` (for Perfetto); only the first worker writes."""
-        if self._world.rank == 0:
+        if self._workers.rank == 0:
             Path(folder).mkdir(parents=True, exist_ok=True)
             save(self.run_report(), Path(folder))
 

@@ -191,7 +191,7 @@ def _aliases(model: torch.nn.Module) -> dict[str, list[str]]:
     return found
 
 
-def save_weights(model: torch.nn.Module, owned: Collection[str], folder: Path, world) -> None:
+def save_weights(model: torch.nn.Module, owned: Collection[str], folder: Path, workers) -> None:
     """Every worker writes the tensors it owns; the first one writes the index, last, and the model's config if it has one."""
     persistent = set(model.state_dict(keep_vars=True))
     slots = _slots(model)
@@ -200,25 +200,25 @@ def save_weights(model: torch.nn.Module, owned: Collection[str], folder: Path, w
     def write() -> tuple[str, list[str], int]:
         mine = {name: _get(*slots[name][0]).detach().cpu().contiguous() for name in slots
                 if name in owned and any(alias in persistent for alias in aliases[name])}
-        file = SINGLE if world.size == 1 else f"model-{world.rank + 1:05}-of-{world.size:05}.safetensors"
+        file = SINGLE if workers.size == 1 else f"model-{workers.rank + 1:05}-of-{workers.size:05}.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
         safetensors().torch.save_file(mine, folder / file, metadata={"format": "pt"})
         return file, list(mine), sum(t.numel() * t.element_size() for t in mine.values())
-    written = world.gather(world.together(write))
+    written = workers.all_gather_object(workers.run_synchronized(write))
 
     def finish() -> None:
-        if world.rank:
+        if workers.rank:
             return
         config = getattr(model, "config", None)
         if hasattr(config, "save_pretrained"):
             config.save_pretrained(folder)
-        if world.size > 1:
+        if workers.size > 1:
             index = {"metadata": {"total_size": sum(size for _, _, size in written)},
                      "weight_map": {name: file for file, names, _ in written for name in names}}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         # What an earlier save with another number of workers has left would be read in the place of this.
-        current = {file for file, _, _ in written} | ({INDEX} if world.size > 1 else set())
+        current = {file for file, _, _ in written} | ({INDEX} if workers.size > 1 else set())
         for path in (folder / SINGLE, folder / INDEX, *folder.glob("model-?????-of-?????.safetensors")):
             if path.name not in current:
                 path.unlink(missing_ok=True)
-    world.together(finish)
+    workers.run_synchronized(finish)

@@ -2,6 +2,6 @@
 from pipeengine.distributed.local import LocalTransport
 from pipeengine.distributed.tied_parameters import Shared, SharedParameters
 from pipeengine.distributed.transport import DistributedTransport
-from pipeengine.distributed.workers import Alone, World, connect
+from pipeengine.distributed.workers import ProcessGroupWorkers, SingleProcess, connect
 
-__all__ = ["Alone", "DistributedTransport", "LocalTransport", "Shared", "SharedParameters", "World", "connect"]
+__all__ = ["SingleProcess", "DistributedTransport", "LocalTransport", "Shared", "SharedParameters", "ProcessGroupWorkers", "connect"]

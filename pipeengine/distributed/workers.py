@@ -22,29 +22,29 @@ from pipeengine.errors import InputError, PipeEngineError, WorkerError
 _SLOTS = 8
 
 
-class Alone:
+class SingleProcess:
     """One process that runs every stage."""
 
     rank, size = 0, 1
     ranks: tuple[int, ...] = (0,)
 
-    def together(self, what: Callable[[], object]) -> object:
+    def run_synchronized(self, what: Callable[[], object]) -> object:
         return what()
 
     def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str]) -> None:
         if problem is not None:
             raise problem
 
-    def share(self, value: object, source: int = 0) -> object:
+    def broadcast_object(self, value: object, source: int = 0) -> object:
         return value
 
-    def gather(self, value: object) -> list:
+    def all_gather_object(self, value: object) -> list:
         return [value]
 
-    def tensor_from(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+    def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         return tensor
 
-    def total(self, tensor: torch.Tensor, largest: bool = False) -> torch.Tensor:
+    def all_reduce(self, tensor: torch.Tensor, largest: bool = False) -> torch.Tensor:
         return tensor
 
     def fail(self, error: BaseException, where: str) -> BaseException:
@@ -63,7 +63,7 @@ class Alone:
         pass
 
 
-class World:
+class ProcessGroupWorkers:
     """The processes of a pipeline, on a control group of their own."""
 
     def __init__(self, ranks: Sequence[int], timeout: timedelta):
@@ -73,7 +73,7 @@ class World:
         self.waiter = Waiter(self.interrupted)
         self._group: dist.ProcessGroup | None = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
         self._store = dist.PrefixStore("pipeengine", dist.distributed_c10d._get_default_store())
-        self._name = self.share(uuid.uuid4().hex)
+        self._name = self.broadcast_object(uuid.uuid4().hex)
         self._problems = 0
 
     # -- collectives ------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ class World:
         finally:
             del work
 
-    def gather(self, value: object) -> list:
+    def all_gather_object(self, value: object) -> list:
         """Every worker's ``value``, in order of rank."""
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in self.ranks]
@@ -97,7 +97,7 @@ class World:
         return [pickle.loads(bytes(part[:int(size)].tolist())) if int(size) < 1 << 12 else
                 pickle.loads(part[:int(size)].numpy().tobytes()) for part, size in zip(parts, sizes)]
 
-    def share(self, value: object, source: int = 0) -> object:
+    def broadcast_object(self, value: object, source: int = 0) -> object:
         """``source``'s ``value`` on every worker."""
         data = torch.frombuffer(bytearray(pickle.dumps(value if self.rank == source else None)), dtype=torch.uint8)
         size = torch.tensor([data.numel()])
@@ -107,13 +107,13 @@ class World:
         self._wait(dist.broadcast(data, self.ranks[source], group=self._group, async_op=True))
         return value if self.rank == source else pickle.loads(data.numpy().tobytes())
 
-    def tensor_from(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+    def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """A small tensor of ``source`` on every worker; all pass one of the same shape and dtype."""
         moved = tensor.detach().cpu().contiguous()
         self._wait(dist.broadcast(moved, self.ranks[source], group=self._group, async_op=True))
         return moved.to(tensor.device)
 
-    def total(self, tensor: torch.Tensor, largest: bool = False) -> torch.Tensor:
+    def all_reduce(self, tensor: torch.Tensor, largest: bool = False) -> torch.Tensor:
         """Sum (or maximum) over all workers."""
         moved = tensor.detach().cpu()
         work = dist.all_reduce(moved, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=self._group, async_op=True)
@@ -133,13 +133,13 @@ class World:
 
     # -- agreement --------------------------------------------------------------------------------------------------
 
-    def together(self, what: Callable[[], object]) -> object:
+    def run_synchronized(self, what: Callable[[], object]) -> object:
         """Do something that needs no other worker, on all of them; if it fails on one, raise its error on all."""
         try:
             result, problem = what(), None
         except Exception as error:
             result, problem = None, error
-        found = self.gather(None if problem is None else _describe(problem))
+        found = self.all_gather_object(None if problem is None else _describe(problem))
         for rank, description in enumerate(found):
             if description is not None:
                 raise _error(description, rank, self.rank, problem)
@@ -156,7 +156,7 @@ class World:
             return
         rows = [other.tolist() for other in found]
         if any(row[0] for row in rows):
-            for rank, description in enumerate(self.gather(None if problem is None else _describe(problem))):
+            for rank, description in enumerate(self.all_gather_object(None if problem is None else _describe(problem))):
                 if description is not None:
                     raise _error(description, rank, self.rank, problem)
         for number, name in enumerate(names, 1):
@@ -241,7 +241,7 @@ def _error(description: tuple[str, str, str], rank: int, own: int, problem: Exce
     return WorkerError(f"worker {rank} failed: {kind}: {text}\n--- traceback of worker {rank} ---\n{trace}")
 
 
-def connect(mesh: object, device: torch.device, launched: bool, timeout: timedelta = timedelta(minutes=10)) -> Alone | World:
+def connect(mesh: object, device: torch.device, launched: bool, timeout: timedelta = timedelta(minutes=10)) -> SingleProcess | ProcessGroupWorkers:
     """The workers of this job: the ``pp`` dimension of ``mesh``, the default process group, or this process alone.
 
     Where processes were ``launched`` (by torchrun) without a process group, one is started.
@@ -249,11 +249,11 @@ def connect(mesh: object, device: torch.device, launched: bool, timeout: timedel
     if mesh is not None:
         group = mesh.get_group("pp") if "pp" in (mesh.mesh_dim_names or ()) else mesh.get_group()
         ranks = dist.get_process_group_ranks(group)
-        return World(ranks, timeout) if len(ranks) > 1 else Alone()
+        return ProcessGroupWorkers(ranks, timeout) if len(ranks) > 1 else SingleProcess()
     if not dist.is_initialized():
         if not launched:
-            return Alone()
+            return SingleProcess()
         dist.init_process_group("gloo" if device.type == "cpu" else None, timeout=timeout)
     if dist.get_world_size() == 1:
-        return Alone()
-    return World(range(dist.get_world_size()), timeout)
+        return SingleProcess()
+    return ProcessGroupWorkers(range(dist.get_world_size()), timeout)
