@@ -1,6 +1,6 @@
 """Record any model that runs eagerly, unmodified, and leave it as it was.
 
-The forward runs once on fake tensors (see ``recorder``). What cannot be held at operator grain makes the innermost enclosing
+The forward runs once on fake tensors (see ``recorder``). What cannot be faked_model at operator grain makes the innermost enclosing
 module one node, and the model is recorded again; at the root it is a ``CaptureError``.
 """
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from pipeengine.errors import CaptureError
 from pipeengine.rng import keyed
 from pipeengine.tracing.dataflow import unstable_guard
-from pipeengine.tracing.fake_model import Held, plain_torch
+from pipeengine.tracing.fake_model import FakedModel, plain_torch
 from pipeengine.tracing.inputs import Inputs, find_loss
 from pipeengine.tracing.interception import intercepted
 from pipeengine.tracing.module_state import look_or_set, python_random, set_python_random
@@ -42,36 +42,36 @@ def capture(model: torch.nn.Module, example: object, *, loss_fn: Callable | None
 
     def key(place: str):
         return keyed(random_key or 0, place, device)
-    with Held(model, device) as held:
-        return _record_until_faithful(model, inputs, loss_fn, held, sealed, key)
+    with FakedModel(model, device) as faked_model:
+        return _record_until_faithful(model, inputs, loss_fn, faked_model, sealed, key)
 
 
-def _record_until_faithful(model, inputs: Inputs, loss_fn, held: Held, sealed: dict[str, str], key) -> Recording:
+def _record_until_faithful(model, inputs: Inputs, loss_fn, faked_model: FakedModel, sealed: dict[str, str], key) -> Recording:
     watch_random = None
     warmed = False
     for _ in range(_MAX_ATTEMPTS):
         try:
-            recording, drew, traces = _record(model, inputs, loss_fn, held, sealed, key, watch_random)
+            recording, drew, traces = _record(model, inputs, loss_fn, faked_model, sealed, key, watch_random)
         except Promote as stop:
             _seal(model, sealed, stop.path, stop.reason)
-            held.restore_attributes()
+            faked_model.restore_attributes()
             continue
         if drew and watch_random is None:
             watch_random = look_or_set
             continue
-        changed = {path: what for path, what in held.changed().items() if path not in sealed}
-        if not warmed and (changed or held.keeps_fakes()):
+        changed = {path: what for path, what in faked_model.changed().items() if path not in sealed}
+        if not warmed and (changed or faked_model.keeps_fakes()):
             # What only a first call sets is no state. A tensor that is kept for the next call is: the second recording,
             # which finds a fake of the first in its way, then says so.
             warmed = True
-            held.start_warm()
+            faked_model.start_warm()
             continue
         if changed:
             for path, what in changed.items():
                 _seal(model, sealed, path, f"its forward changes self.{what}")
-            held.restore_attributes()
+            faked_model.restore_attributes()
             continue
-        held.traces = traces
+        faked_model.traces = traces
         return recording
     raise CaptureError(f"no faithful recording after {_MAX_ATTEMPTS} attempts; last kept whole: {list(sealed.items())[-1]}")
 
@@ -91,11 +91,11 @@ def _seal(model: torch.nn.Module, sealed: dict[str, str], path: str, reason: str
                        if type(module) is kind and other and other not in sealed})
 
 
-def _record(model, inputs: Inputs, loss_fn, held: Held, sealed, key, watch_random) -> tuple[Recording, bool, list]:
+def _record(model, inputs: Inputs, loss_fn, faked_model: FakedModel, sealed, key, watch_random) -> tuple[Recording, bool, list]:
     """One attempt. Also tells whether Python's or NumPy's random numbers were drawn outside of sealed modules."""
-    recorder = Recorder(model, held.fake, attributes=held.fakes_by_name, real_buffers=held.real_buffers,
-                        buffers=frozenset(held.buffers), plain=held.plain,
-                        sealed=sealed, draw=key, run_for_real=held.run_for_real, watch_random=watch_random)
+    recorder = Recorder(model, faked_model.fake, attributes=faked_model.fakes_by_name, real_buffers=faked_model.real_buffers,
+                        buffers=frozenset(faked_model.buffers), plain=faked_model.plain,
+                        sealed=sealed, draw=key, run_for_real=faked_model.run_for_real, watch_random=watch_random)
     faked: dict[int, torch.Tensor] = {}
 
     def fake_input(leaf):
@@ -103,13 +103,13 @@ def _record(model, inputs: Inputs, loss_fn, held: Held, sealed, key, watch_rando
             return leaf
         if id(leaf) not in faked:
             with plain_torch():
-                moved = leaf if leaf.device.type != "meta" else held.fake_like(leaf)
+                moved = leaf if leaf.device.type != "meta" else faked_model.fake_like(leaf)
                 faked[id(leaf)] = recorder.add_input(f"input{len(faked)}", moved)
         return faked[id(leaf)]
     args, kwargs, target = replace(inputs.everything(), fake_input)
     before = python_random()
     try:
-        with held.fakes_in_place(), intercepted(model, recorder), recorder.watching():
+        with faked_model.fakes_in_place(), intercepted(model, recorder), recorder.watching():
             output = model(*args, **kwargs)
             loss = loss_fn(output, target) if loss_fn is not None else find_loss(output)
         return _finished(recorder, output, loss, before)

@@ -23,14 +23,14 @@ from pipeengine.tracing.recorder import made_up
 _SMALL_BUFFER_BYTES = 1 << 24
 
 
-class Held:
+class FakedModel:
     """Holds a model still while it is recorded: fakes in the place of its tensors, and everything put back afterwards."""
 
     def __init__(self, model: torch.nn.Module, device: torch.device):
         self._model, self._device = model, device
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def __enter__(self) -> Held:
+    def __enter__(self) -> FakedModel:
         self._stack = contextlib.ExitStack()
         self.traces: list = []
         self._stack.enter_context(quiet_globals())
