@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeengine.errors import InputError
-from pipeengine.tracing import Inputs, encode, replace
+from pipeengine.tracing import Inputs, tree_encode, tree_map
 
 _SAMPLE_BYTES = 1 << 20
 
@@ -44,7 +44,7 @@ class Batch:
     def again(self, tensors: Sequence[torch.Tensor]) -> Inputs:
         """The inputs with other tensors in the place of ``tensors``."""
         at = {id(tensor): index for index, tensor in enumerate(self.tensors)}
-        args, kwargs, target = replace(self.inputs.everything(), lambda leaf: tensors[at[id(leaf)]]
+        args, kwargs, target = tree_map(self.inputs.everything(), lambda leaf: tensors[at[id(leaf)]]
                                        if isinstance(leaf, torch.Tensor) else leaf)
         return Inputs(args, kwargs, target)
 
@@ -84,7 +84,7 @@ def take_apart(inputs: Inputs, *, names: Sequence[str], batch_dims: Mapping[str,
             owners.append(name)
         return ("tensor", seen[id(value)], tuple(value.shape), value.dtype,
                 tuple(value.stride()) if value.layout == torch.strided else value.layout)
-    key = tuple((name, _hashable(encode(value, lambda x, name=name: leaf(name, x)))) for name, value in named)
+    key = tuple((name, _hashable(tree_encode(value, lambda x, name=name: leaf(name, x)))) for name, value in named)
     rows = _rows(tensors, wanted)
     for tensor, want, name in zip(tensors, wanted, owners):
         if name == "target" and want == "rows" and tensor.dim() and tensor.shape[0] not in (1, rows):

@@ -7,7 +7,7 @@ import torch
 
 from pipeengine.runtime.executor import Task
 from pipeengine.stages import Specialization
-from pipeengine.tracing import fill, refs, replace, tensors
+from pipeengine.tracing import fill, refs, tensors, tree_map
 
 
 def merge_outputs(specializations: Sequence[Specialization], outputs: Sequence | None, tasks: Sequence[Task],
@@ -29,7 +29,7 @@ def merge_outputs(specializations: Sequence[Specialization], outputs: Sequence |
         if value == first.loss:
             return loss
         return _join(parts, tasks)
-    return replace(made[0], merge)
+    return tree_map(made[0], merge)
 
 
 def _join(parts: tuple, tasks) -> torch.Tensor:

@@ -19,9 +19,9 @@ from pipeengine.tracing import (
     find_loss,
     leaves,
     refs,
-    replace,
     switch,
     tensors,
+    tree_map,
     undisturbed,
 )
 
@@ -60,7 +60,7 @@ def _moved(found: list[torch.Tensor], device: torch.device) -> list[torch.Tensor
 
 def _again(inputs: Inputs, given: list[torch.Tensor]) -> Inputs:
     at = {id(t): new for t, new in zip(_tensors(inputs), given)}
-    return Inputs(*replace(inputs.everything(), lambda leaf: at[id(leaf)].clone() if isinstance(leaf, torch.Tensor) else leaf))
+    return Inputs(*tree_map(inputs.everything(), lambda leaf: at[id(leaf)].clone() if isinstance(leaf, torch.Tensor) else leaf))
 
 
 def _shuffled(inputs: Inputs) -> Inputs:

@@ -7,7 +7,7 @@ from pipeengine.tracing.dataflow import Dataflow, analyse
 from pipeengine.tracing.inputs import Inputs, find_loss
 from pipeengine.tracing.modes import current_modes, switch
 from pipeengine.tracing.module_state import undisturbed
-from pipeengine.tracing.pytree import encode, leaves, replace, tensors
+from pipeengine.tracing.pytree import leaves, tensors, tree_encode, tree_map
 from pipeengine.tracing.recording import (
     Call,
     Node,
@@ -23,4 +23,4 @@ from pipeengine.tracing.recording import (
     refs,
 )
 
-__all__ = ["Call", "Dataflow", "Inputs", "Node", "NodeCost", "Rebuilt", "Recording", "Ref", "TensorSpec", "analyse", "capture", "current_modes", "encode", "encoded_leaves", "fill", "find_loss", "leaves", "node_refs", "picks", "refs", "replace", "switch", "tensors", "undisturbed"]
+__all__ = ["Call", "Dataflow", "Inputs", "Node", "NodeCost", "Rebuilt", "Recording", "Ref", "TensorSpec", "analyse", "capture", "current_modes", "tree_encode", "encoded_leaves", "fill", "find_loss", "leaves", "node_refs", "picks", "refs", "tree_map", "switch", "tensors", "undisturbed"]

@@ -17,7 +17,7 @@ from pipeengine.tracing.fake_model import FakedModel, plain_torch
 from pipeengine.tracing.inputs import Inputs, find_loss
 from pipeengine.tracing.interception import intercepted
 from pipeengine.tracing.module_state import look_or_set, python_random, set_python_random
-from pipeengine.tracing.pytree import replace
+from pipeengine.tracing.pytree import tree_map
 from pipeengine.tracing.recorder import Promote, Recorder
 from pipeengine.tracing.recording import Recording
 
@@ -106,7 +106,7 @@ def _record(model, inputs: Inputs, loss_fn, faked_model: FakedModel, sealed, key
                 moved = leaf if leaf.device.type != "meta" else faked_model.fake_like(leaf)
                 faked[id(leaf)] = recorder.add_input(f"input{len(faked)}", moved)
         return faked[id(leaf)]
-    args, kwargs, target = replace(inputs.everything(), fake_input)
+    args, kwargs, target = tree_map(inputs.everything(), fake_input)
     before = python_random()
     try:
         with faked_model.fakes_in_place(), intercepted(model, recorder), recorder.watching():

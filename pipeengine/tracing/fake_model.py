@@ -12,12 +12,12 @@ from pipeengine.tracing.module_state import (
     TENSOR_TABLES,
     difference,
     empty_caches,
-    picture,
+    python_state,
     quiet_globals,
     restore,
     shallow,
 )
-from pipeengine.tracing.pytree import replace
+from pipeengine.tracing.pytree import tree_map
 from pipeengine.tracing.recorder import made_up
 
 _SMALL_BUFFER_BYTES = 1 << 24
@@ -36,7 +36,7 @@ class FakedModel:
         self._stack.enter_context(quiet_globals())
         self._modules = dict(self._model.named_modules())
         self._tensors = {path: (dict(m._parameters), dict(m._buffers)) for path, m in self._modules.items()}
-        self._attributes = {path: picture(m) for path, m in self._modules.items()}
+        self._attributes = {path: python_state(m) for path, m in self._modules.items()}
         self._fake_of: dict[int, torch.Tensor] = {}
         self.fakes_by_name: dict[str, torch.Tensor] = {}
         self.real_buffers: dict[str, torch.Tensor] = {}
@@ -100,7 +100,7 @@ class FakedModel:
     def changed(self) -> dict[str, str]:
         """Modules whose Python state the forward changed, with the attribute."""
         found = {path: what for path, module in self._modules.items()
-                 if (what := difference(self._attributes[path], picture(module)))}
+                 if (what := difference(self._attributes[path], python_state(module)))}
         return {**found, **self._reassigned}
 
     def keeps_fakes(self) -> bool:
@@ -111,7 +111,7 @@ class FakedModel:
     def start_warm(self) -> None:
         """Take what the run has left in attributes as the state before the next one."""
         self._first = self.__dict__.get("_first", self._attributes)
-        self._attributes = {path: picture(m) for path, m in self._modules.items()}
+        self._attributes = {path: python_state(m) for path, m in self._modules.items()}
 
     def restore_attributes(self) -> None:
         for path, module in self._modules.items():
@@ -145,7 +145,7 @@ class FakedModel:
                 for name, tensor in m._buffers.items():
                     m._buffers[name] = None if tensor is None else real_of(tensor).clone()
             with plain_torch(), meter:
-                out = original(module, *replace(args, real_of), **replace(kwargs, real_of))
+                out = original(module, *tree_map(args, real_of), **tree_map(kwargs, real_of))
         finally:
             for m, (parameters, buffers) in zip(below, saved):
                 m._parameters.update(parameters)

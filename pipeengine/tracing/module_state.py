@@ -23,7 +23,7 @@ def shallow(value: object) -> list:
     return list(value) if isinstance(value, (list, tuple, set)) else [value]
 
 
-def picture(module: torch.nn.Module) -> dict[str, tuple]:
+def python_state(module: torch.nn.Module) -> dict[str, tuple]:
     """The Python state of a module: every attribute, with the contents of plain containers."""
     return {name: (value, _contents(value)) for name, value in vars(module).items() if name not in TENSOR_TABLES}
 
@@ -125,7 +125,7 @@ def quiet_globals() -> Iterator[None]:
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """Whatever runs inside leaves no trace in buffers, attributes or random states."""
     modules = dict(model.named_modules())
-    attributes = {path: picture(module) for path, module in modules.items()}
+    attributes = {path: python_state(module) for path, module in modules.items()}
     buffers = {path: {name: (tensor, tensor.detach().clone()) for name, tensor in module._buffers.items() if tensor is not None}
                for path, module in modules.items()}
     with quiet_globals():

@@ -16,17 +16,17 @@ from torch.utils import _pytree
 from pipeengine.tracing.recording import ATOMS, Rebuilt
 
 
-def encode(value: object, leaf: Callable[[object], object]) -> object:
+def tree_encode(value: object, leaf: Callable[[object], object]) -> object:
     """A picture of ``value`` in plain containers, with ``leaf`` applied to tensors and unknown objects."""
     kind = type(value)
     if kind in (tuple, torch.Size):
-        return tuple([encode(item, leaf) for item in value])
+        return tuple([tree_encode(item, leaf) for item in value])
     if kind is list:
-        return [encode(item, leaf) for item in value]
+        return [tree_encode(item, leaf) for item in value]
     if kind is dict:
-        return {key: encode(item, leaf) for key, item in value.items()}
+        return {key: tree_encode(item, leaf) for key, item in value.items()}
     if kind is slice:
-        return slice(encode(value.start, leaf), encode(value.stop, leaf), encode(value.step, leaf))
+        return slice(tree_encode(value.start, leaf), tree_encode(value.stop, leaf), tree_encode(value.step, leaf))
     if isinstance(value, ATOMS):
         return value
     if isinstance(value, torch.Tensor):
@@ -35,7 +35,7 @@ def encode(value: object, leaf: Callable[[object], object]) -> object:
     if parts is None:
         return leaf(value)
     build, items = parts
-    return Rebuilt(build, tuple([encode(item, leaf) for item in items]))
+    return Rebuilt(build, tuple([tree_encode(item, leaf) for item in items]))
 
 
 def _parts(value: object) -> tuple[Callable, list] | None:
@@ -72,7 +72,7 @@ def _fill_fields(template: object, names: tuple[str, ...], items: list) -> objec
 def leaves(value: object) -> list:
     """The tensors and unknown objects inside ``value``, in a fixed order."""
     found: list = []
-    encode(value, found.append)
+    tree_encode(value, found.append)
     return found
 
 
@@ -81,21 +81,21 @@ def tensors(value: object) -> list[torch.Tensor]:
     return [leaf for leaf in leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def replace(value: object, leaf: Callable[[object], object]) -> object:
+def tree_map(value: object, leaf: Callable[[object], object]) -> object:
     """``value`` made again with ``leaf`` applied to every tensor and unknown object."""
     kind = type(value)
     if isinstance(value, ATOMS):
         return value
     if kind in (tuple, torch.Size):
-        return tuple([replace(item, leaf) for item in value])
+        return tuple([tree_map(item, leaf) for item in value])
     if kind is list:
-        return [replace(item, leaf) for item in value]
+        return [tree_map(item, leaf) for item in value]
     if kind is dict:
-        return {key: replace(item, leaf) for key, item in value.items()}
+        return {key: tree_map(item, leaf) for key, item in value.items()}
     if kind is slice:
-        return slice(replace(value.start, leaf), replace(value.stop, leaf), replace(value.step, leaf))
+        return slice(tree_map(value.start, leaf), tree_map(value.stop, leaf), tree_map(value.step, leaf))
     parts = None if isinstance(value, torch.Tensor) else _parts(value)
     if parts is None:
         return leaf(value)
     build, items = parts
-    return build([replace(item, leaf) for item in items])
+    return build([tree_map(item, leaf) for item in items])

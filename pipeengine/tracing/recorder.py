@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from pipeengine.errors import CaptureError
 from pipeengine.tracing.meter import Meter, kept_bytes, tensor_bytes
 from pipeengine.tracing.modes import current_modes
-from pipeengine.tracing.pytree import encode, leaves, replace, tensors
+from pipeengine.tracing.pytree import leaves, tensors, tree_encode, tree_map
 from pipeengine.tracing.recording import (
     OPAQUE,
     Call,
@@ -161,21 +161,21 @@ class Recorder(TorchFunctionMode):
         return value
 
     def _encode(self, value: object) -> object:
-        return encode(value, lambda leaf: Ref(self._lookup(leaf)) if isinstance(leaf, torch.Tensor) else leaf)
+        return tree_encode(value, lambda leaf: Ref(self._lookup(leaf)) if isinstance(leaf, torch.Tensor) else leaf)
 
-    def _picture(self, out: object) -> object:
+    def _output_template(self, out: object) -> object:
         """``out`` with Refs for the tensors that are known; objects of the run itself are not kept."""
-        def picture(leaf):
+        def template(leaf):
             if isinstance(leaf, torch.Tensor):
                 return Ref(self._value_of[id(leaf)]) if id(leaf) in self._value_of else OPAQUE
             return leaf if _is_shareable(leaf) else OPAQUE
-        return encode(out, picture)
+        return tree_encode(out, template)
 
     def _fakes(self, value: object) -> object:
         """``value`` with constants replaced by their fakes."""
         if not self._constants:
             return value
-        return replace(value, lambda leaf: self._fake_constant.get(self._value_of.get(id(leaf), -1), leaf)
+        return tree_map(value, lambda leaf: self._fake_constant.get(self._value_of.get(id(leaf), -1), leaf)
                        if isinstance(leaf, torch.Tensor) else leaf)
 
     def _reals(self, value: object) -> object | None:
@@ -183,7 +183,7 @@ class Recorder(TorchFunctionMode):
         found = [self._value_of.get(id(t), -1) for t in tensors(value)]
         if any(v not in self._real for v in found):
             return None
-        return replace(value, lambda leaf: self._real[self._value_of[id(leaf)]]
+        return tree_map(value, lambda leaf: self._real[self._value_of[id(leaf)]]
                        if isinstance(leaf, torch.Tensor) else leaf)
 
     # -- where we are -----------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ class Recorder(TorchFunctionMode):
             return made_up(leaf, leaf.device, number) if known is None else known
         try:
             with self._draw(f"made up {number}"), torch.no_grad():
-                return func(*replace(args, real_of), **replace(kwargs, real_of))
+                return func(*tree_map(args, real_of), **tree_map(kwargs, real_of))
         except Exception:
             return None
 
@@ -316,7 +316,7 @@ class Recorder(TorchFunctionMode):
             with self._fake:
                 made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
                 return made + anchor if needs_gradient and leaf.is_floating_point() else made
-        return replace(result, fake_of)
+        return tree_map(result, fake_of)
 
     def _run_real(self, func, args, kwargs, reads, out, writes: set[int], random: bool, node_name: str) -> None:
         """Keep the real values beside the fakes, or drop those that a step with unknown values wrote to."""
@@ -353,7 +353,7 @@ class Recorder(TorchFunctionMode):
         results = tuple(self._value_of[id(tensor)] for _, tensor in fresh)
         cost = NodeCost(self.meter.flops, self.meter.bytes, tuple(self._saved.items()))
         self._nodes.append(Node(name, target, is_module, encoded[0], encoded[1], results,
-                                picks(self._picture(out), results),
+                                picks(self._output_template(out), results),
                                 self._stack[-1] if self._stack else -1, current_modes(), frozenset(writes), attributes,
                                 random, effect, recompute, cost))
         if self._shape_guards:
@@ -419,7 +419,7 @@ class Recorder(TorchFunctionMode):
     def _open(self, original, module, path: str, args: tuple, kwargs: dict) -> object:
         scope = self._scope(path)
         plain = all(isinstance(leaf, torch.Tensor) or _is_shareable(leaf) for leaf in leaves((args, kwargs)))
-        encoded = encode((args, kwargs), lambda leaf: Ref(self._lookup(leaf)) if isinstance(leaf, torch.Tensor)
+        encoded = tree_encode((args, kwargs), lambda leaf: Ref(self._lookup(leaf)) if isinstance(leaf, torch.Tensor)
                          else leaf if _is_shareable(leaf) else OPAQUE)
         containers = [(c, len(c)) for c in (*args, *kwargs.values()) if isinstance(c, (list, dict))]
         index, parent = len(self._calls), self._stack[-1] if self._stack else -1
@@ -445,7 +445,7 @@ class Recorder(TorchFunctionMode):
             raise Promote(path, "its forward draws from Python's or NumPy's random numbers")
         if any(len(c) != count for c, count in containers):
             plain = False
-        output = self._picture(out)
+        output = self._output_template(out)
         self._calls[index] = Call(path, scope, parent, start, len(self._nodes), encoded[0], encoded[1], output,
                                   current_modes(), plain)
         return out
@@ -574,7 +574,7 @@ class Recorder(TorchFunctionMode):
 
     def finish(self, output: object, loss: torch.Tensor | None) -> Recording:
         """Freeze what was seen. ``output`` is the model's output, ``loss`` a tensor met on the way."""
-        structure = encode(output, lambda leaf: Ref(self._lookup(leaf)) if isinstance(leaf, torch.Tensor)
+        structure = tree_encode(output, lambda leaf: Ref(self._lookup(leaf)) if isinstance(leaf, torch.Tensor)
                            else leaf if _is_shareable(leaf) else None)
         values = tuple(Value(kind, name, node, _spec(tensor), _storage(self._fake_constant.get(index, tensor)))
                        for index, (kind, name, node, tensor) in enumerate(self._values))
