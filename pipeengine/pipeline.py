@@ -257,7 +257,7 @@ class Pipeline:
 
     def _place(self, flow: Dataflow, weights, check) -> None:
         self._draw = Draw(self._device)
-        self._placement = Placement(self._plan.stage_of, self._num_stages, flow.recording.sealed)
+        self._placement = Placement(self._plan.stage_of, self._num_stages, flow.recording.leaf_modules)
         stage_of = self._placement.assign(flow)
         self._names_of = _all_names(self._model)
         self._placement.settle(flow, stage_of, list(dict.fromkeys(self._names_of.values())))

@@ -72,7 +72,7 @@ def _is_trained(argument: object, num_axes: int, recording: Recording) -> bool:
 def _module_replacement(node: Node, recording: Recording, model: torch.nn.Module) -> Replacement | None:
     module = model.get_submodule(node.target)
     make = _MODULES.get(type(module))
-    if make is None or node.target in recording.sealed or "forward" in vars(module) or len(node.args) != 1:
+    if make is None or node.target in recording.leaf_modules or "forward" in vars(module) or len(node.args) != 1:
         return None
     refs = {id(model.get_parameter(recording.values[v].name)): Ref(v) for v in _parameters(node, recording)}
     at = {name: refs.get(id(p)) for name, p in module._parameters.items() if p is not None}

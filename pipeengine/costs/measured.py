@@ -108,7 +108,7 @@ def signature(recording: Recording, node: Node, model: torch.nn.Module, device: 
     if node.is_module:
         module = model.get_submodule(node.target)
         what = f"{type(module).__module__}.{type(module).__qualname__}({module.extra_repr()}){module.training}"
-        if node.target in recording.sealed:
+        if node.target in recording.leaf_modules:
             what += repr(module)
     else:
         what = f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__qualname__', repr(type(node.target)))}"

@@ -82,7 +82,7 @@ class SpecializationCache:
         with torch.set_grad_enabled(not outputs):
             given = inputs()                # an evaluation may have no target: then there is no loss
             recording = capture(self._model, given, loss_fn=None if given.target is None else self._loss_fn, device=self._device,
-                                random_key=random_key, warm=self._placement.sealed)
+                                random_key=random_key, known_leaf_modules=self._placement.leaf_modules)
         specialization = self.make(recording, outputs=outputs)
         self.recorded += 1
         known.append(specialization)

@@ -10,8 +10,8 @@ from pipeengine.tracing import Dataflow, Node, node_refs
 class Placement:
     """The plan, applied to recordings: which stage each node of each recording runs on."""
 
-    def __init__(self, stage_of: Mapping[str, int], num_stages: int, sealed: Mapping[str, str]):
-        self._stage_of, self.num_stages, self.sealed = dict(stage_of), num_stages, dict(sealed)
+    def __init__(self, stage_of: Mapping[str, int], num_stages: int, leaf_modules: Mapping[str, str]):
+        self._stage_of, self.num_stages, self.leaf_modules = dict(stage_of), num_stages, dict(leaf_modules)
         self._scopes: dict[str, set[int]] = {}
         for name, stage in stage_of.items():
             path = name.partition(":")[0]

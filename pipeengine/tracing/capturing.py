@@ -18,7 +18,7 @@ from pipeengine.tracing.inputs import Inputs, find_loss
 from pipeengine.tracing.interception import intercepted
 from pipeengine.tracing.module_state import look_or_set, python_random, set_python_random
 from pipeengine.tracing.pytree import tree_map
-from pipeengine.tracing.recorder import Promote, Recorder
+from pipeengine.tracing.recorder import NotTraceable, Recorder
 from pipeengine.tracing.recording import Recording
 
 _MAX_ATTEMPTS = 200
@@ -26,11 +26,11 @@ _MAX_ATTEMPTS = 200
 
 def capture(model: torch.nn.Module, example: object, *, loss_fn: Callable | None = None, target: object = None,
             device: torch.device | str | None = None, random_key: int | None = 0,
-            warm: Mapping[str, str] | None = None) -> Recording:
+            known_leaf_modules: Mapping[str, str] | None = None) -> Recording:
     """Record one forward of ``model`` on ``example`` (a dict of keyword arguments or a tuple of positional ones).
 
     The loss is ``loss_fn(output, target)`` when given, else the model's own (``output.loss``, ``output["loss"]``, the first
-    of a tuple when it is a scalar, or a scalar output). Needs no memory for parameters; they may be on meta. ``warm`` holds
+    of a tuple when it is a scalar, or a scalar output). Needs no memory for parameters; they may be on meta. ``known_leaf_modules`` holds
     modules known to be kept whole from an earlier recording of the same model; ``random_key`` chooses the random numbers that a
     forward may look at. Changes nothing in the model or in any random state.
 
@@ -38,28 +38,28 @@ def capture(model: torch.nn.Module, example: object, *, loss_fn: Callable | None
     """
     inputs = example if isinstance(example, Inputs) else Inputs.of(example, target)
     device = torch.device(device) if device is not None else _device_of(model)
-    sealed = {**_never_opened(model), **(warm or {})}
+    leaf_modules = {**_never_opened(model), **(known_leaf_modules or {})}
 
     def key(place: str):
         return keyed(random_key or 0, place, device)
     with FakedModel(model, device) as faked_model:
-        return _record_until_faithful(model, inputs, loss_fn, faked_model, sealed, key)
+        return _record_until_faithful(model, inputs, loss_fn, faked_model, leaf_modules, key)
 
 
-def _record_until_faithful(model, inputs: Inputs, loss_fn, faked_model: FakedModel, sealed: dict[str, str], key) -> Recording:
+def _record_until_faithful(model, inputs: Inputs, loss_fn, faked_model: FakedModel, leaf_modules: dict[str, str], key) -> Recording:
     watch_random = None
     warmed = False
     for _ in range(_MAX_ATTEMPTS):
         try:
-            recording, drew, traces = _record(model, inputs, loss_fn, faked_model, sealed, key, watch_random)
-        except Promote as stop:
-            _seal(model, sealed, stop.path, stop.reason)
+            recording, drew, traces = _record(model, inputs, loss_fn, faked_model, leaf_modules, key, watch_random)
+        except NotTraceable as stop:
+            _keep_whole(model, leaf_modules, stop.path, stop.reason)
             faked_model.restore_attributes()
             continue
         if drew and watch_random is None:
             watch_random = look_or_set
             continue
-        changed = {path: what for path, what in faked_model.changed().items() if path not in sealed}
+        changed = {path: what for path, what in faked_model.changed().items() if path not in leaf_modules}
         if not warmed and (changed or faked_model.keeps_fakes()):
             # What only a first call sets is no state. A tensor that is kept for the next call is: the second recording,
             # which finds a fake of the first in its way, then says so.
@@ -68,34 +68,34 @@ def _record_until_faithful(model, inputs: Inputs, loss_fn, faked_model: FakedMod
             continue
         if changed:
             for path, what in changed.items():
-                _seal(model, sealed, path, f"its forward changes self.{what}")
+                _keep_whole(model, leaf_modules, path, f"its forward changes self.{what}")
             faked_model.restore_attributes()
             continue
         faked_model.traces = traces
         return recording
-    raise CaptureError(f"no faithful recording after {_MAX_ATTEMPTS} attempts; last kept whole: {list(sealed.items())[-1]}")
+    raise CaptureError(f"no faithful recording after {_MAX_ATTEMPTS} attempts; last kept whole: {list(leaf_modules.items())[-1]}")
 
 
-def _seal(model: torch.nn.Module, sealed: dict[str, str], path: str, reason: str) -> None:
+def _keep_whole(model: torch.nn.Module, leaf_modules: dict[str, str], path: str, reason: str) -> None:
     """Keep the module whole from now on, and with it its likes: layers of one class fail alike."""
     if not path:
         raise CaptureError(
             f"the model's own forward cannot be recorded: {reason}. Move that code into a submodule, which then stays one "
             "node of the graph, or replace it")
-    if path in sealed:
+    if path in leaf_modules:
         raise CaptureError(f"module {path} cannot be recorded even as one node: {reason}")
     kind = type(model.get_submodule(path))
-    sealed[path] = reason
+    leaf_modules[path] = reason
     if not kind.__module__.startswith("torch."):
-        sealed.update({other: reason for other, module in model.named_modules()
-                       if type(module) is kind and other and other not in sealed})
+        leaf_modules.update({other: reason for other, module in model.named_modules()
+                       if type(module) is kind and other and other not in leaf_modules})
 
 
-def _record(model, inputs: Inputs, loss_fn, faked_model: FakedModel, sealed, key, watch_random) -> tuple[Recording, bool, list]:
-    """One attempt. Also tells whether Python's or NumPy's random numbers were drawn outside of sealed modules."""
+def _record(model, inputs: Inputs, loss_fn, faked_model: FakedModel, leaf_modules, key, watch_random) -> tuple[Recording, bool, list]:
+    """One attempt. Also tells whether Python's or NumPy's random numbers were drawn outside of leaf_modules modules."""
     recorder = Recorder(model, faked_model.fake, attributes=faked_model.fakes_by_name, real_buffers=faked_model.real_buffers,
                         buffers=frozenset(faked_model.buffers), plain=faked_model.plain,
-                        sealed=sealed, draw=key, run_for_real=faked_model.run_for_real, watch_random=watch_random)
+                        leaf_modules=leaf_modules, draw=key, run_for_real=faked_model.run_for_real, watch_random=watch_random)
     faked: dict[int, torch.Tensor] = {}
 
     def fake_input(leaf):
@@ -125,7 +125,7 @@ def _finished(recorder: Recorder, output: object, loss: object, before: tuple) -
     recording = recorder.finish(output, loss)
     guard = unstable_guard(recording)
     if guard is not None:
-        raise Promote(guard.path, f"{guard.where}: its path depends on a buffer that it changes")
+        raise NotTraceable(guard.path, f"{guard.where}: its path depends on a buffer that it changes")
     return recording, drew, recorder.traces()
 
 

@@ -162,7 +162,7 @@ def _free(recording: Recording, live, writers, before) -> frozenset[int]:
         node = recording.nodes[index]
         if (all(is_given(value) for value in node_refs(node)) and not node.effect
                 and not any(values[v].spec.requires_grad for v in node.results)
-                and not (node.is_module and node.target in recording.sealed)
+                and not (node.is_module and node.target in recording.leaf_modules)
                 and node.cost.flops <= _CHEAP_SHARE * total):
             free.add(index)
     return _drop_written(recording, free, writers, before)

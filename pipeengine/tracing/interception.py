@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from pipeengine.tracing.recorder import Promote, Recorder
+from pipeengine.tracing.recorder import NotTraceable, Recorder
 
 
 @contextlib.contextmanager
@@ -63,5 +63,5 @@ def _refuse(recorder: Recorder, original: Callable, what: str) -> Callable:
     def stand_in(*args, **kwargs):
         if recorder._suspended:
             return original(*args, **kwargs)
-        raise Promote(recorder._path(), what)
+        raise NotTraceable(recorder._path(), what)
     return stand_in

@@ -4,7 +4,7 @@
 tensor (shape, dtype, strides, device, no memory) in the place of each real one. Values that follow from the model's inputs
 also exist for real on the side, so that a forward that looks at its inputs (``if mask.all()``) takes the path that eager
 execution takes; what it saw becomes a guard. A forward that looks at anything else cannot be written down at this grain:
-``Promote`` then names the innermost module, which becomes one node.
+``NotTraceable`` then names the innermost module, which becomes one node.
 """
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 _REAL_SIDE_LIMIT_BYTES = 1 << 28
 
 
-class Promote(BaseException):
+class NotTraceable(BaseException):
     """The forward did what a recording at this grain cannot hold; ``path`` is the module where.
 
     Not an ``Exception``, so that a ``try`` in the user's forward does not swallow it.
@@ -70,11 +70,11 @@ class Recorder(TorchFunctionMode):
     """Records what happens while it is entered; ``finish`` gives the ``Recording``."""
 
     def __init__(self, model: torch.nn.Module, fake: FakeTensorMode, *, attributes: Mapping[str, torch.Tensor],
-                 real_buffers: Mapping[str, torch.Tensor], buffers: frozenset[str], plain: Mapping[int, str], sealed: Mapping[str, str],
+                 real_buffers: Mapping[str, torch.Tensor], buffers: frozenset[str], plain: Mapping[int, str], leaf_modules: Mapping[str, str],
                  draw: Callable[[str], contextlib.AbstractContextManager], run_for_real: Callable,
                  watch_random: Callable[..., object] | None = None):
         super().__init__()
-        self._fake, self._sealed, self._draw, self._run_for_real = fake, dict(sealed), draw, run_for_real
+        self._fake, self._leaf_modules, self._draw, self._run_for_real = fake, dict(leaf_modules), draw, run_for_real
         self._watch_random = watch_random
         self._plain, self._buffers = plain, buffers
         self._paths = {module: path for path, module in model.named_modules()}
@@ -141,7 +141,7 @@ class Recorder(TorchFunctionMode):
     def _adopt(self, tensor: torch.Tensor) -> int:
         """A tensor that no recorded step made: a constant, or something that escaped us."""
         if isinstance(tensor, FakeTensor):
-            raise Promote(self._path(), "a tensor was made where the recorder could not see it "
+            raise NotTraceable(self._path(), "a tensor was made where the recorder could not see it "
                                         "(stored by a module that is kept whole, or by code outside torch)")
         name = self._plain.get(id(tensor), "")
         if tensor.requires_grad:
@@ -217,10 +217,10 @@ class Recorder(TorchFunctionMode):
         if name in _METADATA or (name == "__get__" and _is_metadata_property(func)):
             return func(*args, **kwargs)
         if func is torch.Tensor.__deepcopy__ or name in _NEW_STATE:
-            raise Promote(self._path(), f"{name} on a tensor inside the forward")
+            raise NotTraceable(self._path(), f"{name} on a tensor inside the forward")
         self._check_context()
         if isinstance(kwargs.get("generator"), torch.Generator):
-            raise Promote(self._path(), f"{name} draws from a generator of the model's own")
+            raise NotTraceable(self._path(), f"{name} draws from a generator of the model's own")
         if name in ("__contains__", "tolist", "item", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__",
                     "__complex__", "equal", "is_nonzero", "allclose"):
             return self._guarded(func, args, kwargs)
@@ -228,17 +228,17 @@ class Recorder(TorchFunctionMode):
 
     def _check_context(self) -> None:
         if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise Promote(self._path(), "a function transform (vmap, grad, jvp) runs in its forward")
+            raise NotTraceable(self._path(), "a function transform (vmap, grad, jvp) runs in its forward")
         top = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if top is not None and top[0] is not self._pack_hook and not _is_checkpoint(top[0]):
-            raise Promote(self._path(), "saved-tensor hooks are active in its forward")
+            raise NotTraceable(self._path(), "saved-tensor hooks are active in its forward")
 
     def _guarded(self, func, args, kwargs) -> object:
         """The Python value of a tensor, written down as a guard when it follows from the inputs."""
         encoded = self._encode((args, kwargs))
         real = self._reals((args, kwargs))
         if real is None:
-            raise Promote(self._path(), f"{self._where()}: {_short_name(func)}() reads the value of a tensor "
+            raise NotTraceable(self._path(), f"{self._where()}: {_short_name(func)}() reads the value of a tensor "
                                         "that depends on parameters or activations")
         with torch.no_grad():
             result = func(*real[0], **real[1])
@@ -286,7 +286,7 @@ class Recorder(TorchFunctionMode):
             return self._fakes_of(result, needs_gradient=False)
         tries = [self._try_out(func, args, kwargs, number) for number in (0, 1)]
         if None in tries or _shapes(tries[0]) != _shapes(tries[1]):
-            raise Promote(self._path(), f"{self._where()}: {type(error).__name__}: {error}") from error
+            raise NotTraceable(self._path(), f"{self._where()}: {type(error).__name__}: {error}") from error
         needs = torch.is_grad_enabled() and any(t.requires_grad for t in tensors((args, kwargs)))
         return self._fakes_of(tries[0], needs_gradient=needs)
 
@@ -371,7 +371,7 @@ class Recorder(TorchFunctionMode):
         if not reads:
             return out
         if any(v not in self._real for v in reads):
-            raise Promote(self._path(), f"{self._where()}: {_short_name(func)} turns a tensor into "
+            raise NotTraceable(self._path(), f"{self._where()}: {_short_name(func)} turns a tensor into "
                                         f"{type(out).__name__}, which a recording would freeze")
         self._guards.append(Guard(func, encoded[0], encoded[1], out, len(self._nodes), self._path(), self._where()))
         return out
@@ -385,14 +385,14 @@ class Recorder(TorchFunctionMode):
         if self._running and self._running[-1][0] is module:
             return self._inner_call(original, module, args, kwargs)
         path = self._paths[module]
-        if path in self._sealed or (_is_leaf(module) and self._own_parameters(module)) or self._recompute_here():
+        if path in self._leaf_modules or (_is_leaf(module) and self._own_parameters(module)) or self._recompute_here():
             return self._whole(original, module, path, args, kwargs)
         return self._open(original, module, path, args, kwargs)
 
     def _inner_call(self, original, module, args, kwargs) -> object:
         """The base-class call inside an overridden ``__call__``: transparent only when it passes on what it got."""
         if self._recompute_here():
-            raise Promote(self._paths[module], "it recomputes its activations in backward")
+            raise NotTraceable(self._paths[module], "it recomputes its activations in backward")
         state = self._running[-1]
         same = [id(x) for x in leaves((args, kwargs))] == state[1] and not state[3]
         out = original(module, *args, **kwargs)
@@ -434,15 +434,15 @@ class Recorder(TorchFunctionMode):
         except CaptureError:
             raise
         except Exception as error:
-            raise Promote(path, f"{type(error).__name__}: {error}") from error
+            raise NotTraceable(path, f"{type(error).__name__}: {error}") from error
         finally:
             self._stack.pop()
             self._scopes.pop()
             state = self._running.pop()
         if state[3] and state[2] != [id(x) for x in leaves(out)]:
-            raise Promote(path, "its class wraps __call__")
+            raise NotTraceable(path, "its class wraps __call__")
         if before is not None and before != self._watch_random():
-            raise Promote(path, "its forward draws from Python's or NumPy's random numbers")
+            raise NotTraceable(path, "its forward draws from Python's or NumPy's random numbers")
         if any(len(c) != count for c, count in containers):
             plain = False
         output = self._output_template(out)
@@ -457,7 +457,7 @@ class Recorder(TorchFunctionMode):
         strange = [x for x in leaves((args, kwargs)) if not isinstance(x, torch.Tensor) and not _is_shareable(x)]
         if strange:
             raise CaptureError(
-                f"module {path} is kept whole ({self._sealed.get(path, 'recomputed')}) and is given a "
+                f"module {path} is kept whole ({self._leaf_modules.get(path, 'recomputed')}) and is given a "
                 f"{type(strange[0]).__name__}, an object born in the forward that cannot be made again for every "
                 "micro-batch; switch it off (for a Hugging Face cache: model.config.use_cache = False)")
         encoded = self._encode((args, kwargs))
@@ -480,14 +480,14 @@ class Recorder(TorchFunctionMode):
             self._watch_random(before)          # what a whole module draws is its own affair
         unknown = [x for x in leaves(out) if not isinstance(x, torch.Tensor) and not _is_shareable(x)]
         if unknown:
-            raise CaptureError(f"module {path} is kept whole ({self._sealed.get(path, 'a leaf')}) and returns a "
+            raise CaptureError(f"module {path} is kept whole ({self._leaf_modules.get(path, 'a leaf')}) and returns a "
                                f"{type(unknown[0]).__name__}, which cannot cross to another stage; return tensors")
         writes = _written(watched)
         reads = tensors((args, kwargs))
         random = self.meter.random
         if recompute:
             self._saved = {_storage(t): kept_bytes(t) for t in reads if t.requires_grad}
-        if not attributes and path not in self._sealed:
+        if not attributes and path not in self._leaf_modules:
             self._run_real(lambda *a, **k: self._quietly(original, module, a, k), args, kwargs, reads, out, writes,
                            random, scope)
         elif writes:
@@ -546,7 +546,7 @@ class Recorder(TorchFunctionMode):
             try:
                 out = self._run_fake(apply, *fakes)
             except Exception as error:
-                raise Promote(self._path(), f"autograd function {name}: {type(error).__name__}: {error}") from error
+                raise NotTraceable(self._path(), f"autograd function {name}: {type(error).__name__}: {error}") from error
             writes = _written(watched)
             random = self.meter.random
             node_name = self._name(name)
@@ -580,7 +580,7 @@ class Recorder(TorchFunctionMode):
                        for index, (kind, name, node, tensor) in enumerate(self._values))
         return Recording(values, tuple(self._nodes), tuple(self._calls), tuple(self._guards), tuple(self._inputs),
                          structure, None if loss is None else self._lookup(loss), dict(self._constants),
-                         dict(self._sealed), self._buffers, self._base_modes)
+                         dict(self._leaf_modules), self._buffers, self._base_modes)
 
     def release(self) -> None:
         """Let go of all tensors: autograd's own references to this recorder would keep them for ever."""

@@ -144,7 +144,7 @@ class Recording:
     output: object                      # structure with Refs
     loss: int | None
     constants: Mapping[int, torch.Tensor] = field(repr=False)
-    sealed: Mapping[str, str] = field(default_factory=dict)     # module path -> why it was not opened
+    leaf_modules: Mapping[str, str] = field(default_factory=dict)     # module path -> why it was not opened
     buffers: frozenset[str] = frozenset()
     modes: Modes = Modes(True, False, ())
 
