@@ -276,7 +276,7 @@ class Pipeline:
         """Parameters of the own stages, and the small buffers that every worker needs to follow the inputs."""
         own = {name for name, stages in self._placement.holders.items() if stages & set(self._own)}
         values = flow.recording.values
-        given = {values[v].name for n in flow.free for v in node_refs(flow.recording.nodes[n]) if values[v].kind == "attribute"}
+        given = {values[v].name for n in flow.replicated for v in node_refs(flow.recording.nodes[n]) if values[v].kind == "attribute"}
         given |= {values[v].name for guard in flow.recording.guards for v in (*refs(guard.args), *refs(guard.kwargs))
                   if values[v].kind == "attribute"}
         return frozenset(own | given)

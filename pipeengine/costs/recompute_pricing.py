@@ -24,7 +24,7 @@ def price_modules(graph: networkx.DiGraph, flow: Dataflow, spans: Iterable[Span]
             node.update(backward=node["backward"] + node["forward"], activation_bytes=0)
         if nodes:
             nodes[0]["activation_bytes"] = sum(recording.values[v].spec.bytes for v in read
-                                               if recording.values[v].node not in flow.free)
+                                               if recording.values[v].node not in flow.replicated)
             nodes[-1]["workspace_bytes"] += activations
 
 

@@ -21,7 +21,7 @@ def target_count(flow: Dataflow, model: torch.nn.Module):
     target, ignored, weight = found
     values = flow.recording.values
     nodes = needed_nodes(flow, {target}, len(flow.recording.nodes))
-    if any(n not in flow.free for n in nodes) or values[target].spec.dtype.is_floating_point:
+    if any(n not in flow.replicated for n in nodes) or values[target].spec.dtype.is_floating_point:
         return None
     run, _ = value_function(flow, model, [target], nodes, Draw(torch.device("cpu")))
 

@@ -74,13 +74,13 @@ def closure(flow: Dataflow, values: set[int]) -> set[int]:
     """Free nodes that must run to have ``values``."""
     found: set[int] = set()
     writers = defaultdict(set)
-    for index in flow.free:
+    for index in flow.replicated:
         for storage in flow.recording.nodes[index].writes:
             writers[storage].add(index)
     waiting = [n for v in values for n in (flow.recording.values[v].node, *writers[flow.recording.values[v].storage])]
     while waiting:
         index = waiting.pop()
-        if index not in flow.free or index in found:
+        if index not in flow.replicated or index in found:
             continue
         found.add(index)
         waiting.extend(flow.before[index])
@@ -194,14 +194,14 @@ def _is_whole(flow, call: Call, own, live, readers, returns, arrived) -> bool:
         return False
     for value in given:                     # an argument that its nodes do not read must not cause a message
         made = recording.values[value].node
-        if made >= 0 and made not in own and made not in flow.free and value not in arrived:
+        if made >= 0 and made not in own and made not in flow.replicated and value not in arrived:
             return False
     handed = set(refs(call.output))
     for index in span:
         node = recording.nodes[index]
         if node.random or node.effect and not node.is_module:
             return False
-        if index not in own and index not in flow.free and (index in live or node.attributes or _reads_attribute(recording, node)):
+        if index not in own and index not in flow.replicated and (index in live or node.attributes or _reads_attribute(recording, node)):
             return False
         for value in node_refs(node):
             made = recording.values[value]

@@ -16,7 +16,7 @@ _SMALL_BUFFER_BYTES = 1 << 24
 class Dataflow:
     """The recording, understood.
 
-    ``live``: nodes that the result needs, in order. ``free``: those among them that follow from inputs and constants alone,
+    ``live``: nodes that the result needs, in order. ``replicated``: those among them that follow from inputs and constants alone,
     need no gradient and are cheap, so that every stage may compute them again. ``before[n]``: nodes that must have run before
     node n. ``groups``: nodes that must share a stage because one of them changes in place what another reads.
     ``wants_gradient``: values through which a gradient reaches the loss.
@@ -25,7 +25,7 @@ class Dataflow:
     recording: Recording
     goals: tuple[int, ...]
     live: tuple[int, ...]
-    free: frozenset[int]
+    replicated: frozenset[int]
     before: dict[int, tuple[int, ...]]
     groups: tuple[frozenset[int], ...]
     wants_gradient: frozenset[int]
@@ -33,7 +33,7 @@ class Dataflow:
     @property
     def placed(self) -> tuple[int, ...]:
         """Live nodes that belong to exactly one stage."""
-        return tuple(n for n in self.live if n not in self.free)
+        return tuple(n for n in self.live if n not in self.replicated)
 
 
 def analyse(recording: Recording, *, outputs: bool) -> Dataflow:
@@ -48,9 +48,9 @@ def analyse(recording: Recording, *, outputs: bool) -> Dataflow:
     before = {index: _before(recording, node, index, writers) for index, node in enumerate(recording.nodes)}
     live = _live(recording, goals, before, writers)
     wants = _gradient_path(recording, goals, live) if not outputs else frozenset()
-    free = _free(recording, live, writers, before)
-    groups = _groups(recording, live, free, writers)
-    return Dataflow(recording, goals, live, free, before, groups, wants)
+    replicated = _replicated(recording, live, writers, before)
+    groups = _groups(recording, live, replicated, writers)
+    return Dataflow(recording, goals, live, replicated, before, groups, wants)
 
 
 def _refuse_changed_parameters(recording: Recording, writers: Mapping[int, Sequence[int]]) -> None:
@@ -143,16 +143,16 @@ def _gradient_path(recording: Recording, goals, live) -> frozenset[int]:
     return frozenset(wanted)
 
 
-def _free(recording: Recording, live, writers, before) -> frozenset[int]:
+def _replicated(recording: Recording, live, writers, before) -> frozenset[int]:
     """Live nodes that any stage may compute for itself."""
     values = recording.values
     total = sum(node.cost.flops for node in recording.nodes)
-    free: set[int] = set()
+    replicated: set[int] = set()
 
     def is_given(value: int) -> bool:
         made = values[value]
         if made.kind == "result":
-            return made.node in free
+            return made.node in replicated
         if made.kind == "attribute":
             return (not made.spec.requires_grad and made.name in recording.buffers and made.storage not in writers
                     and made.spec.bytes <= _SMALL_BUFFER_BYTES)
@@ -164,24 +164,24 @@ def _free(recording: Recording, live, writers, before) -> frozenset[int]:
                 and not any(values[v].spec.requires_grad for v in node.results)
                 and not (node.is_module and node.target in recording.leaf_modules)
                 and node.cost.flops <= _CHEAP_SHARE * total):
-            free.add(index)
-    return _drop_written(recording, free, writers, before)
+            replicated.add(index)
+    return _drop_written(recording, replicated, writers, before)
 
 
-def _drop_written(recording, free: set[int], writers, before) -> frozenset[int]:
-    """A value that a placed node writes to is not free, nor is anything made from it."""
+def _drop_written(recording, replicated: set[int], writers, before) -> frozenset[int]:
+    """A value that a placed node writes to is not replicated, nor is anything made from it."""
     values = recording.values
     while True:
-        spoiled = {index for index in free
-                   if any(w not in free for v in (*recording.nodes[index].results, *node_refs(recording.nodes[index]))
+        spoiled = {index for index in replicated
+                   if any(w not in replicated for v in (*recording.nodes[index].results, *node_refs(recording.nodes[index]))
                           for w in writers.get(values[v].storage, ()))
-                   or any(p not in free for p in before[index])}
+                   or any(p not in replicated for p in before[index])}
         if not spoiled:
-            return frozenset(free)
-        free -= spoiled
+            return frozenset(replicated)
+        replicated -= spoiled
 
 
-def _groups(recording, live, free, writers) -> tuple[frozenset[int], ...]:
+def _groups(recording, live, replicated, writers) -> tuple[frozenset[int], ...]:
     """Nodes around memory that changes: who touches it up to the last change stays together."""
     touching = defaultdict(list)
     for index in live:
@@ -192,7 +192,7 @@ def _groups(recording, live, free, writers) -> tuple[frozenset[int], ...]:
     found = []
     for storage, changes in writers.items():
         last = len(recording.nodes) if storage in kept else changes[-1]
-        group = frozenset(i for i in touching.get(storage, ()) if i <= last and i not in free)
+        group = frozenset(i for i in touching.get(storage, ()) if i <= last and i not in replicated)
         if len(group) > 1:
             found.append(group)
     return tuple(found)
