@@ -33,7 +33,7 @@ from pipeengine.distributed import (
 )
 from pipeengine.errors import InputError, PlanError, ScheduleError, WorkerError
 from pipeengine.report import RunReport, measured, predict, report_text, save, stage_rows
-from pipeengine.rng import Draw, mix
+from pipeengine.rng import RngStreams, mix
 from pipeengine.runtime import Executor, Orders, Task, merge_outputs
 from pipeengine.schedules import Schedule
 from pipeengine.simulation import Timeline, costs_of
@@ -256,7 +256,7 @@ class Pipeline:
         return plan
 
     def _place(self, flow: Dataflow, weights, check) -> None:
-        self._draw = Draw(self._device)
+        self._rng = RngStreams(self._device)
         self._placement = Placement(self._plan.stage_of, self._num_stages, flow.recording.leaf_modules)
         stage_of = self._placement.assign(flow)
         self._names_of = _all_names(self._model)
@@ -266,7 +266,7 @@ class Pipeline:
             check_recording(self._model, flow, stage_of, self._num_stages, self._example, self._loss_fn)
         load_stage(self._model, self._held, self._device, weights=weights, seed=self._seed)
         self._specializations = SpecializationCache(self._model, self._placement, self._own, loss_fn=self._loss_fn, device=self._device,
-                                  draw=self._draw, defer=self._orders.splits_backward, recompute=self._again)
+                                  rng=self._rng, defer=self._orders.splits_backward, recompute=self._again)
         specialization = self._specializations.make(flow.recording, outputs=False)
         specialization.stages.of(self._orders.halved(self._num_microbatches)[0])
         self._example_links = specialization.links
@@ -297,7 +297,7 @@ class Pipeline:
             self._shared = SharedParameters(shared, {e.name: tensors[e.name] for e in shared if workers.rank in e.workers},
                                             workers.rank, workers.ranks, backend, workers.timeout, workers.waiter)
             self._shared.equalise()
-        self._executor = Executor(self._transport, self._draw)
+        self._executor = Executor(self._transport, self._rng)
         self._step_number = 0
         self._calls = 0
         self.loss: torch.Tensor | None = None

@@ -56,7 +56,7 @@ def keyed(key: int, place: str, device: torch.device = torch.device("cpu")) -> I
 
 
 
-class Draw:
+class RngStreams:
     """Sets the random numbers of each place in the model; ``None`` as key leaves the global stream alone."""
 
     def __init__(self, device: torch.device):

@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from pipeengine.errors import InputError
-from pipeengine.rng import Draw
+from pipeengine.rng import RngStreams
 from pipeengine.tracing import Node, Recording
 
 Span = tuple[int, int]
@@ -64,18 +64,18 @@ def check_twice(recording: Recording, nodes: Sequence[Node], what: str) -> None:
 
 
 
-def checkpoint_block(block: Callable, draw: Draw | None, *arguments: torch.Tensor) -> tuple:
+def checkpoint_block(block: Callable, rng: RngStreams | None, *arguments: torch.Tensor) -> tuple:
     """Run ``block`` now, and once more in backward, with the same random numbers."""
-    key = None if draw is None else draw.key
+    key = None if rng is None else rng.key
 
     def run(*arguments: torch.Tensor) -> tuple:
-        states = draw.enter(key)
+        states = rng.enter(key)
         try:
             return block(*arguments)
         finally:
-            draw.leave(states)
+            rng.leave(states)
     # Every place in the model has its own stream of random numbers, so no state needs to be kept.
-    return checkpoint(block if draw is None else run, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(block if rng is None else run, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def checkpoint_module(module: Callable, *args, **kwargs):

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeengine.autograd import Queue
 from pipeengine.autograd import run as run_deferred
-from pipeengine.rng import Draw
+from pipeengine.rng import RngStreams
 from pipeengine.stages import ACTIVATION, GRADIENT, Runnable
 
 
@@ -30,8 +30,8 @@ class Task:
 class Executor:
     """Runs the actions of one worker. ``records`` holds (op, stage, microbatch, start, end) of the last step, in seconds."""
 
-    def __init__(self, transport, draw: Draw):
-        self._transport, self._draw = transport, draw
+    def __init__(self, transport, rng: RngStreams):
+        self._transport, self._rng = transport, rng
         self._do = {"F": self._forward, "B": self._backward, "I": self._input_gradient, "W": self._weight_gradient,
                     "SA": self._send_activation, "RA": self._post_activation,
                     "SG": self._send_gradient, "RG": self._post_gradient}
@@ -112,11 +112,11 @@ class Executor:
 
     def _with_random(self, runnable: Runnable, key: int | None) -> Callable:
         def run(*arguments):
-            states = self._draw.enter(key)
+            states = self._rng.enter(key)
             try:
                 return runnable.run(*arguments)
             finally:
-                self._draw.leave(states)
+                self._rng.leave(states)
         return run
 
     def _backward(self, stage: int, microbatch: int, peer: int) -> None:

@@ -14,7 +14,7 @@ from functools import cache
 import torch
 
 from pipeengine.autograd import Recompute, Replacement, check_twice, put_off
-from pipeengine.rng import Draw
+from pipeengine.rng import RngStreams
 from pipeengine.stages.codegen import compile_part
 from pipeengine.stages.guards import guard_check
 from pipeengine.stages.loss_weight import target_count
@@ -63,11 +63,11 @@ class SpecializationCache:
     """Finds or makes the specialization for a micro-batch."""
 
     def __init__(self, model: torch.nn.Module, placement: Placement, own: Sequence[int], *, loss_fn: Callable | None,
-                 device: torch.device, draw: Draw, defer: bool = False,
+                 device: torch.device, rng: RngStreams, defer: bool = False,
                  recompute: Recompute = Recompute()):
         self._defer, self._recompute = defer, recompute
         self._model, self._placement, self._own = model, placement, tuple(own)
-        self._loss_fn, self._device, self._draw = loss_fn, device, draw
+        self._loss_fn, self._device, self._rng = loss_fn, device, rng
         self._known: OrderedDict[tuple, list[Specialization]] = OrderedDict()
         self.recorded = 0
 
@@ -113,13 +113,13 @@ class SpecializationCache:
             cut, waits = cut_for(halved)
             if stage in self._recompute.stages and not outputs:
                 check_twice(recording, cut.parts[stage].nodes, f"stage {stage}")
-            return make_runnable(compile_part(cut.parts[stage], recording, self._model, self._draw, put_off=waits, again=again), cut,
+            return make_runnable(compile_part(cut.parts[stage], recording, self._model, self._rng, put_off=waits, again=again), cut,
                                  outputs=wanted if outputs else None, recompute=stage in self._recompute.stages)
         cut, _ = cut_for(self._defer and not outputs)       # the links are the same either way
         written = {storage for node in recording.nodes for storage in node.writes}
         cloned = tuple(i for i, v in enumerate(recording.inputs) if recording.values[v].storage in written)
         links = frozenset((link.source, link.target, bool(link.values), bool(link.gradients)) for link in cut.links)
-        return Specialization(recording, cut, Runnables(self._own, runnable), guard_check(flow, self._model, self._draw), target_count(flow, self._model),
+        return Specialization(recording, cut, Runnables(self._own, runnable), guard_check(flow, self._model, self._rng), target_count(flow, self._model),
                        cloned, links, wanted, _digest(cut))
 
     def seed(self, key: tuple, specialization: Specialization) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeengine.autograd import Deferral, Replacement, Span, checkpoint_block, checkpoint_module
-from pipeengine.rng import Draw, place_number
+from pipeengine.rng import RngStreams, place_number
 from pipeengine.stages.splitting import Part, first_index
 from pipeengine.tracing import Node, Rebuilt, Recording, Ref, leaves, node_refs, switch
 
@@ -25,14 +25,14 @@ class Compiled:
     deferral: Deferral | None
 
 
-def compile_part(part: Part, recording: Recording, model: torch.nn.Module, draw: Draw, *,
+def compile_part(part: Part, recording: Recording, model: torch.nn.Module, rng: RngStreams, *,
                  put_off: Mapping[int, Replacement] | None = None, again: Sequence[Span] = ()) -> Compiled:
     """Write and compile the function of one stage; modules are the user's own.
 
     With ``put_off``, weight gradients can wait. Nodes in the spans ``again`` keep no activations: they run again in backward.
     """
     deferral = None if put_off is None else Deferral()
-    writer = _Writer(part, recording, model, draw, deferral, put_off or {}, again)
+    writer = _Writer(part, recording, model, rng, deferral, put_off or {}, again)
     source = writer.write()
     scope = writer.scope
     exec(compile(source, f"<stage {part.stage}>", "exec"), scope)
@@ -55,12 +55,12 @@ class Block:
 class _Writer:
     """Turns nodes into lines of Python."""
 
-    def __init__(self, part: Part, recording: Recording, model: torch.nn.Module, draw: Draw,
+    def __init__(self, part: Part, recording: Recording, model: torch.nn.Module, rng: RngStreams,
                  deferral: Deferral | None, put_off: Mapping[int, Replacement], again: Sequence[Span]):
         self._part, self._recording, self._model, self._deferral, self._put_off = part, recording, model, deferral, put_off
         self._again = again
         self._blocks: list[str] = []
-        self.scope: dict[str, object] = {"draw": draw, "leaves": leaves, "recomputed": checkpoint_module, "twice": checkpoint_block}
+        self.scope: dict[str, object] = {"rng": rng, "leaves": leaves, "recomputed": checkpoint_module, "twice": checkpoint_block}
         self._globals: dict[int, str] = {}
         self._keep: list[object] = []
         self.random = any(node.random for node in part.nodes)
@@ -115,7 +115,7 @@ class _Writer:
         """A function of its own for the block, and the line that calls it."""
         name, given = f"block{block.nodes[0].call}_{len(self._blocks)}", [f"v{v}" for v in block.reads]
         self._blocks += self._function(name, given, block.nodes, block.results)
-        call = f"twice({', '.join([name, 'draw' if any(node.random for node in block.nodes) else 'None', *given])})"
+        call = f"twice({', '.join([name, 'rng' if any(node.random for node in block.nodes) else 'None', *given])})"
         return [f"{', '.join(f'v{v}' for v in block.results)}, = {call}" if block.results else call]
 
     def _last_use(self, steps: Sequence[Node | Block], kept: set[str], returned: set[int]) -> list[list[str]]:
@@ -131,7 +131,7 @@ class _Writer:
         return found
 
     def _node(self, node: Node) -> list[str]:
-        lines = [f"draw({place_number(node.name)})"] if node.random else []
+        lines = [f"rng({place_number(node.name)})"] if node.random else []
         call = self._call(node)
         if not node.results:
             return [*lines, call]

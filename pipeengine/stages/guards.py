@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy
 import torch
 
-from pipeengine.rng import Draw
+from pipeengine.rng import RngStreams
 from pipeengine.stages.codegen import compile_part
 from pipeengine.stages.splitting import Part
 from pipeengine.tracing import Dataflow, fill, node_refs, refs
@@ -27,13 +27,13 @@ def needed_nodes(flow: Dataflow, values: set[int], until: int) -> list[int]:
     return sorted(found)
 
 
-def value_function(flow: Dataflow, model: torch.nn.Module, values: list[int], nodes: list[int], draw: Draw):
+def value_function(flow: Dataflow, model: torch.nn.Module, values: list[int], nodes: list[int], rng: RngStreams):
     """A function of a micro-batch's tensors that computes ``values``."""
     recording = flow.recording
     chosen = tuple(recording.nodes[n] for n in nodes)
     read = {v for node in chosen for v in node_refs(node)} | set(values)
     inputs = tuple(sorted(v for v in read if recording.values[v].kind == "input"))
-    compiled = compile_part(Part(-1, chosen, inputs, (), (), tuple(values), frozenset()), recording, model, draw)
+    compiled = compile_part(Part(-1, chosen, inputs, (), (), tuple(values), frozenset()), recording, model, rng)
     written = {s for node in chosen for s in node.writes}
 
     def run(tensors: Sequence[torch.Tensor]) -> tuple:
@@ -49,25 +49,25 @@ def guard_nodes(flow: Dataflow) -> list[int]:
                    for n in needed_nodes(flow, {*refs(guard.args), *refs(guard.kwargs)}, guard.position)})
 
 
-def guard_check(flow: Dataflow, model: torch.nn.Module, draw: Draw):
+def guard_check(flow: Dataflow, model: torch.nn.Module, rng: RngStreams):
     """A function that tells whether a micro-batch takes the recorded path, or None when every one does."""
     guards = flow.recording.guards
     if not guards:
         return None
     values = list(dict.fromkeys(v for guard in guards for v in (*refs(guard.args), *refs(guard.kwargs))))
     nodes = guard_nodes(flow)
-    run, random = value_function(flow, model, values, nodes, draw)
+    run, random = value_function(flow, model, values, nodes, rng)
 
     def holds(tensors: Sequence[torch.Tensor], key: int | None) -> bool:
         with torch.no_grad():
-            states = draw.enter(key) if random else None
+            states = rng.enter(key) if random else None
             try:
                 found = dict(zip(values, run(tensors)))
                 return all(_holds(guard, found) for guard in guards)
             except Exception:       # another path may not even have these shapes
                 return False
             finally:
-                draw.leave(states)
+                rng.leave(states)
     return holds
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pipeengine.rng import Draw
+from pipeengine.rng import RngStreams
 from pipeengine.stages.guards import needed_nodes, value_function
 from pipeengine.tracing import Dataflow, Node, Recording, Ref, node_refs
 
@@ -23,7 +23,7 @@ def target_count(flow: Dataflow, model: torch.nn.Module):
     nodes = needed_nodes(flow, {target}, len(flow.recording.nodes))
     if any(n not in flow.replicated for n in nodes) or values[target].spec.dtype.is_floating_point:
         return None
-    run, _ = value_function(flow, model, [target], nodes, Draw(torch.device("cpu")))
+    run, _ = value_function(flow, model, [target], nodes, RngStreams(torch.device("cpu")))
 
     def count(tensors: Sequence[torch.Tensor]) -> float:
         with torch.no_grad():

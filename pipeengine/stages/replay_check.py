@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from pipeengine.errors import CaptureError
-from pipeengine.rng import Draw
+from pipeengine.rng import RngStreams
 from pipeengine.stages.codegen import compile_part
 from pipeengine.stages.guards import guard_check, guard_nodes
 from pipeengine.stages.splitting import split
@@ -30,10 +30,10 @@ def check_recording(model: torch.nn.Module, flow: Dataflow, stage_of: Mapping[in
                     loss_fn: Callable | None) -> None:
     """Run the stages one after the other and compare with the model itself; raise ``CaptureError`` naming what differs."""
     device = next(model.parameters()).device
-    draw = Draw(device)
+    rng = RngStreams(device)
     cut = split(flow, stage_of, num_stages, outputs=False)
-    parts = [compile_part(part, flow.recording, model, draw) for part in cut.parts]
-    holds = guard_check(flow, model, draw)
+    parts = [compile_part(part, flow.recording, model, rng) for part in cut.parts]
+    holds = guard_check(flow, model, rng)
     seed_decides = any(flow.recording.nodes[n].random for n in guard_nodes(flow))
     for seed, example in enumerate((inputs, _shuffled(inputs))):
         given = _moved(_tensors(example), device)

@@ -95,7 +95,7 @@ def _record(model, inputs: Inputs, loss_fn, faked_model: FakedModel, leaf_module
     """One attempt. Also tells whether Python's or NumPy's random numbers were drawn outside of leaf_modules modules."""
     recorder = Recorder(model, faked_model.fake, attributes=faked_model.fakes_by_name, real_buffers=faked_model.real_buffers,
                         buffers=frozenset(faked_model.buffers), plain=faked_model.plain,
-                        leaf_modules=leaf_modules, draw=key, run_for_real=faked_model.run_for_real, watch_random=watch_random)
+                        leaf_modules=leaf_modules, rng=key, run_for_real=faked_model.run_for_real, watch_random=watch_random)
     faked: dict[int, torch.Tensor] = {}
 
     def fake_input(leaf):

@@ -71,10 +71,10 @@ class Recorder(TorchFunctionMode):
 
     def __init__(self, model: torch.nn.Module, fake: FakeTensorMode, *, attributes: Mapping[str, torch.Tensor],
                  real_buffers: Mapping[str, torch.Tensor], buffers: frozenset[str], plain: Mapping[int, str], leaf_modules: Mapping[str, str],
-                 draw: Callable[[str], contextlib.AbstractContextManager], run_for_real: Callable,
+                 rng: Callable[[str], contextlib.AbstractContextManager], run_for_real: Callable,
                  watch_random: Callable[..., object] | None = None):
         super().__init__()
-        self._fake, self._leaf_modules, self._draw, self._run_for_real = fake, dict(leaf_modules), draw, run_for_real
+        self._fake, self._leaf_modules, self._rng, self._run_for_real = fake, dict(leaf_modules), rng, run_for_real
         self._watch_random = watch_random
         self._plain, self._buffers = plain, buffers
         self._paths = {module: path for path, module in model.named_modules()}
@@ -298,7 +298,7 @@ class Recorder(TorchFunctionMode):
             known = self._real.get(self._value_of.get(id(leaf), -1))
             return made_up(leaf, leaf.device, number) if known is None else known
         try:
-            with self._draw(f"made up {number}"), torch.no_grad():
+            with self._rng(f"made up {number}"), torch.no_grad():
                 return func(*tree_map(args, real_of), **tree_map(kwargs, real_of))
         except Exception:
             return None
@@ -324,7 +324,7 @@ class Recorder(TorchFunctionMode):
         real = self._reals((args, kwargs))
         small = all(tensor_bytes(t) <= _REAL_SIDE_LIMIT_BYTES for t in made)
         if real is not None and small and not any(t.requires_grad for t in made):
-            with torch.no_grad(), (self._draw(node_name) if random else contextlib.nullcontext()):
+            with torch.no_grad(), (self._rng(node_name) if random else contextlib.nullcontext()):
                 result = func(*real[0], **real[1])
             for fake, found in zip(made, tensors(result)):
                 if id(fake) not in self._value_of:
