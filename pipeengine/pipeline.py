@@ -34,7 +34,7 @@ from pipeengine.distributed import (
 from pipeengine.errors import InputError, PlanError, ScheduleError, WorkerError
 from pipeengine.report import RunReport, measured, predict, report_text, save, stage_rows
 from pipeengine.rng import RngStreams, mix
-from pipeengine.runtime import Executor, Orders, Task, merge_outputs
+from pipeengine.runtime import Executor, ProgramCache, Task, merge_outputs
 from pipeengine.schedules import Schedule
 from pipeengine.simulation import Timeline, costs_of
 from pipeengine.stages import Placement, Specialization, SpecializationCache, check_recording
@@ -87,18 +87,18 @@ class Pipeline:
         workers.run_synchronized(lambda: self._check_options(example, num_microbatches, num_stages, plan))
         self._num_stages = self._count_stages(num_stages, plan)
         self._again = workers.run_synchronized(lambda: Recompute.of(self._recompute, self._num_stages, self._model))
-        self._orders = Orders(self._schedule, self._num_stages, num_microbatches, workers.size, workers.rank)
-        self._worker_of = self._orders.worker_of
+        self._programs = ProgramCache(self._schedule, self._num_stages, num_microbatches, workers.size, workers.rank)
+        self._worker_of = self._programs.worker_of
         self._own = tuple(s for s in range(self._num_stages) if self._worker_of[s] == workers.rank)
         flow = workers.run_synchronized(lambda: self._record(example, target))
-        self._agree({"num_stages": self._num_stages, "num_microbatches": num_microbatches, "schedule": self._orders.name,
+        self._agree({"num_stages": self._num_stages, "num_microbatches": num_microbatches, "schedule": self._programs.name,
                      "seed": self._seed, "recompute": (sorted(self._again.stages), sorted(self._again.modules)),
                      "the model or the example": f"that with hash {_number(self._identity(flow))}"})
         graph = workers.run_synchronized(lambda: self._price(flow, costs))
         price_modules(graph, flow, self._again.spans(flow.recording))
         self._plan: Plan = self._make_plan(graph, plan)
         self._priced = price_stages(self._plan, self._again.stages)
-        self._orders = dataclasses.replace(self._orders, costs=costs_of(self._priced, **self._link),
+        self._programs = dataclasses.replace(self._programs, costs=costs_of(self._priced, **self._link),
                                            _known={})
         workers.run_synchronized(lambda: self._place(flow, weights, check))
         self._connect_workers(flow)
@@ -145,7 +145,7 @@ class Pipeline:
             raise InputError(f"{count} stages on {self._workers.size} workers; every worker holds the same number of stages: try "
                              f"num_stages={self._workers.size * max(1, round(count / self._workers.size))}")
         # An unknown schedule is refused before anything else is done.
-        Orders(self._schedule, count, num_microbatches, self._workers.size, self._workers.rank).build()
+        ProgramCache(self._schedule, count, num_microbatches, self._workers.size, self._workers.rank).build()
 
     def _check_types(self) -> None:
         """What is not used until later is refused at once."""
@@ -168,7 +168,7 @@ class Pipeline:
             return num_stages if num_stages is not None else plan.num_stages
         size = self._workers.size
         with contextlib.suppress(ScheduleError):
-            return Orders(self._schedule, size, self._num_microbatches, size, self._workers.rank).build().topology.num_stages
+            return ProgramCache(self._schedule, size, self._num_microbatches, size, self._workers.rank).build().topology.num_stages
         with contextlib.suppress(ScheduleError):
             return build(self._schedule, num_workers=size, num_microbatches=self._num_microbatches).topology.num_stages
         return size
@@ -210,7 +210,7 @@ class Pipeline:
             return costs.copy()
         if costs not in (None, "measured", "analytic"):
             raise InputError(f'costs is {costs!r}; give "measured", "analytic" or a cost graph')
-        waits = put_off(flow.recording, self._model) if self._orders.splits_backward else {}
+        waits = put_off(flow.recording, self._model) if self._programs.splits_backward else {}
         seconds = analytic(flow) if costs == "analytic" else \
             measure(flow, self._model, self._device, waits=waits, progress=self._tell).seconds
         return cost_graph(flow, seconds, waits)
@@ -241,7 +241,7 @@ class Pipeline:
 
     def _memory_model(self) -> partitioners.MemoryModel:
         """How many micro-batches a stage holds at once: all where every forward comes first, else as 1F1B does."""
-        return partitioners.MemoryModel(schedule="gpipe" if self._orders.name in ("gpipe", "bfs") else "1f1b")
+        return partitioners.MemoryModel(schedule="gpipe" if self._programs.name in ("gpipe", "bfs") else "1f1b")
 
     def _given_plan(self, plan: Plan, graph: networkx.DiGraph) -> Plan:
         if plan.num_stages != self._num_stages:
@@ -266,9 +266,9 @@ class Pipeline:
             check_recording(self._model, flow, stage_of, self._num_stages, self._example, self._loss_fn)
         load_stage(self._model, self._held, self._device, weights=weights, seed=self._seed)
         self._specializations = SpecializationCache(self._model, self._placement, self._own, loss_fn=self._loss_fn, device=self._device,
-                                  rng=self._rng, defer=self._orders.splits_backward, recompute=self._again)
+                                  rng=self._rng, split_backward=self._programs.splits_backward, recompute=self._again)
         specialization = self._specializations.make(flow.recording, outputs=False)
-        specialization.stages.of(self._orders.halved(self._num_microbatches)[0])
+        specialization.stages.of(self._programs.split_backward_stages(self._num_microbatches)[0])
         self._example_links = specialization.links
         self._example_split = specialization.split
 
@@ -331,7 +331,7 @@ class Pipeline:
         return self.loss
 
     def _run_step(self, tasks, specializations, digest, links) -> None:
-        actions = self._orders.actions(len(tasks), links, training=True)
+        actions = self._programs.actions(len(tasks), links, training=True)
         if self._shared is not None:
             self._shared.begin()
         self._transport.begin(self._calls, digest)
@@ -364,7 +364,7 @@ class Pipeline:
 
     def _run_evaluation(self, tasks, specializations, digest, links, gather: bool) -> object:
         self._transport.begin(self._calls, digest)
-        self._executor.run(self._orders.actions(len(tasks), links, training=False), tasks)
+        self._executor.run(self._programs.actions(len(tasks), links, training=False), tasks)
         self.loss = self._spread_loss(specializations[0], self._executor.loss)
         last = self._worker_of[specializations[0].split.output_stage]
         outputs = [self._executor.outputs.get(m) for m in range(len(tasks))]
@@ -422,10 +422,10 @@ class Pipeline:
                 alike[size] = specialization
             specializations.append(specialization)
         weights = self._weigh(specializations, parts, sizes, batch)
-        halved = self._orders.halved(len(parts)) if training else (frozenset(),) * len(parts)
+        split_backward_stages = self._programs.split_backward_stages(len(parts)) if training else (frozenset(),) * len(parts)
         tasks = [Task([t.clone() if i in specialization.cloned else t for i, t in enumerate(tensors)] if specialization.cloned else tensors,
                       specialization.stages.of(apart), weight, key, specialization.links)
-                 for tensors, specialization, weight, key, apart in zip(parts, specializations, weights, keys, halved)]
+                 for tensors, specialization, weight, key, apart in zip(parts, specializations, weights, keys, split_backward_stages)]
         recorded = 0
         for specialization in specializations:
             recorded = mix(recorded, specialization.digest)
@@ -563,7 +563,7 @@ class Pipeline:
         for rank, text in self._workers.published().items():
             for record in json.loads(text)["records"]:
                 lanes.setdefault(record[1] if self._workers.size == 1 else rank, []).append(tuple(record))
-        return measured(lanes, schedule=self._orders.name, num_workers=self._num_lanes)
+        return measured(lanes, schedule=self._programs.name, num_workers=self._num_lanes)
 
     @property
     def _num_lanes(self) -> int:
@@ -574,7 +574,7 @@ class Pipeline:
 
         In one process: what separate workers would take if messages took no time.
         """
-        return predict(self._priced, self._orders.order(self._ran), **self._link)
+        return predict(self._priced, self._programs.order(self._ran), **self._link)
 
     @property
     def _link(self) -> dict[str, float | None]:
@@ -585,12 +585,12 @@ class Pipeline:
 
     def run_report(self) -> RunReport:
         """Per stage: predicted and measured time, idle share, memory, what it sends. Any worker may call it alone."""
-        schedule = self._orders.order(self._ran)
+        schedule = self._programs.order(self._ran)
         sizes = {name: p.numel() for name, p in self._model.named_parameters()}
         parameters = {stage: sum(size for name, size in sizes.items() if stage in self._placement.holders.get(name, ()))
                       for stage in range(self._num_stages)}
         rows = tuple(stage_rows(self._priced, schedule, parameters, self._ran))
-        return RunReport(type(self._model).__name__, self._orders.name, self._ran, rows, self.predicted_timeline(),
+        return RunReport(type(self._model).__name__, self._programs.name, self._ran, rows, self.predicted_timeline(),
                          self.timeline(), None if self._trained_loss is None else float(self._trained_loss),
                          in_turns=self._workers.size == 1)
 

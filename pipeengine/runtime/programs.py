@@ -14,7 +14,7 @@ Links = frozenset[tuple[int, int, bool, bool]]          # (source, target, activ
 
 
 @dataclass(frozen=True)
-class Orders:
+class ProgramCache:
     """The orders of one pipeline: ``num_stages`` stages on ``num_workers`` processes, seen from process ``worker``.
 
     ``costs`` are the plan's, once there is one: schedules that are made for given times, and the places of messages, follow them.
@@ -76,9 +76,9 @@ class Orders:
         """Whether input and weight gradients are separate actions, at least for some micro-batches."""
         return any((lane.op == I).any() for lane in self.build().lanes)
 
-    def halved(self, num_microbatches: int) -> tuple[frozenset[int], ...]:
+    def split_backward_stages(self, num_microbatches: int) -> tuple[frozenset[int], ...]:
         """For each micro-batch of a batch of so many, the stages whose backward is two actions, I and W."""
-        key = "halved", num_microbatches
+        key = "split_backward_stages", num_microbatches
         if key not in self._known:
             op, stage, microbatch = self.order(num_microbatches).columns
             found: list[set[int]] = [set() for _ in range(num_microbatches)]

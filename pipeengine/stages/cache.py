@@ -44,18 +44,18 @@ class Specialization:
 class Runnables:
     """The stages of this worker for one kind of micro-batch, each compiled once, when it is first needed.
 
-    ``make(stage, halved)`` compiles one: ``halved`` where backward is two actions, I and W, so that weight gradients can wait.
+    ``make(stage, split_backward)`` compiles one: ``split_backward`` where backward is two actions, I and W, so that weight gradients can wait.
     """
 
     def __init__(self, own: Sequence[int], make: Callable[[int, bool], Runnable]):
         self._own, self._make = tuple(own), cache(make)
         self._known: dict[frozenset[int], dict[int, Runnable]] = {}
 
-    def of(self, halved: frozenset[int] = frozenset()) -> dict[int, Runnable]:
-        """What runs a micro-batch whose backward is halved on the stages ``halved``."""
-        found = self._known.get(halved)
+    def of(self, split_backward_stages: frozenset[int] = frozenset()) -> dict[int, Runnable]:
+        """What runs a micro-batch whose backward is split_backward on ``split_backward_stages``."""
+        found = self._known.get(split_backward_stages)
         if found is None:
-            found = self._known[halved] = {stage: self._make(stage, stage in halved) for stage in self._own}
+            found = self._known[split_backward_stages] = {stage: self._make(stage, stage in split_backward_stages) for stage in self._own}
         return found
 
 
@@ -63,9 +63,9 @@ class SpecializationCache:
     """Finds or makes the specialization for a micro-batch."""
 
     def __init__(self, model: torch.nn.Module, placement: Placement, own: Sequence[int], *, loss_fn: Callable | None,
-                 device: torch.device, rng: RngStreams, defer: bool = False,
+                 device: torch.device, rng: RngStreams, split_backward: bool = False,
                  recompute: Recompute = Recompute()):
-        self._defer, self._recompute = defer, recompute
+        self._split_backward, self._recompute = split_backward, recompute
         self._model, self._placement, self._own = model, placement, tuple(own)
         self._loss_fn, self._device, self._rng = loss_fn, device, rng
         self._known: OrderedDict[tuple, list[Specialization]] = OrderedDict()
@@ -102,20 +102,20 @@ class SpecializationCache:
             check_twice(recording, nodes, f"module {nodes[0].name.partition(':')[0]}")
 
         @cache
-        def cut_for(halved: bool) -> tuple[Split, Mapping[int, Replacement] | None]:
-            waits = put_off(recording, self._model) if halved else None
+        def cut_for(split_backward: bool) -> tuple[Split, Mapping[int, Replacement] | None]:
+            waits = put_off(recording, self._model) if split_backward else None
             apart = {id(recording.nodes[n]) for span in again for n in range(*span)}
             apart |= {id(node) for node in recording.nodes if node.results and node.results[0] in (waits or ())}
             return split(flow, stage_of, self._placement.num_stages, outputs=outputs,
                          keep_apart=lambda node: id(node) in apart), waits
 
-        def runnable(stage: int, halved: bool) -> Runnable:
-            cut, waits = cut_for(halved)
+        def runnable(stage: int, split_backward: bool) -> Runnable:
+            cut, waits = cut_for(split_backward)
             if stage in self._recompute.stages and not outputs:
                 check_twice(recording, cut.parts[stage].nodes, f"stage {stage}")
             return make_runnable(compile_part(cut.parts[stage], recording, self._model, self._rng, put_off=waits, again=again), cut,
                                  outputs=wanted if outputs else None, recompute=stage in self._recompute.stages)
-        cut, _ = cut_for(self._defer and not outputs)       # the links are the same either way
+        cut, _ = cut_for(self._split_backward and not outputs)       # the links are the same either way
         written = {storage for node in recording.nodes for storage in node.writes}
         cloned = tuple(i for i, v in enumerate(recording.inputs) if recording.values[v].storage in written)
         links = frozenset((link.source, link.target, bool(link.values), bool(link.gradients)) for link in cut.links)

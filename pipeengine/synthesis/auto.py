@@ -1,4 +1,4 @@
-"""Orders made for the costs at hand: ``auto``, and a bound that no order can beat.
+"""ProgramCache made for the costs at hand: ``auto``, and a bound that no order can beat.
 
 Three steps. Deal actions greedily in time, input gradients first, weight gradients into gaps, for a grid of known_leaf_modules-ups
 and patiences, one worker's at a time after that; add what the built-in schedules do; then swap neighbours
@@ -79,7 +79,7 @@ def _built_in(num_workers: int, num_microbatches: int, stages_per_worker: int) -
 
 
 def _searched(task: Problem, costs: Costs, starts: Sequence[Schedule]) -> Iterable[Schedule]:
-    """Orders from dealing and swapping, each start's best."""
+    """ProgramCache from dealing and swapping, each start's best."""
     linear = task.num_stages == task.num_workers
     bound = lower_bound(task.topology, task.microbatches, costs, task.cap) if task.objective == "makespan" else 0.0
     lanes: list[tuple[Topology, list[list[int]]]] = []

@@ -1,4 +1,4 @@
-"""Orders made greedily in time: at each free moment I, else F, else W, else wait.
+"""ProgramCache made greedily in time: at each free moment I, else F, else W, else wait.
 
 Input gradients first, weight gradients into gaps, for a grid of known_leaf_modules-ups and patiences, one worker's at a time after that. The
 gap filling goes back to Qi et al., Zero Bubble, ICLR 2024, section 3.
