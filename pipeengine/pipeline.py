@@ -18,7 +18,7 @@ import torch
 import partitioners
 from partitioners import Plan
 from partitioners.plan import check_rules
-from pipeengine.autograd import Recompute, put_off
+from pipeengine.autograd import Recompute, find_deferrable
 from pipeengine.checkpoint import load_stage, save_weights
 from pipeengine.costs import analytic, cost_graph, made_up_target, measure, price_modules, price_stages
 from pipeengine.data import Batch, argument_names, take_apart
@@ -210,10 +210,10 @@ class Pipeline:
             return costs.copy()
         if costs not in (None, "measured", "analytic"):
             raise InputError(f'costs is {costs!r}; give "measured", "analytic" or a cost graph')
-        waits = put_off(flow.recording, self._model) if self._programs.splits_backward else {}
+        deferrable = find_deferrable(flow.recording, self._model) if self._programs.splits_backward else {}
         seconds = analytic(flow) if costs == "analytic" else \
-            measure(flow, self._model, self._device, waits=waits, progress=self._tell).seconds
-        return cost_graph(flow, seconds, waits)
+            measure(flow, self._model, self._device, deferrable=deferrable, progress=self._tell).seconds
+        return cost_graph(flow, seconds, deferrable)
 
     def _tell(self, line: str) -> None:
         """Progress on what takes more than two seconds, from one worker."""

@@ -11,7 +11,7 @@ Replacement = tuple[str, tuple]
 """A method of ``Deferral``, and its arguments (with Refs)."""
 
 
-def put_off(recording: Recording, model: torch.nn.Module) -> dict[int, Replacement]:
+def find_deferrable(recording: Recording, model: torch.nn.Module) -> dict[int, Replacement]:
     """What stands in for which nodes, by the value they make.
 
     A parameter that some other node reads too has all its gradients computed in I: summed and accumulated at once.

@@ -11,10 +11,10 @@ from pipeengine.costs.roofline import Seconds
 from pipeengine.tracing import Dataflow, Node, Recording, Ref, node_refs
 
 
-def cost_graph(flow: Dataflow, seconds: Mapping[int, Seconds], waits: Mapping[int, Replacement] = {}) -> networkx.DiGraph:
+def cost_graph(flow: Dataflow, seconds: Mapping[int, Seconds], deferrable: Mapping[int, Replacement] = {}) -> networkx.DiGraph:
     """The cost graph of the placed nodes, for ``partitioners``. Names are stable from one recording to the next.
 
-    ``waits`` are the nodes whose weight gradients can be put off, as ``put_off`` finds them.
+    ``deferrable`` are the nodes whose weight gradients can be put off, as ``find_deferrable`` finds them.
     """
     recording = flow.recording
     graph = networkx.DiGraph()
@@ -28,8 +28,8 @@ def cost_graph(flow: Dataflow, seconds: Mapping[int, Seconds], waits: Mapping[in
         used = [v for v in node.results if readers[v] or v in flow.goals]
         spent = seconds.get(index, Seconds(0.0, 0.0))
         graph.add_node(node.name, **_attributes(recording, node, readers, spent, counted), order=index, label=_label(node))
-        if node.results and node.results[0] in waits:
-            graph.nodes[node.name].update(_put_off(recording, node, waits[node.results[0]], spent, held))
+        if node.results and node.results[0] in deferrable:
+            graph.nodes[node.name].update(_deferred_costs(recording, node, deferrable[node.results[0]], spent, held))
         if index in labels or len(used) > 1:
             graph.nodes[node.name]["colocate"] = labels.setdefault(index, node.name)
         carriers = [node.name] if len(used) == 1 else [recording.values[v].name for v in used]
@@ -79,8 +79,8 @@ def _attributes(recording: Recording, node: Node, readers: Counter, seconds: Sec
             "activation_bytes": kept, "workspace_bytes": _workspace(recording, node), "output_bytes": 0, "gradient": False}
 
 
-def _put_off(recording: Recording, node: Node, replacement: Replacement, seconds: Seconds, held: set[int]) -> dict:
-    """What of a node's backward waits for W, and what it keeps until then: its input and the gradient of its output."""
+def _deferred_costs(recording: Recording, node: Node, replacement: Replacement, seconds: Seconds, held: set[int]) -> dict:
+    """What of a node's backward deferrable for W, and what it keeps until then: its input and the gradient of its output."""
     read = [recording.values[a.value] for a in replacement[1] if isinstance(a, Ref)]
     inputs = [value for value in read if value.kind == "result" and value.storage not in held]
     held.update(value.storage for value in inputs)

@@ -35,18 +35,18 @@ class Measured:
     estimated: tuple[str, ...]
 
 
-def measure(flow: Dataflow, model: torch.nn.Module, device: torch.device, *, waits: Mapping[int, Replacement] = {},
+def measure(flow: Dataflow, model: torch.nn.Module, device: torch.device, *, deferrable: Mapping[int, Replacement] = {},
             cache: str | Path | None = None, progress: Callable[[str], None] | None = None) -> Measured:
     """Forward and backward seconds of every placed node: the minimum over repeats, which other load on the machine cannot lower.
 
-    For nodes in ``waits`` also what of their backward can be put off. ``cache`` names a JSON file that keeps results under
+    For nodes in ``deferrable`` also what of their backward can be put off. ``cache`` names a JSON file that keeps results under
     what was measured, so that it is measured once.
     """
     recording = flow.recording
     known = _read(cache)
     keys = {index: signature(recording, recording.nodes[index], model, device) for index in flow.placed}
     pieces = {key: index for index, key in reversed(keys.items()) if key not in known}
-    found = _minima(recording, model, device, pieces, waits, Counter(keys.values()), progress or (lambda line: None))
+    found = _minima(recording, model, device, pieces, deferrable, Counter(keys.values()), progress or (lambda line: None))
     found.update({key: known[key] for key in keys.values() if key in known})
     seconds = {index: found[key] for index, key in keys.items() if key in found}
     missing = [index for index, key in keys.items() if key not in found]
@@ -58,7 +58,7 @@ def measure(flow: Dataflow, model: torch.nn.Module, device: torch.device, *, wai
 
 
 def _minima(recording: Recording, model: torch.nn.Module, device: torch.device, pieces: Mapping[str, int],
-            waits: Mapping[int, Replacement], copies: Mapping[str, int], progress: Callable[[str], None]) -> dict[str, Seconds]:
+            deferrable: Mapping[int, Replacement], copies: Mapping[str, int], progress: Callable[[str], None]) -> dict[str, Seconds]:
     """The least that each piece has taken, in passes over all of them until another pass finds hardly less.
 
     A disturbance lasts longer than a piece: only much later is there another chance. Pieces that cannot run alone are left out.
@@ -69,7 +69,7 @@ def _minima(recording: Recording, model: torch.nn.Module, device: torch.device, 
     for number in range(_MAX_PASSES):
         for count, (key, index) in enumerate(tuple(waiting.items())):
             node = recording.nodes[index]
-            seconds = _time(recording, node, model, device, others, waits.get(node.results[0]) if node.results else None)
+            seconds = _time(recording, node, model, device, others, deferrable.get(node.results[0]) if node.results else None)
             if seconds is None or max(seconds[:2]) > _LONG_SECONDS:
                 del waiting[key]
             if seconds is not None:
@@ -119,12 +119,12 @@ def signature(recording: Recording, node: Node, model: torch.nn.Module, device: 
 
 
 def _time(recording: Recording, node: Node, model: torch.nn.Module, device: torch.device,
-          others: torch.Tensor, waits: Replacement | None) -> Seconds | None:
+          others: torch.Tensor, deferrable: Replacement | None) -> Seconds | None:
     """Seconds of one node alone, or None when it cannot run alone."""
     try:
         with keyed(0, node.name, device), torch.enable_grad():
             piece = _Piece(recording, node, model, device, others)
-            return Seconds(*piece.time(), None if waits is None else piece.weight_seconds(waits))
+            return Seconds(*piece.time(), None if deferrable is None else piece.weight_seconds(deferrable))
     except Exception:       # whatever it needs, it has it only inside the model: the caller estimates it
         return None
 
@@ -198,9 +198,9 @@ class _Piece:
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
 
-    def weight_seconds(self, waits: Replacement) -> float:
+    def weight_seconds(self, deferrable: Replacement) -> float:
         """Minimum of repeated runs of what the node puts off."""
-        method, given = waits
+        method, given = deferrable
         for value in refs(given):
             self._given.setdefault(value, self._make_up(value))
         best, deferral = float("inf"), Deferral()

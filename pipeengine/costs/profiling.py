@@ -8,7 +8,7 @@ from pathlib import Path
 import networkx
 import torch
 
-from pipeengine.autograd import put_off
+from pipeengine.autograd import find_deferrable
 from pipeengine.costs.cost_graph import cost_graph
 from pipeengine.costs.measured import measure
 from pipeengine.costs.roofline import DeviceDescription, analytic
@@ -36,12 +36,12 @@ def profile(model: torch.nn.Module, example: object, *, num_microbatches: int = 
         inputs = Inputs(inputs.args, inputs.kwargs, made_up_target(model, inputs, loss_fn, where))
     with torch.enable_grad():
         flow = analyse(capture(model, inputs, loss_fn=loss_fn, device=where), outputs=False)
-    waits = put_off(flow.recording, model)
+    deferrable = find_deferrable(flow.recording, model)
     if costs == "measured":
-        seconds = measure(flow, model, where, waits=waits, cache=cache, progress=progress).seconds
+        seconds = measure(flow, model, where, deferrable=deferrable, cache=cache, progress=progress).seconds
     else:
         seconds = analytic(flow, costs if isinstance(costs, DeviceDescription) else DeviceDescription())
-    graph = cost_graph(flow, seconds, waits)
+    graph = cost_graph(flow, seconds, deferrable)
     graph.graph["made_with"] = {"rows": batch.rows, "row": list(batch.tensors[0].shape[1:]), "num_microbatches": len(parts),
                                 **_source(costs, where)}
     return graph

@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-from pipeengine.autograd import Recompute, Replacement, check_twice, put_off
+from pipeengine.autograd import Recompute, Replacement, check_twice, find_deferrable
 from pipeengine.rng import RngStreams
 from pipeengine.stages.codegen import compile_part
 from pipeengine.stages.guards import guard_check
@@ -103,17 +103,17 @@ class SpecializationCache:
 
         @cache
         def cut_for(split_backward: bool) -> tuple[Split, Mapping[int, Replacement] | None]:
-            waits = put_off(recording, self._model) if split_backward else None
+            deferrable = find_deferrable(recording, self._model) if split_backward else None
             apart = {id(recording.nodes[n]) for span in again for n in range(*span)}
-            apart |= {id(node) for node in recording.nodes if node.results and node.results[0] in (waits or ())}
+            apart |= {id(node) for node in recording.nodes if node.results and node.results[0] in (deferrable or ())}
             return split(flow, stage_of, self._placement.num_stages, outputs=outputs,
-                         keep_apart=lambda node: id(node) in apart), waits
+                         keep_apart=lambda node: id(node) in apart), deferrable
 
         def runnable(stage: int, split_backward: bool) -> Runnable:
-            cut, waits = cut_for(split_backward)
+            cut, deferrable = cut_for(split_backward)
             if stage in self._recompute.stages and not outputs:
                 check_twice(recording, cut.parts[stage].nodes, f"stage {stage}")
-            return make_runnable(compile_part(cut.parts[stage], recording, self._model, self._rng, put_off=waits, again=again), cut,
+            return make_runnable(compile_part(cut.parts[stage], recording, self._model, self._rng, deferrable=deferrable, again=again), cut,
                                  outputs=wanted if outputs else None, recompute=stage in self._recompute.stages)
         cut, _ = cut_for(self._split_backward and not outputs)       # the links are the same either way
         written = {storage for node in recording.nodes for storage in node.writes}

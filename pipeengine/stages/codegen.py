@@ -26,13 +26,13 @@ class Compiled:
 
 
 def compile_part(part: Part, recording: Recording, model: torch.nn.Module, rng: RngStreams, *,
-                 put_off: Mapping[int, Replacement] | None = None, again: Sequence[Span] = ()) -> Compiled:
+                 deferrable: Mapping[int, Replacement] | None = None, again: Sequence[Span] = ()) -> Compiled:
     """Write and compile the function of one stage; modules are the user's own.
 
-    With ``put_off``, weight gradients can wait. Nodes in the spans ``again`` keep no activations: they run again in backward.
+    With ``deferrable``, weight gradients can wait. Nodes in the spans ``again`` keep no activations: they run again in backward.
     """
-    deferral = None if put_off is None else Deferral()
-    writer = _Writer(part, recording, model, rng, deferral, put_off or {}, again)
+    deferral = None if deferrable is None else Deferral()
+    writer = _Writer(part, recording, model, rng, deferral, deferrable or {}, again)
     source = writer.write()
     scope = writer.scope
     exec(compile(source, f"<stage {part.stage}>", "exec"), scope)
@@ -56,8 +56,8 @@ class _Writer:
     """Turns nodes into lines of Python."""
 
     def __init__(self, part: Part, recording: Recording, model: torch.nn.Module, rng: RngStreams,
-                 deferral: Deferral | None, put_off: Mapping[int, Replacement], again: Sequence[Span]):
-        self._part, self._recording, self._model, self._deferral, self._put_off = part, recording, model, deferral, put_off
+                 deferral: Deferral | None, deferrable: Mapping[int, Replacement], again: Sequence[Span]):
+        self._part, self._recording, self._model, self._deferral, self._deferrable = part, recording, model, deferral, deferrable
         self._again = again
         self._blocks: list[str] = []
         self.scope: dict[str, object] = {"rng": rng, "leaves": leaves, "recomputed": checkpoint_module, "twice": checkpoint_block}
@@ -144,8 +144,8 @@ class _Writer:
         return [*lines, "del t"]
 
     def _call(self, node: Node) -> str:
-        if node.results and node.results[0] in self._put_off:
-            method, given = self._put_off[node.results[0]]
+        if node.results and node.results[0] in self._deferrable:
+            method, given = self._deferrable[node.results[0]]
             self.scope["deferral"] = self._deferral
             return f"deferral.{method}({', '.join(map(self._expression, given))})"
         if node.is_module:

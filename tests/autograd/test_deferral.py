@@ -16,7 +16,7 @@ from torch import nn
 
 import pipeengine as pe
 from pipeengine.autograd.deferral import Deferral, run
-from pipeengine.autograd.deferral_rules import put_off
+from pipeengine.autograd.deferral_rules import find_deferrable
 
 WIDTH, ROWS, LENGTH = 16, 8, 6
 
@@ -129,7 +129,7 @@ def test_what_waited_is_let_go_one_by_one():
 def waiting(model: nn.Module, *inputs: torch.Tensor) -> set[str]:
     """Names of the parameters whose gradients are put off."""
     recording = pe.capture(model, inputs)
-    waits = put_off(recording, model)
+    waits = find_deferrable(recording, model)
     return {recording.values[v].name for node in recording.nodes if node.results and node.results[0] in waits
             for v in (*node.attributes, *(a.value for a in node.args if isinstance(a, tuple)))
             if recording.values[v].kind == "attribute"}
@@ -232,7 +232,7 @@ def test_glue_convolutions_and_embeddings():
     tied = zoo.AWKWARD["TiedHead"]
     assert waiting(tied.build(), *tied.batches[0].values()) == {"embedding.weight"} | linears(0, 1, 2, 3)
     bag = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Embedding(9, 4, max_norm=1.0))
-    assert not put_off(pe.capture(Looked(bag), (torch.arange(8),)), Looked(bag))
+    assert not find_deferrable(pe.capture(Looked(bag), (torch.arange(8),)), Looked(bag))
 
 
 class Looked(nn.Module):
