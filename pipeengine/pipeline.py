@@ -86,18 +86,18 @@ class Pipeline:
         plan = self._read_plan(plan)
         workers.run_synchronized(lambda: self._check_options(example, num_microbatches, num_stages, plan))
         self._num_stages = self._count_stages(num_stages, plan)
-        self._again = workers.run_synchronized(lambda: Recompute.of(self._recompute, self._num_stages, self._model))
+        self._recomputed = workers.run_synchronized(lambda: Recompute.of(self._recompute, self._num_stages, self._model))
         self._programs = ProgramCache(self._schedule, self._num_stages, num_microbatches, workers.size, workers.rank)
         self._worker_of = self._programs.worker_of
         self._own = tuple(s for s in range(self._num_stages) if self._worker_of[s] == workers.rank)
         flow = workers.run_synchronized(lambda: self._record(example, target))
         self._agree({"num_stages": self._num_stages, "num_microbatches": num_microbatches, "schedule": self._programs.name,
-                     "seed": self._seed, "recompute": (sorted(self._again.stages), sorted(self._again.modules)),
+                     "seed": self._seed, "recompute": (sorted(self._recomputed.stages), sorted(self._recomputed.modules)),
                      "the model or the example": f"that with hash {_number(self._identity(flow))}"})
         graph = workers.run_synchronized(lambda: self._price(flow, costs))
-        price_modules(graph, flow, self._again.spans(flow.recording))
+        price_modules(graph, flow, self._recomputed.spans(flow.recording))
         self._plan: Plan = self._make_plan(graph, plan)
-        self._priced = price_stages(self._plan, self._again.stages)
+        self._priced = price_stages(self._plan, self._recomputed.stages)
         self._programs = dataclasses.replace(self._programs, costs=costs_of(self._priced, **self._link),
                                            _known={})
         workers.run_synchronized(lambda: self._place(flow, weights, check))
@@ -266,7 +266,7 @@ class Pipeline:
             check_recording(self._model, flow, stage_of, self._num_stages, self._example, self._loss_fn)
         load_stage(self._model, self._held, self._device, weights=weights, seed=self._seed)
         self._specializations = SpecializationCache(self._model, self._placement, self._own, loss_fn=self._loss_fn, device=self._device,
-                                  rng=self._rng, split_backward=self._programs.splits_backward, recompute=self._again)
+                                  rng=self._rng, split_backward=self._programs.splits_backward, recompute=self._recomputed)
         specialization = self._specializations.make(flow.recording, outputs=False)
         specialization.stages.of(self._programs.split_backward_stages(self._num_microbatches)[0])
         self._example_links = specialization.links

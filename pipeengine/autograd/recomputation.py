@@ -52,7 +52,7 @@ class Recompute:
         return tuple(outermost)
 
 
-def check_twice(recording: Recording, nodes: Sequence[Node], what: str) -> None:
+def check_recomputable(recording: Recording, nodes: Sequence[Node], what: str) -> None:
     """Raise ``InputError`` when running ``nodes`` a second time would change something again that is there outside of them."""
     made = {v for node in nodes for v in node.results}
     outside = {value.storage for v, value in enumerate(recording.values) if v not in made}

@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-from pipeengine.autograd import Recompute, Replacement, check_twice, find_deferrable
+from pipeengine.autograd import Recompute, Replacement, check_recomputable, find_deferrable
 from pipeengine.rng import RngStreams
 from pipeengine.stages.codegen import compile_part
 from pipeengine.stages.guards import guard_check
@@ -96,15 +96,15 @@ class SpecializationCache:
         flow = analyse(recording, outputs=outputs)
         stage_of = self._placement.assign(flow)
         wanted = tuple(dict.fromkeys(refs(recording.output))) if outputs else ()
-        again = () if outputs else self._recompute.spans(recording)
-        for span in again:
+        recompute_spans = () if outputs else self._recompute.spans(recording)
+        for span in recompute_spans:
             nodes = recording.nodes[slice(*span)]
-            check_twice(recording, nodes, f"module {nodes[0].name.partition(':')[0]}")
+            check_recomputable(recording, nodes, f"module {nodes[0].name.partition(':')[0]}")
 
         @cache
         def cut_for(split_backward: bool) -> tuple[Split, Mapping[int, Replacement] | None]:
             deferrable = find_deferrable(recording, self._model) if split_backward else None
-            apart = {id(recording.nodes[n]) for span in again for n in range(*span)}
+            apart = {id(recording.nodes[n]) for span in recompute_spans for n in range(*span)}
             apart |= {id(node) for node in recording.nodes if node.results and node.results[0] in (deferrable or ())}
             return split(flow, stage_of, self._placement.num_stages, outputs=outputs,
                          keep_apart=lambda node: id(node) in apart), deferrable
@@ -112,8 +112,8 @@ class SpecializationCache:
         def runnable(stage: int, split_backward: bool) -> Runnable:
             cut, deferrable = cut_for(split_backward)
             if stage in self._recompute.stages and not outputs:
-                check_twice(recording, cut.parts[stage].nodes, f"stage {stage}")
-            return make_runnable(compile_part(cut.parts[stage], recording, self._model, self._rng, deferrable=deferrable, again=again), cut,
+                check_recomputable(recording, cut.parts[stage].nodes, f"stage {stage}")
+            return make_runnable(compile_part(cut.parts[stage], recording, self._model, self._rng, deferrable=deferrable, recompute_spans=recompute_spans), cut,
                                  outputs=wanted if outputs else None, recompute=stage in self._recompute.stages)
         cut, _ = cut_for(self._split_backward and not outputs)       # the links are the same either way
         written = {storage for node in recording.nodes for storage in node.writes}

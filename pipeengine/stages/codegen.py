@@ -26,13 +26,13 @@ class Compiled:
 
 
 def compile_part(part: Part, recording: Recording, model: torch.nn.Module, rng: RngStreams, *,
-                 deferrable: Mapping[int, Replacement] | None = None, again: Sequence[Span] = ()) -> Compiled:
+                 deferrable: Mapping[int, Replacement] | None = None, recompute_spans: Sequence[Span] = ()) -> Compiled:
     """Write and compile the function of one stage; modules are the user's own.
 
-    With ``deferrable``, weight gradients can wait. Nodes in the spans ``again`` keep no activations: they run again in backward.
+    With ``deferrable``, weight gradients can wait. Nodes in the spans ``recompute_spans`` keep no activations: they run again in backward.
     """
     deferral = None if deferrable is None else Deferral()
-    writer = _Writer(part, recording, model, rng, deferral, deferrable or {}, again)
+    writer = _Writer(part, recording, model, rng, deferral, deferrable or {}, recompute_spans)
     source = writer.write()
     scope = writer.scope
     exec(compile(source, f"<stage {part.stage}>", "exec"), scope)
@@ -56,9 +56,9 @@ class _Writer:
     """Turns nodes into lines of Python."""
 
     def __init__(self, part: Part, recording: Recording, model: torch.nn.Module, rng: RngStreams,
-                 deferral: Deferral | None, deferrable: Mapping[int, Replacement], again: Sequence[Span]):
+                 deferral: Deferral | None, deferrable: Mapping[int, Replacement], recompute_spans: Sequence[Span]):
         self._part, self._recording, self._model, self._deferral, self._deferrable = part, recording, model, deferral, deferrable
-        self._again = again
+        self._recompute_spans = again
         self._blocks: list[str] = []
         self.scope: dict[str, object] = {"rng": rng, "leaves": leaves, "recomputed": checkpoint_module, "twice": checkpoint_block}
         self._globals: dict[int, str] = {}
@@ -77,7 +77,7 @@ class _Writer:
         inside: dict[Span, list[Node]] = {}
         for node in self._part.nodes:
             index = first_index(self._recording, node)
-            span = next((span for span in self._again if span[0] <= index < span[1]), None)
+            span = next((span for span in self._recompute_spans if span[0] <= index < span[1]), None)
             if span is None:
                 steps.append(node)
             elif span in inside:
