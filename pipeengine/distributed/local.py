@@ -17,13 +17,13 @@ class LocalTransport:
     def begin(self, step: int, digest: int) -> None:
         self._held.clear()
 
-    def post(self, kind: int, source: int, target: int, microbatch: int, form: Layout) -> None:
+    def irecv(self, kind: int, source: int, target: int, microbatch: int, layout: Layout) -> None:
         pass
 
-    def send(self, kind: int, source: int, target: int, microbatch: int, tensors: list, form: Layout) -> None:
+    def send(self, kind: int, source: int, target: int, microbatch: int, tensors: list, layout: Layout) -> None:
         self._held[kind, source, target, microbatch] = tensors
 
-    def take(self, kind: int, source: int, target: int, microbatch: int, form: Layout) -> list[torch.Tensor]:
+    def recv(self, kind: int, source: int, target: int, microbatch: int, layout: Layout) -> list[torch.Tensor]:
         return self._held.pop((kind, source, target, microbatch))
 
     def finish(self) -> None:
@@ -40,11 +40,11 @@ class NullTransport(LocalTransport):
         super().__init__()
         self._zeros: dict[int, list[torch.Tensor]] = {}
 
-    def send(self, kind, source, target, microbatch, tensors, form) -> None:
+    def send(self, kind, source, target, microbatch, tensors, layout) -> None:
         pass
 
-    def take(self, kind, source, target, microbatch, form) -> list[torch.Tensor]:
-        found = self._zeros.get(id(form))
+    def recv(self, kind, source, target, microbatch, layout) -> list[torch.Tensor]:
+        found = self._zeros.get(id(layout))
         if found is None:
-            found = self._zeros[id(form)] = unpack(torch.zeros(form.bytes, dtype=torch.uint8), form)
+            found = self._zeros[id(layout)] = unpack(torch.zeros(layout.bytes, dtype=torch.uint8), layout)
         return [tensor.detach() for tensor in found]

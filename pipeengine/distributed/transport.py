@@ -11,7 +11,7 @@ from pipeengine.distributed.local import LocalTransport
 from pipeengine.distributed.waiting import Waiter, give_up
 from pipeengine.errors import WorkerError
 from pipeengine.program import UNDERWAY
-from pipeengine.stages import ACTIVATION, Layout, check_header, has_arrived, header, pack, room, unpack
+from pipeengine.stages import ACTIVATION, Layout, allocate, check_header, has_arrived, header, pack, unpack
 
 
 class DistributedTransport:
@@ -54,16 +54,16 @@ class DistributedTransport:
         stages = len(self._worker_of)
         return ((self._step % 2 * 2 + kind) * stages * stages + source * stages + target) * 65536 + microbatch % 65536
 
-    def post(self, kind: int, source: int, target: int, microbatch: int, form: Layout) -> None:
+    def irecv(self, kind: int, source: int, target: int, microbatch: int, layout: Layout) -> None:
         """Make room for a message, so that it can arrive while this worker computes."""
         ends = self._ends(kind, source, target)
         if ends[0] == ends[1]:
             return
-        buffer = room(form, self._device)
+        buffer = allocate(layout, self._device)
         tag = self._tag(kind, source, target, microbatch) if self._tagged else 0
         self._posted[kind, source, target, microbatch] = buffer, self._groups[ends].recv([buffer], self._place[ends][0], tag)
 
-    def send(self, kind: int, source: int, target: int, microbatch: int, tensors: list, form: Layout) -> None:
+    def send(self, kind: int, source: int, target: int, microbatch: int, tensors: list, layout: Layout) -> None:
         """Start sending; the buffer lives until the receiver has it.
 
         Gloo does not say which sends are done, so the oldest are waited for, two at a time. That is safe: programs complete
@@ -71,16 +71,16 @@ class DistributedTransport:
         """
         ends = self._ends(kind, source, target)
         if ends[0] == ends[1]:
-            self._local.send(kind, source, target, microbatch, tensors, form)
+            self._local.send(kind, source, target, microbatch, tensors, layout)
             return
-        head = header(self._step, microbatch, kind, source, target, form.bytes, self._digest) if self._tagged else None
-        buffer = pack(tensors, form, head, self._device)
+        head = header(self._step, microbatch, kind, source, target, layout.bytes, self._digest) if self._tagged else None
+        buffer = pack(tensors, layout, head, self._device)
         tag = self._tag(kind, source, target, microbatch) if self._tagged else 0
         if len(self._sent) >= UNDERWAY:
             self._forget(2)
         self._sent.append((self._groups[ends].send([buffer], self._place[ends][1], tag), buffer))
         self.messages += 1
-        self.bytes += form.payload_bytes
+        self.bytes += layout.payload_bytes
 
     def _forget(self, count: int) -> None:
         """Wait until the oldest ``count`` messages have been received."""
@@ -91,14 +91,14 @@ class DistributedTransport:
             del work
         del self._sent[:count]
 
-    def take(self, kind: int, source: int, target: int, microbatch: int, form: Layout) -> list[torch.Tensor]:
+    def recv(self, kind: int, source: int, target: int, microbatch: int, layout: Layout) -> list[torch.Tensor]:
         """The values of a message; waits until it is here."""
         sender, receiver = self._ends(kind, source, target)
         if sender == receiver:
-            return self._local.take(kind, source, target, microbatch, form)
+            return self._local.recv(kind, source, target, microbatch, layout)
         key = (kind, source, target, microbatch)
         if key not in self._posted:
-            self.post(*key, form)
+            self.irecv(*key, layout)
         buffer, work = self._posted.pop(key)
         if self._tagged and has_arrived(buffer):
             work.wait()
@@ -106,9 +106,9 @@ class DistributedTransport:
             self._waiter.wait(work)
         orders = None
         if self._tagged:
-            head = header(self._step, microbatch, kind, source, target, form.bytes, self._digest)
-            orders = check_header(buffer, form, head)
-        return unpack(buffer, form, orders)
+            head = header(self._step, microbatch, kind, source, target, layout.bytes, self._digest)
+            orders = check_header(buffer, layout, head)
+        return unpack(buffer, layout, orders)
 
     def finish(self) -> None:
         """Wait until everything sent has been received."""

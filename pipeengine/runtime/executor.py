@@ -70,9 +70,9 @@ class Executor:
         task = self._tasks[microbatch]
         runnable = task.stages[stage]
         received: list[torch.Tensor] = []
-        for route in runnable.receives:
-            if route.form.slots:
-                received += self._transport.take(ACTIVATION, route.source, route.target, microbatch, route.form)
+        for boundary in runnable.receives:
+            if boundary.layout.slots:
+                received += self._transport.recv(ACTIVATION, boundary.source, boundary.target, microbatch, boundary.layout)
         start = perf_counter()
         if self._training:
             for tensor, wants in zip(received, runnable.wants):
@@ -82,10 +82,10 @@ class Executor:
         if runnable.deferral is not None:
             self._waiting[stage, microbatch] = runnable.deferral.begin()
         made = self._run(runnable, task.key, [inputs[i] for i in runnable.inputs], received)
-        for route in runnable.sends:
-            if route.positions:
-                self._ready[ACTIVATION, route.source, route.target, microbatch] = \
-                    [made[i].detach() for i in route.positions], route
+        for boundary in runnable.sends:
+            if boundary.positions:
+                self._ready[ACTIVATION, boundary.source, boundary.target, microbatch] = \
+                    [made[i].detach() for i in boundary.positions], boundary
         loss = None if runnable.loss is None else made[runnable.loss].detach()
         if loss is not None and task.weight:
             share = loss * task.weight
@@ -132,10 +132,10 @@ class Executor:
         runnable = task.stages[stage]
         edges, leaves, loss = self._saved.pop((stage, microbatch))
         gradients: list[torch.Tensor | None] = [None] * len(edges)
-        for route in runnable.sends:
-            if route.gradient_positions:
-                arrived = self._transport.take(GRADIENT, route.source, route.target, microbatch, route.gradient_form)
-                for position, gradient in zip(route.gradient_positions, arrived):
+        for boundary in runnable.sends:
+            if boundary.gradient_positions:
+                arrived = self._transport.recv(GRADIENT, boundary.source, boundary.target, microbatch, boundary.gradient_layout)
+                for position, gradient in zip(boundary.gradient_positions, arrived):
                     held = gradients[position]
                     gradients[position] = gradient if held is None else held + gradient
         start = perf_counter()
@@ -144,10 +144,10 @@ class Executor:
         if edges:
             # torch.autograd.backward without its checks in Python: the layouts have settled the shapes.
             _engine_run_backward(tuple(edges), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True)
-        for route in runnable.receives:
-            if route.received:
-                self._ready[GRADIENT, route.source, route.target, microbatch] = \
-                    [_take_gradient(leaves[i]) for i in route.received], route
+        for boundary in runnable.receives:
+            if boundary.received:
+                self._ready[GRADIENT, boundary.source, boundary.target, microbatch] = \
+                    [_take_gradient(leaves[i]) for i in boundary.received], boundary
         self.records.append((op, stage, microbatch, start, perf_counter()))
         if len(task.stages) > 1:
             self._hand_back(runnable, microbatch)
@@ -164,14 +164,14 @@ class Executor:
 
     def _hand_over(self, runnable: Runnable, microbatch: int) -> None:
         """Give values to stages of this same worker: those have no message in the program."""
-        for route in runnable.sends:
-            if route.positions and self._is_here(route.source, route.target):
-                self._send_activation(route.source, microbatch, route.target)
+        for boundary in runnable.sends:
+            if boundary.positions and self._is_here(boundary.source, boundary.target):
+                self._send_activation(boundary.source, microbatch, boundary.target)
 
     def _hand_back(self, runnable: Runnable, microbatch: int) -> None:
-        for route in runnable.receives:
-            if route.received and self._is_here(route.source, route.target):
-                self._send_gradient(route.target, microbatch, route.source)
+        for boundary in runnable.receives:
+            if boundary.received and self._is_here(boundary.source, boundary.target):
+                self._send_gradient(boundary.target, microbatch, boundary.source)
 
     def _is_here(self, source: int, target: int) -> bool:
         stages = self._tasks[0].stages
@@ -180,22 +180,22 @@ class Executor:
     def _send_activation(self, stage: int, microbatch: int, peer: int) -> None:
         found = self._ready.pop((ACTIVATION, stage, peer, microbatch), None)
         if found is not None:
-            self._transport.send(ACTIVATION, stage, peer, microbatch, found[0], found[1].form)
+            self._transport.send(ACTIVATION, stage, peer, microbatch, found[0], found[1].layout)
 
     def _send_gradient(self, stage: int, microbatch: int, peer: int) -> None:
         found = self._ready.pop((GRADIENT, peer, stage, microbatch), None)
         if found is not None:
-            self._transport.send(GRADIENT, peer, stage, microbatch, found[0], found[1].gradient_form)
+            self._transport.send(GRADIENT, peer, stage, microbatch, found[0], found[1].gradient_layout)
 
     def _post_activation(self, stage: int, microbatch: int, peer: int) -> None:
-        for route in self._tasks[microbatch].stages[stage].receives:
-            if route.source == peer and route.form.slots:
-                self._transport.post(ACTIVATION, peer, stage, microbatch, route.form)
+        for boundary in self._tasks[microbatch].stages[stage].receives:
+            if boundary.source == peer and boundary.layout.slots:
+                self._transport.irecv(ACTIVATION, peer, stage, microbatch, boundary.layout)
 
     def _post_gradient(self, stage: int, microbatch: int, peer: int) -> None:
-        for route in self._tasks[microbatch].stages[stage].sends:
-            if route.target == peer and route.gradient_positions:
-                self._transport.post(GRADIENT, stage, peer, microbatch, route.gradient_form)
+        for boundary in self._tasks[microbatch].stages[stage].sends:
+            if boundary.target == peer and boundary.gradient_positions:
+                self._transport.irecv(GRADIENT, stage, peer, microbatch, boundary.gradient_layout)
 
 
 def _end_of_path(value: torch.Tensor) -> torch.Tensor:

@@ -8,15 +8,15 @@ from pipeengine.stages.message import (
     ACTIVATION,
     GRADIENT,
     Layout,
+    allocate,
     check_header,
     has_arrived,
     header,
     pack,
-    room,
     unpack,
 )
 from pipeengine.stages.placement import Placement
 from pipeengine.stages.replay_check import check_recording
 from pipeengine.stages.runnable import Runnable
 
-__all__ = ["ACTIVATION", "GRADIENT", "Layout", "Placement", "Runnable", "Specialization", "SpecializationCache", "check_header", "check_recording", "has_arrived", "header", "pack", "room", "unpack"]
+__all__ = ["ACTIVATION", "GRADIENT", "Layout", "Placement", "Runnable", "Specialization", "SpecializationCache", "check_header", "check_recording", "has_arrived", "header", "pack", "allocate", "unpack"]

@@ -58,7 +58,7 @@ class _Writer:
     def __init__(self, part: Part, recording: Recording, model: torch.nn.Module, rng: RngStreams,
                  deferral: Deferral | None, deferrable: Mapping[int, Replacement], recompute_spans: Sequence[Span]):
         self._part, self._recording, self._model, self._deferral, self._deferrable = part, recording, model, deferral, deferrable
-        self._recompute_spans = again
+        self._recompute_spans = recompute_spans
         self._blocks: list[str] = []
         self.scope: dict[str, object] = {"rng": rng, "leaves": leaves, "recomputed": checkpoint_module, "twice": checkpoint_block}
         self._globals: dict[int, str] = {}

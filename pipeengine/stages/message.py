@@ -97,28 +97,28 @@ def _decode(number: int, num_axes: int) -> Order:
     return None if number == 0 else tuple(number >> 4 * place & 15 for place in reversed(range(num_axes)))
 
 
-def pack(tensors: Sequence[torch.Tensor], form: Layout, header: bytes | None, device: torch.device) -> torch.Tensor:
+def pack(tensors: Sequence[torch.Tensor], layout: Layout, header: bytes | None, device: torch.device) -> torch.Tensor:
     """One buffer that holds ``tensors`` behind ``header`` and their memory orders.
 
     A receiver computes with the strides that one process would have, and so gets the same bits; those of a gradient are known
     when it is there. Without a header values travel in the recorded order.
     """
-    buffer = torch.empty(form.bytes, dtype=torch.uint8, device=device)
-    orders: Sequence[Order] = form.orders
+    buffer = torch.empty(layout.bytes, dtype=torch.uint8, device=device)
+    orders: Sequence[Order] = layout.orders
     if header is not None:
         orders = [None if t.is_contiguous() else _memory_order(t.shape, t.stride()) for t in tensors]
-        numbers = struct.pack(f"<{len(orders)}q", *map(_encode, orders)) if any(orders) else form.no_orders
+        numbers = struct.pack(f"<{len(orders)}q", *map(_encode, orders)) if any(orders) else layout.no_orders
         memory = buffer.numpy()
         memory[:HEADER_BYTES + len(numbers)] = np.frombuffer(header + numbers, np.uint8)
         memory[-1] = 1
-    for value, tensor in zip(unpack(buffer, form, orders), tensors):
+    for value, tensor in zip(unpack(buffer, layout, orders), tensors):
         value.copy_(tensor)
     return buffer
 
 
-def room(form: Layout, device: torch.device) -> torch.Tensor:
+def allocate(layout: Layout, device: torch.device) -> torch.Tensor:
     """A buffer for a message to come."""
-    buffer = torch.empty(form.bytes, dtype=torch.uint8, device=device)
+    buffer = torch.empty(layout.bytes, dtype=torch.uint8, device=device)
     if device.type == "cpu":
         buffer.numpy()[-1] = 0
     return buffer
@@ -129,10 +129,10 @@ def has_arrived(buffer: torch.Tensor) -> bool:
     return bool(buffer.numpy()[-1])
 
 
-def unpack(buffer: torch.Tensor, form: Layout, orders: Sequence[Order] | None = None) -> list[torch.Tensor]:
+def unpack(buffer: torch.Tensor, layout: Layout, orders: Sequence[Order] | None = None) -> list[torch.Tensor]:
     """The values inside ``buffer``, without a copy; ``orders`` are those that ``check_header`` found, if there is a header."""
     return [buffer.view(slot.dtype).as_strided(slot.shape, _strides(slot.shape, order) if order else slot.stride, slot.offset)
-            for slot, order in zip(form.slots, form.orders if orders is None else orders)]
+            for slot, order in zip(layout.slots, layout.orders if orders is None else orders)]
 
 
 def header(step: int, microbatch: int, kind: int, source: int, target: int, size: int, digest: int) -> bytes:
@@ -140,18 +140,18 @@ def header(step: int, microbatch: int, kind: int, source: int, target: int, size
     return _HEADER.pack(_FORMAT, step, microbatch, kind, source, target, size, digest)
 
 
-def check_header(buffer: torch.Tensor, form: Layout, expected: bytes) -> Sequence[Order]:
+def check_header(buffer: torch.Tensor, layout: Layout, expected: bytes) -> Sequence[Order]:
     """The memory orders of the values. Raises ``WorkerError`` unless the message is the one we wait for."""
-    found = buffer.numpy()[:HEADER_BYTES + len(form.no_orders)].tobytes()
+    found = buffer.numpy()[:HEADER_BYTES + len(layout.no_orders)].tobytes()
     if found.startswith(expected):
-        return _orders(found[HEADER_BYTES:], form)
+        return _orders(found[HEADER_BYTES:], layout)
     wrong = [f"{name} is {got}, expected {want}"
              for name, got, want in zip(_FIELDS, _HEADER.unpack(found[:HEADER_BYTES]), _HEADER.unpack(expected)) if got != want]
     raise WorkerError("a message is not the one this worker waits for: " + "; ".join(wrong)
                       + ". Every worker must pass the same batch to the same sequence of calls.")
 
 
-def _orders(numbers: bytes, form: Layout) -> Sequence[Order]:
-    if numbers == form.no_orders:
-        return (None,) * len(form.slots)
-    return [_decode(number, len(slot.shape)) for number, slot in zip(struct.unpack(f"<{len(form.slots)}q", numbers), form.slots)]
+def _orders(numbers: bytes, layout: Layout) -> Sequence[Order]:
+    if numbers == layout.no_orders:
+        return (None,) * len(layout.slots)
+    return [_decode(number, len(slot.shape)) for number, slot in zip(struct.unpack(f"<{len(layout.slots)}q", numbers), layout.slots)]

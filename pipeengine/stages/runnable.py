@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from pipeengine.autograd import Deferral
 from pipeengine.stages.codegen import Compiled
 from pipeengine.stages.message import Layout, layout
-from pipeengine.stages.splitting import Link, Split
+from pipeengine.stages.splitting import Split, StageBoundary
 from pipeengine.tracing import Recording
 
 
 @dataclass(frozen=True)
-class Route:
+class BoundaryLayout:
     """A link, ready for the executor: its layouts, and where its values stand."""
 
     source: int
     target: int
-    form: Layout
-    gradient_form: Layout
+    layout: Layout
+    gradient_layout: Layout
     positions: tuple[int, ...]                  # of its values among the returns of the source
     gradient_positions: tuple[int, ...]         # among the roots of the source's backward
     received: tuple[int, ...]                   # of the values that want a gradient, among all the target receives
@@ -29,8 +29,8 @@ class Runnable:
 
     run: object
     inputs: tuple[int, ...]
-    receives: tuple[Route, ...]
-    sends: tuple[Route, ...]
+    receives: tuple[BoundaryLayout, ...]
+    sends: tuple[BoundaryLayout, ...]
     wants: tuple[bool, ...]
     roots: tuple[int, ...]                      # positions among the returns from which backward starts
     relays: tuple[int, ...]                     # received values to whose gradient a later stage adds first
@@ -57,16 +57,16 @@ def make_runnable(compiled: Compiled, split: Split, *, outputs: tuple[int, ...] 
         roots.append(recording.loss)
     starts = roots + relays
     return Runnable(
-        compiled.run, compiled.inputs, tuple(_route(recording, link, starts, arrived, at, False) for link in part.receives),
-        tuple(_route(recording, link, starts, arrived, at, True) for link in part.sends), compiled.needs_gradient,
+        compiled.run, compiled.inputs, tuple(_boundary_layout(recording, link, starts, arrived, at, False) for link in part.receives),
+        tuple(_boundary_layout(recording, link, starts, arrived, at, True) for link in part.sends), compiled.needs_gradient,
         tuple(at[v] for v in roots), tuple(arrived.index(v) for v in relays), at[recording.loss] if has_loss else None,
         roots.index(recording.loss) if has_loss and training else None, compiled.random,
         tuple(at[v] for v in outputs or () if v in at), compiled.deferral,
         recompute and training)
 
 
-def _route(recording: Recording, link: Link, starts: list[int], arrived: list[int], at: dict[int, int], outgoing: bool) -> Route:
-    return Route(link.source, link.target, layout([recording.values[v].spec for v in link.values]),
+def _boundary_layout(recording: Recording, link: StageBoundary, starts: list[int], arrived: list[int], at: dict[int, int], outgoing: bool) -> BoundaryLayout:
+    return BoundaryLayout(link.source, link.target, layout([recording.values[v].spec for v in link.values]),
                  layout([recording.values[v].spec for v in link.gradients]),
                  tuple(at[v] for v in link.values) if outgoing else (),
                  tuple(starts.index(v) for v in link.gradients) if outgoing and starts else (),

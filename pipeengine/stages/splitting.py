@@ -12,7 +12,7 @@ from pipeengine.tracing import Call, Dataflow, Node, NodeCost, Recording, Ref, e
 
 
 @dataclass(frozen=True)
-class Link:
+class StageBoundary:
     """Values that stage ``source`` hands straight to stage ``target`` for a micro-batch, in wire order.
 
     ``gradients`` are the values whose gradient comes back from ``target``. The gradient of a value that several stages read
@@ -36,8 +36,8 @@ class Part:
     stage: int
     nodes: tuple[Node, ...]
     inputs: tuple[int, ...]
-    receives: tuple[Link, ...]
-    sends: tuple[Link, ...]
+    receives: tuple[StageBoundary, ...]
+    sends: tuple[StageBoundary, ...]
     returns: tuple[int, ...]
     attributes: frozenset[str]
 
@@ -48,7 +48,7 @@ class Split:
 
     recording: Recording
     parts: tuple[Part, ...]
-    links: tuple[Link, ...]
+    links: tuple[StageBoundary, ...]
     loss_stage: int | None
     output_stage: int
 
@@ -101,7 +101,7 @@ def _wanted(flow, stage_of, made_on, num_stages: int, outputs: bool) -> dict[int
     return found
 
 
-def _links(flow, wanted: dict[int, set[int]], made_on) -> tuple[Link, ...]:
+def _links(flow, wanted: dict[int, set[int]], made_on) -> tuple[StageBoundary, ...]:
     values, gradients = defaultdict(list), defaultdict(list)
     readers = defaultdict(list)
     for target in sorted(wanted):
@@ -116,7 +116,7 @@ def _links(flow, wanted: dict[int, set[int]], made_on) -> tuple[Link, ...]:
 
     def in_order(found: list[int]) -> tuple[int, ...]:
         return tuple(sorted(found, key=lambda v: (order[flow.recording.values[v].node], v)))
-    return tuple(Link(*pair, in_order(values.get(pair, [])), in_order(gradients.get(pair, [])))
+    return tuple(StageBoundary(*pair, in_order(values.get(pair, [])), in_order(gradients.get(pair, [])))
                  for pair in sorted({*values, *gradients}))
 
 
