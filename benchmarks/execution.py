@@ -85,10 +85,10 @@ def alone(schedule: str, rank: int) -> tuple[Callable[[], object], int]:
     with mock.patch.object(dist, "new_group", lambda *_, **__: dist.group.WORLD), \
             mock.patch.object(pipeline, "connect", lambda *_: OneOfMany(WORKERS, plan.to_json())):
         pipe = pe.Pipeline(model, (x,), target=y, plan=plan, **options)
-    pipe._transport = NullTransport()
-    pipe._executor = Executor(pipe._transport, pipe._draw)
+    pipe._runner.transport = NullTransport()
+    pipe._runner.executor = Executor(pipe._runner.transport, pipe._assembly.rng)
     pipe.step(x, target=y)
-    return lambda: pipe.step(x, target=y), len(pipe._executor.records)
+    return lambda: pipe.step(x, target=y), len(pipe._runner.executor.records)
 
 
 def bare(schedule: str, rank: int, *, split: bool) -> Callable[[], object]:

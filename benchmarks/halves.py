@@ -65,7 +65,7 @@ def models() -> Iterator[tuple[str, nn.Module, dict]]:
 
 def bytes_kept(pipe: pe.Pipeline, batch: dict) -> tuple[int, int]:
     """Live bytes after F and after I, beyond those before."""
-    do = pipe._executor._do
+    do = pipe._runner.executor._do
     for op in "FI":
         def marked(*action: int, act=do[op], op=op) -> None:
             with record_function(f"mark {op} begins"):
@@ -89,7 +89,7 @@ def seconds_of_halves(pipe: pe.Pipeline, batch: dict) -> tuple[float, float]:
     with mock.patch.object(engine, "perf_counter", thread_time):
         for _ in range(REPEATS):
             pipe.step(**batch)
-            for op, _, _, start, end in pipe._executor.records:
+            for op, _, _, start, end in pipe._runner.executor.records:
                 if op in least:
                     least[op] = min(least[op], end - start)
     return least["I"], least["W"]

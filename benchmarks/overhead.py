@@ -54,7 +54,7 @@ class OneOfMany(ProcessGroupWorkers):
         self._answer = shared
         super().__init__(range(size), None)
 
-    def share(self, value: object, source: int = 0) -> object:
+    def broadcast_object(self, value: object, source: int = 0) -> object:
         return value if self.rank == source else self._answer
 
 
@@ -69,8 +69,8 @@ def engine(rank: int, x: torch.Tensor, y: torch.Tensor, *, messages: bool) -> Ca
             mock.patch.object(pipeline, "connect", lambda *_: OneOfMany(STAGES, plan.to_json())):
         pipe = pe.Pipeline(Tiny(), (x,), target=y, plan=plan, **OPTIONS)
     if not messages:
-        pipe._transport = NullTransport()
-        pipe._executor = Executor(pipe._transport, pipe._draw)
+        pipe._runner.transport = NullTransport()
+        pipe._runner.executor = Executor(pipe._runner.transport, pipe._assembly.rng)
     return lambda: pipe.step(x, target=y)
 
 

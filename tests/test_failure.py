@@ -142,7 +142,7 @@ def other_plan() -> pe.Plan:
 
 def broken_planning() -> pe.Pipeline:
     """Only the first worker plans; what breaks there need not be an error of ours."""
-    with mock.patch.object(pe.Pipeline, "_partition", side_effect=RuntimeError("no plan today")):
+    with mock.patch("pipeengine.assembly.partition", side_effect=RuntimeError("no plan today")):
         return pipeline()
 
 

@@ -14,8 +14,8 @@ ROOT = Path(pipeengine.__file__).parents[1]
 # The line of the project, from the ground up: a room imports only what stands before it.
 LINE = {
     "pipeengine": ("errors", "object_path", "rng", "tracing", "data", "autograd", "costs", "stages", "schedules",
-                   "simulation", "program", "synthesis", "distributed", "checkpoint", "runtime", "report", "pipeline",
-                   "cli", "__main__"),
+                   "simulation", "program", "synthesis", "distributed", "checkpoint", "runtime", "report", "options", "assembly",
+                   "pipeline", "cli", "__main__"),
     "partitioners": ("errors", "units", "graph", "plan", "solvers", "pricing", "partitioning", "reporting"),
 }
 WITHOUT_TORCH_ROOMS = {"errors", "object_path", "schedules", "simulation", "program", "synthesis", "report"}

@@ -1,6 +1,23 @@
 """Cost graphs in, checked: nodes with seconds and bytes, the devices they may run on, other people's formats."""
+
 from partitioners.graph.cost_graph import Node, check, digest, seconds, topological_order
 from partitioners.graph.devices import Cluster, Device, Link, MemoryModel
 from partitioners.graph.formats import FORMAT, WORKLOAD, from_json, read_pipedream, read_workload, to_json
 
-__all__ = ["Cluster", "Device", "FORMAT", "Link", "MemoryModel", "Node", "WORKLOAD", "check", "digest", "from_json", "read_pipedream", "read_workload", "seconds", "to_json", "topological_order"]
+__all__ = [
+    "Cluster",
+    "Device",
+    "FORMAT",
+    "Link",
+    "MemoryModel",
+    "Node",
+    "WORKLOAD",
+    "check",
+    "digest",
+    "from_json",
+    "read_pipedream",
+    "read_workload",
+    "seconds",
+    "to_json",
+    "topological_order",
+]

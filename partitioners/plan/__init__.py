@@ -1,4 +1,5 @@
 """What a partition is, and a second opinion on it that shares no arithmetic with the solvers."""
+
 from partitioners.plan.plan import Boundary, Plan, Setting, StageCost, Tie, deal
 from partitioners.plan.verification import check_rules, verify
 

@@ -1,4 +1,5 @@
 """A problem goes in, stages and a bound come out: exact where that can be proved."""
+
 from partitioners.solvers.bounds import simple_bound
 from partitioners.solvers.chains import split_sequence
 from partitioners.solvers.coarse import crossing_tensors, merge_runs, promising_positions
@@ -9,4 +10,27 @@ from partitioners.solvers.recompute import choose_recomputed, recomputing_loads,
 from partitioners.solvers.search import loads_of, solve
 from partitioners.solvers.segments import best_cuts, fewest_cuts, segment_loads, segment_memory
 
-__all__ = ["Problem", "best_cuts", "build_problem", "choose_recomputed", "crossing_tensors", "fewest_cuts", "interleave", "loads_of", "merge_runs", "period", "promising_positions", "recomputing_loads", "reorder", "round_trips", "segment_loads", "segment_memory", "shortest_period", "simple_bound", "solve", "split_sequence", "transfer", "with_recomputation"]
+__all__ = [
+    "Problem",
+    "best_cuts",
+    "build_problem",
+    "choose_recomputed",
+    "crossing_tensors",
+    "fewest_cuts",
+    "interleave",
+    "loads_of",
+    "merge_runs",
+    "period",
+    "promising_positions",
+    "recomputing_loads",
+    "reorder",
+    "round_trips",
+    "segment_loads",
+    "segment_memory",
+    "shortest_period",
+    "simple_bound",
+    "solve",
+    "split_sequence",
+    "transfer",
+    "with_recomputation",
+]

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeengine.checkpoint.hugging_face import INDEX, SINGLE, Source, files_of, read, safetensors, sources_of
+from pipeengine.checkpoint.slots import get_tensor, put_tensor, tensor_slots
 from pipeengine.errors import InputError
 from pipeengine.rng import generators, mix, place_number
 
@@ -21,37 +22,21 @@ def load_stage(model: torch.nn.Module, held: Collection[str], device: torch.devi
     Made tensors come from the modules' own initialisers, keyed by name, so that any number of stages gives the same weights, and
     then from the Hugging Face checkpoint folder ``weights``, if given. Nothing else of the model is touched.
     """
-    slots = _slots(model)
+    slots = tensor_slots(model)
     made: set[str] = set()
     for name, places in slots.items():
         if name not in held:
             continue
         module, own = places[0]
-        tensor = _get(module, own)
+        tensor = get_tensor(module, own)
         if tensor.device.type == "meta":
             made.add(name)
-            _replace(places, _empty_like(tensor, device))
+            put_tensor(places, _empty_like(tensor, device))
         elif tensor.device != device:
             _move(places, tensor, device)
     read = _read_weights(model, slots, held, Path(weights)) if weights is not None else set()
     if made:
         _initialise(model, slots, made, read, device, seed)
-
-
-def _slots(model: torch.nn.Module) -> dict[str, list[tuple[torch.nn.Module, str]]]:
-    """First name of every tensor -> all (module, attribute) that hold it."""
-    first: dict[int, str] = {}
-    found: dict[str, list] = defaultdict(list)
-    for path, module in model.named_modules():
-        for own, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                name = first.setdefault(id(tensor), f"{path}.{own}" if path else own)
-                found[name].append((module, own))
-    return dict(found)
-
-
-def _get(module: torch.nn.Module, own: str) -> torch.Tensor:
-    return module._parameters[own] if own in module._parameters else module._buffers[own]
 
 
 def _empty_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -62,21 +47,13 @@ def _empty_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return made
 
 
-def _replace(places: list[tuple[torch.nn.Module, str]], tensor: torch.Tensor) -> None:
-    for module, own in places:
-        table = module._parameters if own in module._parameters else module._buffers
-        table[own] = tensor
-        if isinstance(module, torch.nn.RNNBase):
-            module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
-
-
 def _move(places: list[tuple[torch.nn.Module, str]], tensor: torch.Tensor, device: torch.device) -> None:
     if isinstance(tensor, torch.nn.Parameter):
         tensor.data = tensor.data.to(device)            # the same object: an optimizer made before keeps working
         if tensor.grad is not None:
             tensor.grad = tensor.grad.to(device)
     else:
-        _replace(places, tensor.to(device))
+        put_tensor(places, tensor.to(device))
 
 
 class _Seeded(TorchDispatchMode):
@@ -108,8 +85,8 @@ class _Seeded(TorchDispatchMode):
 
 def _initialise(model: torch.nn.Module, slots, made: set[str], read: set[str], device: torch.device, seed: int) -> None:
     """Run the modules' own initialisers on what has just been made and not read from a file."""
-    names = {_get(*slots[name][0]).untyped_storage()._cdata: name for name in made}
-    kept = {name: _get(*slots[name][0]).detach().clone() for name in read & made}
+    names = {get_tensor(*slots[name][0]).untyped_storage()._cdata: name for name in made}
+    kept = {name: get_tensor(*slots[name][0]).detach().clone() for name in read & made}
     states = [generator.get_state() for generator in generators(device)]
     mode = _Seeded(names, seed, device)
     try:
@@ -122,7 +99,7 @@ def _initialise(model: torch.nn.Module, slots, made: set[str], read: set[str], d
             generator.set_state(state)
     with torch.no_grad():
         for name, value in kept.items():
-            _get(*slots[name][0]).copy_(value)
+            get_tensor(*slots[name][0]).copy_(value)
     missing = sorted(made - read - mode.written)
     if missing:
         module = slots[missing[0]][0][0]
@@ -175,7 +152,7 @@ def _read_weights(model: torch.nn.Module, slots, held: Collection[str], folder: 
     with torch.no_grad():
         for source, found in read(folder, files, wanted):
             for name, alias in wanted[source]:
-                target, value = _get(*slots[name][0]), found[alias]
+                target, value = get_tensor(*slots[name][0]), found[alias]
                 if target.shape != value.shape:
                     raise InputError(f"{folder}: {source.keys[0]} has shape {tuple(value.shape)}, the model's {name} has "
                                      f"{tuple(target.shape)}")
@@ -194,11 +171,11 @@ def _aliases(model: torch.nn.Module) -> dict[str, list[str]]:
 def save_weights(model: torch.nn.Module, owned: Collection[str], folder: Path, workers) -> None:
     """Every worker writes the tensors it owns; the first one writes the index, last, and the model's config if it has one."""
     persistent = set(model.state_dict(keep_vars=True))
-    slots = _slots(model)
+    slots = tensor_slots(model)
     aliases = _aliases(model)
 
     def write() -> tuple[str, list[str], int]:
-        mine = {name: _get(*slots[name][0]).detach().cpu().contiguous() for name in slots
+        mine = {name: get_tensor(*slots[name][0]).detach().cpu().contiguous() for name in slots
                 if name in owned and any(alias in persistent for alias in aliases[name])}
         file = SINGLE if workers.size == 1 else f"model-{workers.rank + 1:05}-of-{workers.size:05}.safetensors"
         folder.mkdir(parents=True, exist_ok=True)

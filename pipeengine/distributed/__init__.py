@@ -1,7 +1,23 @@
 """The workers of one pipeline: who they are, what they agree on, how values travel, how one failure becomes everybody's."""
-from pipeengine.distributed.local import LocalTransport
-from pipeengine.distributed.tied_parameters import Shared, SharedParameters
-from pipeengine.distributed.transport import DistributedTransport
-from pipeengine.distributed.workers import ProcessGroupWorkers, SingleProcess, connect
 
-__all__ = ["SingleProcess", "DistributedTransport", "LocalTransport", "Shared", "SharedParameters", "ProcessGroupWorkers", "connect"]
+from pipeengine.distributed.failure import headline
+from pipeengine.distributed.grad_norm import total_norm
+from pipeengine.distributed.local import LocalTransport, Transport
+from pipeengine.distributed.tied_parameters import NoTies, Tie, TiedParameters
+from pipeengine.distributed.transport import DistributedTransport
+from pipeengine.distributed.workers import ProcessGroupWorkers, SingleProcess, Workers, connect
+
+__all__ = [
+    "DistributedTransport",
+    "LocalTransport",
+    "NoTies",
+    "ProcessGroupWorkers",
+    "SingleProcess",
+    "Tie",
+    "TiedParameters",
+    "Transport",
+    "Workers",
+    "connect",
+    "headline",
+    "total_norm",
+]

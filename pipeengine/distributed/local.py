@@ -1,9 +1,40 @@
 """Hand values over inside one process, or nowhere (to measure the engine alone)."""
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from pipeengine.stages import Layout, unpack
+
+
+class Transport(Protocol):
+    """Carries the values of a boundary from the worker of one stage to that of another, per micro-batch.
+
+    ``kind`` is ``ACTIVATION`` (from ``source`` to ``target``) or ``GRADIENT`` (back); ``layout`` says which tensors.
+    """
+
+    messages: int
+    bytes: int
+
+    def begin(self, step: int, digest: int) -> None:
+        """A new step: everything sent from now on belongs to it."""
+
+    def irecv(self, kind: int, source: int, target: int, microbatch: int, layout: Layout) -> None:
+        """Make room for a message, so that it can arrive while this worker computes."""
+
+    def send(self, kind: int, source: int, target: int, microbatch: int, tensors: list[torch.Tensor],
+             layout: Layout) -> None:
+        """Start sending ``tensors``; returns before they have arrived."""
+
+    def recv(self, kind: int, source: int, target: int, microbatch: int, layout: Layout) -> list[torch.Tensor]:
+        """The tensors of a message; waits until it is here."""
+
+    def finish(self) -> None:
+        """Wait until everything sent has been received."""
+
+    def close(self) -> None:
+        """Give the connections up."""
 
 
 class LocalTransport:
@@ -20,7 +51,8 @@ class LocalTransport:
     def irecv(self, kind: int, source: int, target: int, microbatch: int, layout: Layout) -> None:
         pass
 
-    def send(self, kind: int, source: int, target: int, microbatch: int, tensors: list, layout: Layout) -> None:
+    def send(self, kind: int, source: int, target: int, microbatch: int, tensors: list[torch.Tensor],
+             layout: Layout) -> None:
         self._held[kind, source, target, microbatch] = tensors
 
     def recv(self, kind: int, source: int, target: int, microbatch: int, layout: Layout) -> list[torch.Tensor]:
@@ -40,10 +72,11 @@ class NullTransport(LocalTransport):
         super().__init__()
         self._zeros: dict[int, list[torch.Tensor]] = {}
 
-    def send(self, kind, source, target, microbatch, tensors, layout) -> None:
+    def send(self, kind: int, source: int, target: int, microbatch: int, tensors: list[torch.Tensor],
+             layout: Layout) -> None:
         pass
 
-    def recv(self, kind, source, target, microbatch, layout) -> list[torch.Tensor]:
+    def recv(self, kind: int, source: int, target: int, microbatch: int, layout: Layout) -> list[torch.Tensor]:
         found = self._zeros.get(id(layout))
         if found is None:
             found = self._zeros[id(layout)] = unpack(torch.zeros(layout.bytes, dtype=torch.uint8), layout)

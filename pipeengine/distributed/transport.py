@@ -7,6 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from pipeengine.distributed.failure import start
 from pipeengine.distributed.local import LocalTransport
 from pipeengine.distributed.waiting import Waiter, give_up
 from pipeengine.errors import WorkerError
@@ -61,7 +62,7 @@ class DistributedTransport:
             return
         buffer = allocate(layout, self._device)
         tag = self._tag(kind, source, target, microbatch) if self._tagged else 0
-        self._posted[kind, source, target, microbatch] = buffer, self._groups[ends].recv([buffer], self._place[ends][0], tag)
+        self._posted[kind, source, target, microbatch] = buffer, start(self._groups[ends].recv, [buffer], self._place[ends][0], tag)
 
     def send(self, kind: int, source: int, target: int, microbatch: int, tensors: list, layout: Layout) -> None:
         """Start sending; the buffer lives until the receiver has it.
@@ -78,7 +79,7 @@ class DistributedTransport:
         tag = self._tag(kind, source, target, microbatch) if self._tagged else 0
         if len(self._sent) >= UNDERWAY:
             self._forget(2)
-        self._sent.append((self._groups[ends].send([buffer], self._place[ends][1], tag), buffer))
+        self._sent.append((start(self._groups[ends].send, [buffer], self._place[ends][1], tag), buffer))
         self.messages += 1
         self.bytes += layout.payload_bytes
 

@@ -8,6 +8,8 @@ from time import perf_counter
 
 import torch.distributed as dist
 
+from pipeengine.distributed.failure import ConnectionLost
+
 
 class Waiter:
     """The one place that blocks. It waits on a helper thread, so that Ctrl-C reaches the caller.
@@ -22,10 +24,11 @@ class Waiter:
         self.seconds = 0.0
 
     def wait(self, *work: dist.Work) -> None:
-        """Return when all of ``work`` is done; raise what it raised."""
+        """Return when all of ``work`` is done; raises ``ConnectionLost`` when it broke off."""
         if all(one.is_completed() for one in work):
-            for one in work:
-                one.wait()
+            error = _outcome(work)
+            if error is not None:
+                raise error
             return
         start = perf_counter()
         if self._thread is None:
@@ -55,15 +58,23 @@ def _serve(todo: queue.SimpleQueue) -> None:
     while (task := todo.get()) is not None:
         work, done = task
         del task
-        try:
-            for one in work:
-                one.wait()
-            error = one = None
-        except BaseException as caught:         # handed to the thread that waits
-            error, one = caught.with_traceback(None), None
+        error = _outcome(work)
         del work
         done.put(error)
-        del done
+        del done, error
+
+
+def _outcome(work: tuple[dist.Work, ...]) -> ConnectionLost | None:
+    """Wait for ``work``; what went wrong, without references to it (they would keep the connections open)."""
+    try:
+        for one in work:
+            one.wait()
+    except Exception as error:
+        return ConnectionLost(str(error))
+    finally:
+        del work
+        one = None
+    return None
 
 
 def give_up(group: dist.ProcessGroup) -> None:

@@ -7,26 +7,82 @@ from __future__ import annotations
 
 import json
 import pickle
-import traceback
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from time import sleep
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from pipeengine import errors
+from pipeengine.distributed.failure import ConnectionLost, Description, start
+from pipeengine.distributed.local import LocalTransport, Transport
+from pipeengine.distributed.tied_parameters import NoTies, Tie, TiedParameters
+from pipeengine.distributed.transport import DistributedTransport
 from pipeengine.distributed.waiting import Waiter, give_up
 from pipeengine.errors import InputError, PipeEngineError, WorkerError
 
 _SLOTS = 8
 
 
+class Workers(Protocol):
+    """The workers of one pipeline, seen from worker ``rank`` of ``size``. Every method but ``publish`` and ``published``
+    is called by all of them."""
+
+    rank: int
+    size: int
+    backend: str | None
+
+    def run_synchronized(self, what: Callable[[], object]) -> object:
+        """Do something that needs no other worker, on all of them; if it fails on one, raise its error on all."""
+
+    def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str]) -> None:
+        """The same ``facts`` everywhere, and nobody has a ``problem``; else the same error everywhere."""
+
+    def broadcast_object(self, value: object, source: int = 0) -> object:
+        """``source``'s ``value`` on every worker."""
+
+    def all_gather_object(self, value: object) -> list:
+        """Every worker's ``value``, in order of rank."""
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """A tensor of ``source`` on every worker; all pass one of the same shape and dtype."""
+
+    def send_to_first(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """A tensor of ``source`` on worker 0; only these two call it, and both pass one of the same shape and dtype."""
+
+    def all_reduce(self, tensor: torch.Tensor, largest: bool = False) -> torch.Tensor:
+        """Sum (or maximum) over all workers."""
+
+    def connect_stages(self, worker_of: Sequence[int], device: torch.device) -> Transport:
+        """What carries values between stages, ``worker_of[stage]`` being the worker that holds it."""
+
+    def tie(self, ties: Sequence[Tie], tensors: Mapping[str, torch.Tensor], device: torch.device
+            ) -> TiedParameters | NoTies:
+        """What keeps copies of shared parameters equal; they have the owner's value afterwards."""
+
+    def fail(self, error: BaseException, where: str) -> BaseException:
+        """Tell the others of ``error``, and return what this worker is to raise."""
+
+    def publish(self, text: str) -> None:
+        """Leave a text for the others to find; nobody waits."""
+
+    def published(self) -> dict[int, str]:
+        """What each worker has left last, for those that have."""
+
+    def close(self) -> None:
+        """Give the connections up."""
+
+
 class SingleProcess:
     """One process that runs every stage."""
 
     rank, size = 0, 1
-    ranks: tuple[int, ...] = (0,)
+    backend = None
+
+    def __init__(self) -> None:
+        self._published: dict[int, str] = {}
 
     def run_synchronized(self, what: Callable[[], object]) -> object:
         return what()
@@ -44,20 +100,26 @@ class SingleProcess:
     def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         return tensor
 
+    def send_to_first(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        return tensor
+
     def all_reduce(self, tensor: torch.Tensor, largest: bool = False) -> torch.Tensor:
         return tensor
+
+    def connect_stages(self, worker_of: Sequence[int], device: torch.device) -> Transport:
+        return LocalTransport()
+
+    def tie(self, ties: Sequence[Tie], tensors: Mapping[str, torch.Tensor], device: torch.device) -> NoTies:
+        return NoTies()
 
     def fail(self, error: BaseException, where: str) -> BaseException:
         return error
 
-    def interrupted(self) -> Exception | None:
-        return None
-
     def publish(self, text: str) -> None:
-        self._published = text
+        self._published = {0: text}
 
     def published(self) -> dict[int, str]:
-        return {0: self._published} if hasattr(self, "_published") else {}
+        return self._published
 
     def close(self) -> None:
         pass
@@ -66,15 +128,24 @@ class SingleProcess:
 class ProcessGroupWorkers:
     """The processes of a pipeline, on a control group of their own."""
 
-    def __init__(self, ranks: Sequence[int], timeout: timedelta):
-        self.ranks = tuple(ranks)
+    def __init__(self, ranks: Sequence[int], timeout: timedelta, backend: str = "gloo"):
+        self.ranks, self.backend = tuple(ranks), backend
         self.rank, self.size = self.ranks.index(dist.get_rank()), len(self.ranks)
         self.timeout = timeout
         self.waiter = Waiter(self.interrupted)
+        self._name: str | None = None
         self._group: dist.ProcessGroup | None = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
         self._store = dist.PrefixStore("pipeengine", dist.distributed_c10d._get_default_store())
         self._name = self.broadcast_object(uuid.uuid4().hex)
-        self._problems = 0
+
+    def connect_stages(self, worker_of: Sequence[int], device: torch.device) -> Transport:
+        return DistributedTransport(worker_of, self.rank, self.ranks, device, self.backend, self.timeout, self.waiter)
+
+    def tie(self, ties: Sequence[Tie], tensors: Mapping[str, torch.Tensor], device: torch.device) -> TiedParameters:
+        tied = TiedParameters(ties, {tie.name: tensors[tie.name] for tie in ties if self.rank in tie.workers},
+                              self.rank, self.ranks, self.backend, self.timeout, self.waiter)
+        tied.equalise()
+        return tied
 
     # -- collectives ------------------------------------------------------------------------------------------------
 
@@ -88,12 +159,12 @@ class ProcessGroupWorkers:
         """Every worker's ``value``, in order of rank."""
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in self.ranks]
-        self._wait(dist.all_gather(sizes, torch.tensor([data.numel()]), group=self._group, async_op=True))
+        self._wait(start(dist.all_gather, sizes, torch.tensor([data.numel()]), group=self._group, async_op=True))
         longest = max(int(size) for size in sizes)
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[:data.numel()] = data
         parts = [torch.empty(longest, dtype=torch.uint8) for _ in self.ranks]
-        self._wait(dist.all_gather(parts, padded, group=self._group, async_op=True))
+        self._wait(start(dist.all_gather, parts, padded, group=self._group, async_op=True))
         return [pickle.loads(bytes(part[:int(size)].tolist())) if int(size) < 1 << 12 else
                 pickle.loads(part[:int(size)].numpy().tobytes()) for part, size in zip(parts, sizes)]
 
@@ -101,23 +172,32 @@ class ProcessGroupWorkers:
         """``source``'s ``value`` on every worker."""
         data = torch.frombuffer(bytearray(pickle.dumps(value if self.rank == source else None)), dtype=torch.uint8)
         size = torch.tensor([data.numel()])
-        self._wait(dist.broadcast(size, self.ranks[source], group=self._group, async_op=True))
+        self._wait(start(dist.broadcast, size, self.ranks[source], group=self._group, async_op=True))
         if self.rank != source:
             data = torch.empty(int(size), dtype=torch.uint8)
-        self._wait(dist.broadcast(data, self.ranks[source], group=self._group, async_op=True))
+        self._wait(start(dist.broadcast, data, self.ranks[source], group=self._group, async_op=True))
         return value if self.rank == source else pickle.loads(data.numpy().tobytes())
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """A small tensor of ``source`` on every worker; all pass one of the same shape and dtype."""
         moved = tensor.detach().cpu().contiguous()
-        self._wait(dist.broadcast(moved, self.ranks[source], group=self._group, async_op=True))
+        self._wait(start(dist.broadcast, moved, self.ranks[source], group=self._group, async_op=True))
         return moved.to(tensor.device)
+
+    def send_to_first(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """A tensor of ``source`` on worker 0; only these two call it, and both pass one of the same shape and dtype."""
+        moved = tensor.detach().cpu().contiguous()
+        if source == 0:
+            return moved
+        operation, peer = (dist.irecv, source) if self.rank == 0 else (dist.isend, 0)
+        self._wait(start(operation, moved, self.ranks[peer], group=self._group))
+        return moved
 
     def all_reduce(self, tensor: torch.Tensor, largest: bool = False) -> torch.Tensor:
         """Sum (or maximum) over all workers."""
         moved = tensor.detach().cpu()
-        work = dist.all_reduce(moved, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=self._group, async_op=True)
-        self._wait(work)
+        kind = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+        self._wait(start(dist.all_reduce, moved, kind, group=self._group, async_op=True))
         return moved.to(tensor.device)
 
     # -- records ----------------------------------------------------------------------------------------------------
@@ -139,10 +219,7 @@ class ProcessGroupWorkers:
             result, problem = what(), None
         except Exception as error:
             result, problem = None, error
-        found = self.all_gather_object(None if problem is None else _describe(problem))
-        for rank, description in enumerate(found):
-            if description is not None:
-                raise _error(description, rank, self.rank, problem)
+        self._raise_first(problem)
         return result
 
     def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str]) -> None:
@@ -151,14 +228,12 @@ class ProcessGroupWorkers:
         mine[0] = problem is not None
         mine[1:1 + len(facts)] = torch.tensor([fact & (1 << 63) - 1 for fact in facts])
         found = [torch.empty_like(mine) for _ in self.ranks]
-        self._wait(dist.all_gather(found, mine, group=self._group, async_op=True))
+        self._wait(start(dist.all_gather, found, mine, group=self._group, async_op=True))
         if all(torch.equal(other, mine) for other in found) and problem is None:
             return
         rows = [other.tolist() for other in found]
         if any(row[0] for row in rows):
-            for rank, description in enumerate(self.all_gather_object(None if problem is None else _describe(problem))):
-                if description is not None:
-                    raise _error(description, rank, self.rank, problem)
+            self._raise_first(problem)
         for number, name in enumerate(names, 1):
             values = [row[number] for row in rows]
             if len(set(values)) > 1:
@@ -166,11 +241,17 @@ class ProcessGroupWorkers:
                 raise InputError(f"workers disagree on {name}: worker 0 has {values[0]}, worker {other} has {values[other]}; "
                                  "every worker must make the same calls with the same batch")
 
+    def _raise_first(self, problem: Exception | None) -> None:
+        """Raise the problem of the first worker that has one, on every worker."""
+        for rank, description in enumerate(self.all_gather_object(problem and Description.of(problem))):
+            if description is not None:
+                raise problem if rank == self.rank else description.error(rank)
+
     # -- failure ----------------------------------------------------------------------------------------------------
 
     def interrupted(self) -> Exception | None:
         """The failure of another worker, if one has been recorded."""
-        if not self._group or not hasattr(self, "_name"):
+        if self._group is None or self._name is None:
             return None
         try:
             return self._recorded() if self._store.check([f"{self._name}/failure"]) else None
@@ -184,16 +265,16 @@ class ProcessGroupWorkers:
 
     def fail(self, error: BaseException, where: str) -> BaseException:
         """Record ``error`` unless another worker was first, and return what this worker is to raise."""
-        record = {"rank": self.rank, "where": where, "error": f"{type(error).__name__}: {error}",
-                  "traceback": "".join(traceback.format_exception(error))}
-        secondary = isinstance(error, (RuntimeError, dist.DistError)) and _is_connection(error)
+        told = Description.of(error)
+        record = {"rank": self.rank, "where": where, "error": f"{told.kind}: {told.text}", "traceback": told.traceback}
+        secondary = isinstance(error, ConnectionLost)
         try:
             if secondary:
                 # A closed connection is a consequence: leave the first word to the worker that failed.
                 for _ in range(20):
                     if self._store.check([f"{self._name}/failure"]):
                         return self._recorded()
-                    _pause()
+                    sleep(0.05)
             if self._store.add(f"{self._name}/failures", 1) == 1:
                 self._store.set(f"{self._name}/failure", json.dumps(record))
                 return self._own_failure(error, where, secondary)
@@ -215,33 +296,7 @@ class ProcessGroupWorkers:
             give_up(group)
 
 
-def _pause() -> None:
-    import time
-    time.sleep(0.05)
-
-
-def _is_connection(error: BaseException) -> bool:
-    text = str(error)
-    return any(sign in text for sign in ("Connection closed", "Connection reset", "onnection refused", "Broken pipe", "gloo",
-                                         "NCCL", "Timed out"))
-
-
-def _describe(error: Exception) -> tuple[str, str, str]:
-    return type(error).__name__, str(error), "".join(traceback.format_exception(error))
-
-
-def _error(description: tuple[str, str, str], rank: int, own: int, problem: Exception | None) -> Exception:
-    """What every worker raises for the problem of one."""
-    if rank == own and problem is not None:
-        return problem
-    kind, text, trace = description
-    known = getattr(errors, kind, None)
-    if known is not None:
-        return known(f"{text} (on worker {rank})")
-    return WorkerError(f"worker {rank} failed: {kind}: {text}\n--- traceback of worker {rank} ---\n{trace}")
-
-
-def connect(mesh: object, device: torch.device, launched: bool, timeout: timedelta = timedelta(minutes=10)) -> SingleProcess | ProcessGroupWorkers:
+def connect(mesh: object, device: torch.device, launched: bool, timeout: timedelta = timedelta(minutes=10)) -> Workers:
     """The workers of this job: the ``pp`` dimension of ``mesh``, the default process group, or this process alone.
 
     Where processes were ``launched`` (by torchrun) without a process group, one is started.
@@ -249,11 +304,16 @@ def connect(mesh: object, device: torch.device, launched: bool, timeout: timedel
     if mesh is not None:
         group = mesh.get_group("pp") if "pp" in (mesh.mesh_dim_names or ()) else mesh.get_group()
         ranks = dist.get_process_group_ranks(group)
-        return ProcessGroupWorkers(ranks, timeout) if len(ranks) > 1 else SingleProcess()
+        return ProcessGroupWorkers(ranks, timeout, _backend(device)) if len(ranks) > 1 else SingleProcess()
     if not dist.is_initialized():
         if not launched:
             return SingleProcess()
         dist.init_process_group("gloo" if device.type == "cpu" else None, timeout=timeout)
     if dist.get_world_size() == 1:
         return SingleProcess()
-    return ProcessGroupWorkers(range(dist.get_world_size()), timeout)
+    return ProcessGroupWorkers(range(dist.get_world_size()), timeout, _backend(device))
+
+
+def _backend(device: torch.device) -> str:
+    """What carries tensors on ``device``."""
+    return "gloo" if device.type == "cpu" else dist.get_default_backend_for_device(device)

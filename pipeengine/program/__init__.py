@@ -1,4 +1,5 @@
 """A schedule goes in, a ``Program`` comes out: its messages placed, and the proof that it completes. No torch."""
+
 from pipeengine.program.checking import check
 from pipeengine.program.lowering import lower
 from pipeengine.program.program import UNDERWAY, WINDOW, Action, Program

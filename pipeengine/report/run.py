@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,14 +27,22 @@ def predict(plan: Plan, schedule: Schedule, **link: float | None) -> Timeline:
     return replace(timeline, peak_bytes=step_bytes(plan, schedule))
 
 
-def measured(records: Mapping[int, Sequence[Record]], *, schedule: str, num_workers: int) -> Timeline | None:
-    """The timeline of the step that the workers (lanes) have recorded."""
-    rows = [(worker, *record) for worker in sorted(records) for record in records[worker]]
+def measured_timeline(published: Mapping[int, str], *, schedule: str, num_workers: int,
+                      num_stages: int) -> Timeline | None:
+    """The timeline of the step that the workers have published last, as JSON each; None where nobody has.
+
+    In one process every stage is a lane of its own.
+    """
+    lanes: dict[int, list[Record]] = {}
+    for rank, text in published.items():
+        for record in json.loads(text)["records"]:
+            lanes.setdefault(record[1] if num_workers == 1 else rank, []).append(tuple(record))
+    rows = [(worker, *record) for worker in sorted(lanes) for record in lanes[worker]]
     if not rows:
         return None
     worker, op, stage, microbatch, start, end = zip(*rows)
     return Timeline.from_columns(worker, op, stage, microbatch, start, end, name=f"{schedule}, measured",
-                                 num_workers=num_workers)
+                                 num_workers=num_workers if num_workers > 1 else num_stages)
 
 
 def stage_rows(plan: Plan, schedule: Schedule, parameters: Mapping[int, int], num_microbatches: int) -> Iterator[StageRow]:
@@ -49,8 +57,9 @@ def stage_rows(plan: Plan, schedule: Schedule, parameters: Mapping[int, int], nu
                        sent_messages=num_microbatches * (len(sends) + len(returns)))
 
 
-def save(report: RunReport, folder: Path) -> None:
+def save_report(report: RunReport, folder: Path) -> None:
     """``report.json`` for ``pipeengine report``, ``report.html`` to look at, ``trace.json`` for Perfetto."""
+    folder.mkdir(parents=True, exist_ok=True)
     report.save(folder / "report.json")
     (folder / "report.html").write_text(report_html(report))
     timelines = [timeline for timeline in (report.predicted, report.measured) if timeline is not None]

@@ -1,6 +1,19 @@
 """A batch goes in, a loss comes out: which actions a worker runs, and the one executor that runs them."""
+
 from pipeengine.runtime.executor import Executor, Task
 from pipeengine.runtime.outputs import merge_outputs
-from pipeengine.runtime.programs import ProgramCache
+from pipeengine.runtime.programs import ProgramCache, ScheduleChoice, splits_backward
+from pipeengine.runtime.step import StepRunner
+from pipeengine.runtime.tasks import BatchReader, TaskMaker
 
-__all__ = ["Executor", "ProgramCache", "Task", "merge_outputs"]
+__all__ = [
+    "BatchReader",
+    "Executor",
+    "ProgramCache",
+    "ScheduleChoice",
+    "StepRunner",
+    "Task",
+    "TaskMaker",
+    "merge_outputs",
+    "splits_backward",
+]

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeengine.autograd import Queue
 from pipeengine.autograd import run as run_deferred
+from pipeengine.distributed import Transport
 from pipeengine.rng import RngStreams
 from pipeengine.stages import ACTIVATION, GRADIENT, Runnable
 
@@ -24,13 +25,12 @@ class Task:
     stages: dict[int, Runnable]
     weight: float
     key: int | None
-    links: frozenset[tuple[int, int]]
 
 
 class Executor:
     """Runs the actions of one worker. ``records`` holds (op, stage, microbatch, start, end) of the last step, in seconds."""
 
-    def __init__(self, transport, rng: RngStreams):
+    def __init__(self, transport: Transport, rng: RngStreams):
         self._transport, self._rng = transport, rng
         self._do = {"F": self._forward, "B": self._backward, "I": self._input_gradient, "W": self._weight_gradient,
                     "SA": self._send_activation, "RA": self._post_activation,

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pipeengine.errors import ScheduleError
 from pipeengine.program import WINDOW, lower
@@ -14,116 +14,130 @@ Links = frozenset[tuple[int, int, bool, bool]]          # (source, target, activ
 
 
 @dataclass(frozen=True)
-class ProgramCache:
-    """The orders of one pipeline: ``num_stages`` stages on ``num_workers`` processes, seen from process ``worker``.
-
-    ``costs`` are the plan's, once there is one: schedules that are made for given times, and the places of messages, follow them.
-    """
+class ScheduleChoice:
+    """A schedule as it was asked for: ``num_stages`` stages on ``num_workers`` processes."""
 
     schedule: str | Callable[..., Schedule] | Schedule
     num_stages: int
     num_microbatches: int
     num_workers: int
-    worker: int
-    costs: Costs | None = None
-    _known: dict[tuple, object] = field(default_factory=dict, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.schedule, str) and self.schedule not in SCHEDULES:
-            object.__setattr__(self, "schedule", find(self.schedule))
 
     @property
     def name(self) -> str:
-        return self.schedule if isinstance(self.schedule, str) else \
-            getattr(self.schedule, "name", getattr(self.schedule, "__name__", "custom"))
+        """What the schedule is called; for one that is no name of the table, what it calls itself."""
+        meant = self.schedule
+        if isinstance(meant, str) and meant not in SCHEDULES:
+            meant = find(meant)
+        return meant if isinstance(meant, str) else getattr(meant, "name", getattr(meant, "__name__", "custom"))
 
-    def build(self, num_microbatches: int | None = None) -> Schedule:
-        """The schedule itself, made once. In one process every stage acts as a worker of its own, if the schedule can do that."""
-        key = "built", num_microbatches or self.num_microbatches
-        if key not in self._known:
-            self._known[key] = self._build(key[1])
-        return self._known[key]
+    def build(self, costs: Costs | None = None, num_microbatches: int | None = None) -> Schedule:
+        """The schedule, made for ``costs`` where it is one that follows them.
 
-    def _build(self, num_microbatches: int) -> Schedule:
+        In one process every stage acts as a worker of its own, if the schedule can do that. Raises ``ScheduleError`` when
+        it cannot hold these stages.
+        """
         half = self.num_stages // 2
         choices = [self.num_workers] if self.num_workers > 1 else \
             [n for n in (self.num_stages, *range(half, 0, -1)) if self.num_stages % n == 0]
         problem: ScheduleError | None = None
         for workers in choices:
             try:
-                made = build(self.schedule, num_workers=workers, num_microbatches=num_microbatches,
-                             stages_per_worker=self.num_stages // workers, costs=self.costs)
+                made = build(self.schedule, num_workers=workers, costs=costs,
+                             num_microbatches=num_microbatches or self.num_microbatches,
+                             stages_per_worker=self.num_stages // workers)
             except ScheduleError as error:
                 problem = problem or error
                 continue
             if made.topology.num_routes > 1:
-                raise ScheduleError(f"schedule {made.name} sends micro-batches both ways through two copies of the model; it can be "
-                                    'simulated but not run: try "dualpipe-v"')
+                raise ScheduleError(f"schedule {made.name} sends micro-batches both ways through two copies of the model; "
+                                    'it can be simulated but not run: try "dualpipe-v"')
             if made.topology.num_stages == self.num_stages:
                 return made
             problem = problem or ScheduleError(
-                f"schedule {made.name} holds {made.topology.num_stages} stages on {workers} workers, {self.num_stages} were asked "
-                f"for; try num_stages={made.topology.num_stages}")
+                f"schedule {made.name} holds {made.topology.num_stages} stages on {workers} workers, {self.num_stages} "
+                f"were asked for; try num_stages={made.topology.num_stages}")
         raise problem
 
-    @property
-    def worker_of(self) -> tuple[int, ...]:
+    def worker_of(self, schedule: Schedule) -> tuple[int, ...]:
         """The process that holds each stage."""
-        return self.build().topology.worker_of if self.num_workers > 1 else (0,) * self.num_stages
+        return schedule.topology.worker_of if self.num_workers > 1 else (0,) * self.num_stages
+
+
+class ProgramCache:
+    """The programs of process ``worker``, each made once: for a number of micro-batches and a set of boundaries.
+
+    ``costs`` are the plan's: schedules that are made for given times, and the places of messages, follow them.
+    """
+
+    def __init__(self, choice: ScheduleChoice, worker: int, costs: Costs):
+        self._choice, self._worker, self._costs = choice, worker, costs
+        self._built = choice.build(costs)
+        self._schedules: dict[int, Schedule] = {}
+        self._split: dict[int, tuple[frozenset[int], ...]] = {}
+        self._actions: dict[tuple[int, Links, bool], list[tuple]] = {}
+
+    @property
+    def name(self) -> str:
+        """The schedule's name."""
+        return self._choice.name
 
     @property
     def splits_backward(self) -> bool:
         """Whether input and weight gradients are separate actions, at least for some micro-batches."""
-        return any((lane.op == I).any() for lane in self.build().lanes)
+        return splits_backward(self._built)
+
+    def schedule(self, num_microbatches: int) -> Schedule:
+        """The schedule that a batch of so many micro-batches runs."""
+        if num_microbatches not in self._schedules:
+            self._schedules[num_microbatches] = self._fitting(num_microbatches)
+        return self._schedules[num_microbatches]
+
+    def _fitting(self, num_microbatches: int) -> Schedule:
+        """A last batch may have fewer micro-batches than the schedule is made for."""
+        try:
+            made = self._choice.build(self._costs, num_microbatches)
+            if made.topology == self._built.topology:
+                return made
+        except ScheduleError:
+            pass
+        return self._built.keep(num_microbatches)
 
     def split_backward_stages(self, num_microbatches: int) -> tuple[frozenset[int], ...]:
         """For each micro-batch of a batch of so many, the stages whose backward is two actions, I and W."""
-        key = "split_backward_stages", num_microbatches
-        if key not in self._known:
-            op, stage, microbatch = self.order(num_microbatches).columns
-            found: list[set[int]] = [set() for _ in range(num_microbatches)]
+        if num_microbatches not in self._split:
+            op, stage, microbatch = self.schedule(num_microbatches).columns
+            stages: list[set[int]] = [set() for _ in range(num_microbatches)]
             for s, k in zip(stage[op == I].tolist(), microbatch[op == I].tolist()):
-                found[k].add(s)
-            self._known[key] = tuple(map(frozenset, found))
-        return self._known[key]
+                stages[k].add(s)
+            self._split[num_microbatches] = tuple(map(frozenset, stages))
+        return self._split[num_microbatches]
 
     def actions(self, num_microbatches: int, links: Links, *, training: bool) -> list[tuple]:
         """This process's actions for a batch of so many micro-batches."""
         key = num_microbatches, links, training
-        if key not in self._known:
+        if key not in self._actions:
             edges = tuple(Edge(source, target, activation, gradient and training)
                           for source, target, activation, gradient in _merged(links) if activation or training)
-            self._known[key] = self._listed(self.order(num_microbatches) if training else self._forward(num_microbatches), edges)
-        return self._known[key]
+            self._actions[key] = self._listed(
+                self.schedule(num_microbatches) if training else self._forward(num_microbatches), edges)
+        return self._actions[key]
 
     def _forward(self, num_microbatches: int) -> Schedule:
-        shape = self.build().topology
+        shape = self._built.topology
         return forward_schedule(shape.num_workers, num_microbatches, shape)
 
-    def order(self, num_microbatches: int) -> Schedule:
-        """The schedule that a batch of so many micro-batches runs, made once."""
-        key = "order", num_microbatches
-        if key not in self._known:
-            self._known[key] = self._fitting(num_microbatches)
-        return self._known[key]
-
-    def _fitting(self, num_microbatches: int) -> Schedule:
-        """A last batch may have fewer micro-batches than the schedule is made for."""
-        shape = self.build().topology
-        try:
-            made = self.build(num_microbatches)
-            if made.topology == shape:
-                return made
-        except ScheduleError:
-            pass
-        return self.build().keep(num_microbatches)
-
     def _listed(self, schedule: Schedule, edges: tuple[Edge, ...]) -> list[tuple]:
-        if self.num_workers > 1:
-            return [tuple(action) for action in lower(schedule, edges, self.costs, window=WINDOW).actions(self.worker)]
+        if self._choice.num_workers > 1:
+            return [tuple(action) for action in
+                    lower(schedule, edges, self._costs, window=WINDOW).actions(self._worker)]
         timeline = simulate(schedule, None, edges)      # in one process any order that respects the schedule will do
         order = sorted(range(len(timeline.start)), key=lambda i: (timeline.start[i], timeline.stage[i]))
         return [(OPS[timeline.op[i]], int(timeline.stage[i]), int(timeline.microbatch[i]), -1) for i in order]
+
+
+def splits_backward(schedule: Schedule) -> bool:
+    """Whether a schedule has input and weight gradients as separate actions."""
+    return any((lane.op == I).any() for lane in schedule.lanes)
 
 
 def _merged(links: Links) -> list[tuple[int, int, bool, bool]]:

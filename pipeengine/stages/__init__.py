@@ -3,6 +3,7 @@
 Placement says which node runs where, splitting cuts, codegen writes straight-line Python, the cache remembers one set of stages
 for every kind of micro-batch.
 """
+
 from pipeengine.stages.cache import Specialization, SpecializationCache
 from pipeengine.stages.message import (
     ACTIVATION,
@@ -19,4 +20,19 @@ from pipeengine.stages.placement import Placement
 from pipeengine.stages.replay_check import check_recording
 from pipeengine.stages.runnable import Runnable
 
-__all__ = ["ACTIVATION", "GRADIENT", "Layout", "Placement", "Runnable", "Specialization", "SpecializationCache", "check_header", "check_recording", "has_arrived", "header", "pack", "allocate", "unpack"]
+__all__ = [
+    "ACTIVATION",
+    "GRADIENT",
+    "Layout",
+    "Placement",
+    "Runnable",
+    "Specialization",
+    "SpecializationCache",
+    "allocate",
+    "check_header",
+    "check_recording",
+    "has_arrived",
+    "header",
+    "pack",
+    "unpack",
+]

@@ -40,6 +40,12 @@ class Specialization:
     outputs: tuple[int, ...]
     digest: int
 
+    def own_copies(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """``tensors`` with copies of those that the forward changes in place: the user's batch stays as it is."""
+        if not self.cloned:
+            return tensors
+        return [tensor.clone() if i in self.cloned else tensor for i, tensor in enumerate(tensors)]
+
 
 class Runnables:
     """The stages of this worker for one kind of micro-batch, each compiled once, when it is first needed.
@@ -121,10 +127,6 @@ class SpecializationCache:
         links = frozenset((link.source, link.target, bool(link.values), bool(link.gradients)) for link in cut.links)
         return Specialization(recording, cut, Runnables(self._own, runnable), guard_check(flow, self._model, self._rng), target_count(flow, self._model),
                        cloned, links, wanted, _digest(cut))
-
-    def seed(self, key: tuple, specialization: Specialization) -> None:
-        """Remember a specialization made elsewhere."""
-        self._known.setdefault(key, []).append(specialization)
 
 
 def _digest(cut: Split) -> int:

@@ -1,4 +1,5 @@
 """Costs go in, an order made for them comes out; and the table of all schedules by name. No torch."""
+
 from pipeengine.synthesis.auto import auto
 from pipeengine.synthesis.bound import lower_bound
 from pipeengine.synthesis.problem import OBJECTIVES

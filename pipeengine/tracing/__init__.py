@@ -2,6 +2,7 @@
 
 ``capture`` records; ``analyse`` finds what depends on what. Nothing of the model is changed by either.
 """
+
 from pipeengine.tracing.capturing import capture
 from pipeengine.tracing.dataflow import Dataflow, analyse
 from pipeengine.tracing.inputs import Inputs, find_loss
@@ -23,4 +24,29 @@ from pipeengine.tracing.recording import (
     refs,
 )
 
-__all__ = ["Call", "Dataflow", "Inputs", "Node", "NodeCost", "Rebuilt", "Recording", "Ref", "TensorSpec", "analyse", "capture", "current_modes", "tree_encode", "encoded_leaves", "fill", "find_loss", "leaves", "node_refs", "picks", "refs", "tree_map", "switch", "tensors", "undisturbed"]
+__all__ = [
+    "Call",
+    "Dataflow",
+    "Inputs",
+    "Node",
+    "NodeCost",
+    "Rebuilt",
+    "Recording",
+    "Ref",
+    "TensorSpec",
+    "analyse",
+    "capture",
+    "current_modes",
+    "encoded_leaves",
+    "fill",
+    "find_loss",
+    "leaves",
+    "node_refs",
+    "picks",
+    "refs",
+    "switch",
+    "tensors",
+    "tree_encode",
+    "tree_map",
+    "undisturbed",
+]

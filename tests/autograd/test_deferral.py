@@ -338,12 +338,12 @@ def test_both_halves_do_their_part():
     case = zoo.AWKWARD["Positional"]
     model, seen = case.build(), {}
     pipe = pipeline(case, model)
-    act = pipe._executor._do["I"]
+    act = pipe._runner.executor._do["I"]
 
     def watch(stage: int, *action: object) -> None:
         act(stage, *action)
         seen.setdefault(stage, {n for n, p in model.named_parameters() if p.grad is not None})
-    pipe._executor._do["I"] = watch
+    pipe._runner.executor._do["I"] = watch
     step(pipe, case, case.batches[0])
     assert sorted(seen) == [0, 1] and all(".norm." in name for name in seen[1])
     assert gradients(model).keys() == dict(model.named_parameters()).keys()
@@ -353,7 +353,7 @@ def test_only_a_halved_backward_pays_for_it():
     """Where a schedule has both kinds, a micro-batch whose backward is one action runs the stage as it is without."""
     case, seen = zoo.AWKWARD["Positional"], {"B": set(), "I": set()}
     pipe = pipeline(case, case.build(), schedule="dualpipe-v", num_stages=4)
-    executor = pipe._executor
+    executor = pipe._runner.executor
     for op in seen:
         def watch(stage: int, microbatch: int, peer: int, op=op, act=executor._do[op]) -> None:
             seen[op].add(executor._tasks[microbatch].stages[stage].deferral is not None)
@@ -392,7 +392,7 @@ def test_nothing_is_left_waiting(name):
     pipe = pipeline(case, model, num_stages=2)
     for _ in range(2):
         step(pipe, case, case.batches[0])
-    assert not pipe._executor._waiting and not pipe._executor._saved and not pipe._executor._ready
+    assert not pipe._runner.executor._waiting and not pipe._runner.executor._saved and not pipe._runner.executor._ready
     assert live(lambda: step(pipe, case, case.batches[0])).left == 4
 
 

@@ -47,7 +47,7 @@ def test_less_stays_between_the_halves_than_before(name):
     batch = {key: value[:1] for key, value in batch.items()}
     for _ in range(2):
         pipe.step(**batch)
-    do = pipe._executor._do
+    do = pipe._runner.executor._do
     for op in "FI":
         def marked(*action: int, act=do[op], op=op) -> None:
             mark("before " + op)

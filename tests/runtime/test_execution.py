@@ -66,7 +66,7 @@ def run(pipe: pe.Pipeline, name: str, rows: int) -> tuple:
     before = pipe.messages
     loss = step(pipe, name, rows)
     return (loss, {n: p.grad.clone() for n, p in pipe.named_parameters() if p.grad is not None}, pipe.messages - before,
-            [record[:3] for record in pipe._executor.records])
+            [record[:3] for record in pipe._runner.executor.records])
 
 
 def tolerance(name: str, plan: pe.Plan) -> float:
@@ -164,7 +164,7 @@ def left_over(pipe: pe.Pipeline, name: str) -> int:
     It sees one thread: when a thread of gloo lets go of a collective's tensors last, they seem to stay.
     """
     found = live(lambda: step(pipe, name, MOST)).left
-    executor, transport = pipe._executor, pipe._transport
+    executor, transport = pipe._runner.executor, pipe._runner.transport
     assert not any((executor._saved, executor._waiting, executor._ready, transport._posted, transport._sent,
                     transport._local._held))
     agreement = 64 * (1 + dist.get_world_size())

@@ -1,0 +1,345 @@
+"""From what a user asked for to everything that a step needs, as a line of values.
+
+``assemble(options, workers, device)`` records the model, prices it, plans it, places it and connects the workers; each step
+is a function of what came before, and every worker comes to the same end or raises the same error.
+"""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import networkx
+import torch
+
+import partitioners
+from partitioners import Plan
+from partitioners.plan import check_rules
+from pipeengine.autograd import Recompute, find_deferrable
+from pipeengine.checkpoint import fetch_missing, load_stage, release_foreign
+from pipeengine.costs import analytic, cost_graph, made_up_target, measure, price_modules, price_stages
+from pipeengine.distributed import NoTies, Tie, TiedParameters, Transport, Workers
+from pipeengine.errors import InputError, PlanError, ScheduleError
+from pipeengine.options import Options
+from pipeengine.rng import RngStreams
+from pipeengine.runtime import BatchReader, ProgramCache, ScheduleChoice, splits_backward
+from pipeengine.simulation import costs_of
+from pipeengine.stages import Placement, SpecializationCache, check_recording
+from pipeengine.synthesis import build
+from pipeengine.tracing import Dataflow, Inputs, analyse, capture, node_refs, refs
+
+# A message between busy processes of one machine: from the end of what made it to the start of what waits for it, and what the
+# sender spends on it (measured over gloo).
+_HOP_SECONDS, _HANDLING_SECONDS, _LINK_BYTES_PER_SECOND = 4e-4, 1e-4, 1e9
+_GAP, _PLANNING_SECONDS = 0.01, 10.0        # measured costs are not better known than to one per cent
+_NOISE_SECONDS = 5e-4       # differences between stages below this are not worth a second tensor across a cut
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many stages there are, which worker holds each, and what the schedule asks of backward."""
+
+    choice: ScheduleChoice
+    worker_of: tuple[int, ...]
+    splits_backward: bool
+    recompute: Recompute
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the whole pipeline."""
+        return self.choice.num_stages
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The model, recorded on the first micro-batch of the example; ``num_parts`` micro-batches the example makes."""
+
+    flow: Dataflow
+    inputs: Inputs
+    num_parts: int
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Who has which parameters and buffers, by first name: ``first_name`` of every alias, what this worker holds, and
+    what it owns: of a shared tensor the first holder is the owner, of one that no stage uses worker 0."""
+
+    first_name: Mapping[str, str]
+    held: frozenset[str]
+    owner: Mapping[str, int]
+    owned: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """Everything that was decided and made at construction; nothing in it changes which is not said to."""
+
+    plan: Plan
+    priced: Plan                                # the plan with what recomputation changes
+    layout: Layout
+    reader: BatchReader
+    placement: Placement
+    tensors: Tensors
+    rng: RngStreams
+    programs: ProgramCache
+    specializations: SpecializationCache
+    transport: Transport
+    ties: TiedParameters | NoTies
+    num_parts: int
+    link: Mapping[str, float | None]
+
+
+def assemble(options: Options, workers: Workers, device: torch.device) -> Assembly:
+    """Everything a step needs. Every worker calls it; it raises the same error on each of them."""
+    given = read_plan(options.plan, workers)
+    layout = workers.run_synchronized(lambda: lay_out(options, given, workers.size))
+    reader = BatchReader.of(options.model, device, options.num_microbatches, loss_fn=options.loss_fn,
+                            batch_dims=options.batch_dims)
+    recorded = workers.run_synchronized(lambda: record(options, reader))
+    agree_on_construction(options, layout, recorded.flow, workers)
+    link = link_times(workers)
+    graph = workers.run_synchronized(lambda: price(recorded.flow, options, layout, device, workers.rank))
+    price_modules(graph, recorded.flow, layout.recompute.spans(recorded.flow.recording))
+    plan = make_plan(graph, given, options, layout, link, workers)
+    priced = price_stages(plan, layout.recompute.stages)
+    programs = ProgramCache(layout.choice, workers.rank, costs_of(priced, **link))
+    placement, tensors = workers.run_synchronized(lambda: place(options, recorded, plan, layout, workers.rank))
+    fetch_missing(options.model, tensors.held, device, workers)
+    rng = RngStreams(device)
+    specializations = workers.run_synchronized(
+        lambda: settle(options, recorded, layout, programs, placement, tensors, rng, device, workers.rank))
+    transport = workers.connect_stages(layout.worker_of, device)
+    ties = workers.tie(shared_tensors(options.model, layout, placement, tensors),
+                       {**dict(options.model.named_parameters()), **dict(options.model.named_buffers())}, device)
+    return Assembly(plan, priced, layout, reader, placement, tensors, rng, programs, specializations, transport, ties,
+                    recorded.num_parts, link)
+
+
+# -- what was asked for -------------------------------------------------------------------------------------------------
+
+
+def read_plan(plan: Plan | str | Path | None, workers: Workers) -> Plan | None:
+    """The plan that the first worker was given, on every worker."""
+    def read() -> dict | None:
+        if plan is None or workers.rank:
+            return None
+        if not isinstance(plan, (Plan, str, Path)):
+            raise InputError(f"plan is a {type(plan).__name__}; give a Plan or the path of one")
+        try:
+            return (plan if isinstance(plan, Plan) else Plan.load(plan)).to_json()
+        except OSError as error:
+            raise PlanError(f"cannot read the plan: {error}") from error
+    data = workers.broadcast_object(workers.run_synchronized(read))
+    return None if data is None else Plan.from_json(data)
+
+
+def lay_out(options: Options, plan: Plan | None, num_workers: int) -> Layout:
+    """Check the options against each other and against the number of workers; what is unknown is refused here."""
+    options.validate()
+    num_stages = _count_stages(options, plan, num_workers)
+    if num_stages % num_workers:
+        raise InputError(f"{num_stages} stages on {num_workers} workers; every worker holds the same number of stages: try "
+                         f"num_stages={num_workers * max(1, round(num_stages / num_workers))}")
+    choice = ScheduleChoice(options.schedule, num_stages, options.num_microbatches, num_workers)
+    schedule = choice.build()
+    return Layout(choice, choice.worker_of(schedule), splits_backward(schedule),
+                  Recompute.of(options.recompute, num_stages, options.model))
+
+
+def _count_stages(options: Options, plan: Plan | None, num_workers: int) -> int:
+    """As asked, else the plan's, else one per worker; more where the schedule cannot do with one."""
+    if options.num_stages is not None or plan is not None:
+        return options.num_stages if options.num_stages is not None else plan.num_stages
+    microbatches = options.num_microbatches
+    with contextlib.suppress(ScheduleError):
+        return ScheduleChoice(options.schedule, num_workers, microbatches, num_workers).build().topology.num_stages
+    with contextlib.suppress(ScheduleError):
+        return build(options.schedule, num_workers=num_workers, num_microbatches=microbatches).topology.num_stages
+    return num_workers
+
+
+# -- the model ----------------------------------------------------------------------------------------------------------
+
+
+def record(options: Options, reader: BatchReader) -> Recorded:
+    """The model, recorded on the example's first micro-batch."""
+    batch = reader.read(Inputs.of(options.example, options.target))
+    parts = batch.split(options.num_microbatches, reader.device)
+    inputs = batch.again(parts[0])
+    if options.loss_fn is not None and options.target is None:
+        inputs = Inputs(inputs.args, inputs.kwargs,
+                        made_up_target(options.model, inputs, options.loss_fn, reader.device))
+    with torch.enable_grad():
+        recording = capture(options.model, inputs, loss_fn=options.loss_fn, device=reader.device)
+    flow = analyse(recording, outputs=False)
+    if not any(recording.values[v].spec.requires_grad for v in flow.goals):
+        raise InputError("the loss does not depend on any parameter that needs a gradient; is every parameter frozen?")
+    return Recorded(flow, inputs, len(parts))
+
+
+def agree_on_construction(options: Options, layout: Layout, flow: Dataflow, workers: Workers) -> None:
+    """Raise ``InputError`` on every worker unless all were given the same."""
+    facts = {"num_stages": layout.num_stages, "num_microbatches": options.num_microbatches,
+             "schedule": layout.choice.name, "seed": options.seed,
+             "recompute": (sorted(layout.recompute.stages), sorted(layout.recompute.modules)),
+             "the model or the example": f"that with hash {_number(_identity(options.model, flow))}"}
+    everybody = workers.all_gather_object(facts)
+    for name, first in everybody[0].items():
+        other = next((rank for rank, theirs in enumerate(everybody) if theirs[name] != first), None)
+        if other is not None:
+            raise InputError(f"workers disagree on {name}: worker 0 has {first}, worker {other} has "
+                             f"{everybody[other][name]}; start every worker with the same arguments")
+
+
+def _identity(model: torch.nn.Module, flow: Dataflow) -> str:
+    """The model and the example, as text: what workers must agree on."""
+    parameters = [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in model.named_parameters()]
+    nodes = [(node.name, [flow.recording.values[v].spec.shape for v in node.results]) for node in flow.recording.nodes]
+    return repr((parameters, nodes))
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+# -- costs and plan -----------------------------------------------------------------------------------------------------
+
+
+def price(flow: Dataflow, options: Options, layout: Layout, device: torch.device, rank: int) -> networkx.DiGraph:
+    """The cost graph of one micro-batch: as given, measured (on all workers at once: contention counts) or estimated."""
+    costs = options.costs
+    if isinstance(costs, networkx.DiGraph):
+        partitioners.check(costs)
+        names = set(cost_graph(flow, analytic(flow)))
+        if set(costs) != names:
+            raise InputError(f"costs was made for another model: it has {len(costs)} nodes, this model has {len(names)}, "
+                             f"and {len(set(costs) ^ names)} are in one of them only, such as "
+                             f"{min(set(costs) ^ names, key=str)}; use pe.profile(model, example)")
+        return costs.copy()
+    if costs not in (None, "measured", "analytic"):
+        raise InputError(f'costs is {costs!r}; give "measured", "analytic" or a cost graph')
+    deferrable = find_deferrable(flow.recording, options.model) if layout.splits_backward else {}
+    seconds = analytic(flow) if costs == "analytic" else \
+        measure(flow, options.model, device, deferrable=deferrable, progress=_progress(rank)).seconds
+    return cost_graph(flow, seconds, deferrable)
+
+
+def _progress(rank: int):
+    """Tells what takes more than two seconds, on one worker."""
+    def tell(line: str) -> None:
+        if rank == 0:
+            print(f"pipeengine: {line}", file=sys.stderr, flush=True)
+    return tell
+
+
+def link_times(workers: Workers) -> dict[str, float | None]:
+    """What a message between two stages takes: seconds each and bytes per second; nothing inside one process."""
+    if workers.size == 1:
+        return {"hop": 0.0, "bandwidth": None}
+    return {"hop": _HOP_SECONDS, "bandwidth": _LINK_BYTES_PER_SECOND, "handling": _HANDLING_SECONDS}
+
+
+def make_plan(graph: networkx.DiGraph, given: Plan | None, options: Options, layout: Layout,
+              link: Mapping[str, float | None], workers: Workers) -> Plan:
+    """Rank 0 plans, everybody gets that plan: measured costs differ from worker to worker."""
+    def plan_here() -> dict | None:
+        if workers.rank:
+            return None
+        made = partition(graph, options, layout, link, workers.size) if given is None else \
+            fitting_plan(given, graph, layout.num_stages)
+        return made.to_json()
+    return Plan.from_json(workers.broadcast_object(workers.run_synchronized(plan_here)))
+
+
+def partition(graph: networkx.DiGraph, options: Options, layout: Layout, link: Mapping[str, float | None],
+              num_workers: int) -> Plan:
+    """The best cut of ``graph`` for the workers that will hold the stages."""
+    total = sum(data.get("forward", 0) + data.get("backward", 0) for _, data in graph.nodes(data=True))
+    tolerance = max(0.05, min(0.5, _NOISE_SECONDS * layout.num_stages / max(total, 1e-12)))
+    # How many micro-batches a stage holds at once: all where every forward comes first, else as 1F1B does.
+    memory_model = partitioners.MemoryModel(schedule="gpipe" if layout.choice.name in ("gpipe", "bfs") else "1f1b")
+    return partitioners.partition(graph, layout.num_stages, bandwidth=link["bandwidth"],
+                                  num_microbatches=options.num_microbatches, prefer_single_tensor=tolerance, gap=_GAP,
+                                  time_limit=_PLANNING_SECONDS, memory_model=memory_model,
+                                  worker_of=layout.worker_of if num_workers > 1 else None, progress=_progress(0))
+
+
+def fitting_plan(plan: Plan, graph: networkx.DiGraph, num_stages: int) -> Plan:
+    """``plan``, if it is one for this graph and this many stages. Raises ``PlanError``."""
+    if plan.num_stages != num_stages:
+        raise PlanError(f"the plan has {plan.num_stages} stages, the pipeline {num_stages}; make a plan for {num_stages} "
+                        f"stages or pass num_stages={plan.num_stages}")
+    missing = [name for name in graph if name not in plan.stage_of]
+    if missing or len(plan.stage_of) != len(graph):
+        raise PlanError(f"the plan was made for another model: it knows {len(plan.stage_of)} nodes, this model has "
+                        f"{len(graph)}, and {len(missing)} of them are not in the plan"
+                        + (f" (first {missing[0]})" if missing else "") + "; plan this model")
+    check_rules(plan, graph)
+    return plan
+
+
+# -- stages -------------------------------------------------------------------------------------------------------------
+
+
+def place(options: Options, recorded: Recorded, plan: Plan, layout: Layout, rank: int) -> tuple[Placement, Tensors]:
+    """Which node runs where, and who holds which tensors; checked against eager execution where the model is real."""
+    model, flow = options.model, recorded.flow
+    placement = Placement(plan.stage_of, layout.num_stages, flow.recording.leaf_modules)
+    stage_of = placement.assign(flow)
+    first_name = _first_names(model)
+    placement.settle(flow, stage_of, list(dict.fromkeys(first_name.values())))
+    if options.check and all(t.device.type != "meta" for t in (*model.parameters(), *model.buffers())):
+        check_recording(model, flow, stage_of, layout.num_stages, recorded.inputs, options.loss_fn)
+    own = {stage for stage, worker in enumerate(layout.worker_of) if worker == rank}
+    held = _held_names(flow, placement, own)
+    owner = {name: min((layout.worker_of[s] for s in placement.holders.get(name, ())), default=-1)
+             for name in set(first_name.values())}
+    return placement, Tensors(first_name, held, owner, frozenset(name for name in held if owner[name] == rank))
+
+
+def settle(options: Options, recorded: Recorded, layout: Layout, programs: ProgramCache, placement: Placement,
+           tensors: Tensors, rng: RngStreams, device: torch.device, rank: int) -> SpecializationCache:
+    """The held tensors made or moved, the others let go, and the stages of this worker compiled for the example."""
+    load_stage(options.model, tensors.held, device, weights=options.weights, seed=options.seed)
+    release_foreign(options.model, tensors.held)
+    own = tuple(stage for stage, worker in enumerate(layout.worker_of) if worker == rank)
+    specializations = SpecializationCache(options.model, placement, own, loss_fn=options.loss_fn, device=device, rng=rng,
+                                          split_backward=programs.splits_backward, recompute=layout.recompute)
+    specialization = specializations.make(recorded.flow.recording, outputs=False)
+    specialization.stages.of(programs.split_backward_stages(options.num_microbatches)[0])
+    return specializations
+
+
+def _held_names(flow: Dataflow, placement: Placement, own: set[int]) -> frozenset[str]:
+    """Parameters of the own stages, and the small buffers that every worker needs to follow the inputs."""
+    held = {name for name, stages in placement.holders.items() if stages & own}
+    values = flow.recording.values
+    held |= {values[v].name for n in flow.replicated for v in node_refs(flow.recording.nodes[n])
+             if values[v].kind == "attribute"}
+    held |= {values[v].name for guard in flow.recording.guards for v in (*refs(guard.args), *refs(guard.kwargs))
+             if values[v].kind == "attribute"}
+    return frozenset(held)
+
+
+def _first_names(model: torch.nn.Module) -> dict[str, str]:
+    """Every name of a parameter or buffer, aliases included -> its first name."""
+    first: dict[int, str] = {}
+    names = {}
+    for name, tensor in (*model.named_parameters(remove_duplicate=False),
+                         *model.named_buffers(remove_duplicate=False)):
+        names[name] = first.setdefault(id(tensor), name)
+    return names
+
+
+def shared_tensors(model: torch.nn.Module, layout: Layout, placement: Placement, tensors: Tensors) -> list[Tie]:
+    """Parameters and buffers that several workers hold."""
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    ties = []
+    for name in dict.fromkeys(tensors.first_name.values()):
+        holders = sorted({layout.worker_of[s] for s in placement.holders.get(name, ())})
+        if len(holders) > 1:
+            ties.append(Tie(name, tuple(holders), trained.get(name, False)))
+    return ties

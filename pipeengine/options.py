@@ -1,0 +1,66 @@
+"""What a user asked for, in one value that is checked once and never changes."""
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import networkx
+import torch
+
+from partitioners import Plan
+from pipeengine.errors import InputError
+from pipeengine.schedules import Schedule
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """The arguments of ``Pipeline``, by the same names."""
+
+    model: torch.nn.Module
+    example: object
+    num_microbatches: int
+    schedule: str | Callable[..., Schedule] | Schedule
+    num_stages: int | None
+    plan: Plan | str | Path | None
+    costs: str | networkx.DiGraph | None
+    loss_fn: Callable | None
+    target: object
+    loss_weight: Callable | None
+    batch_dims: Mapping[str, int | None] | None
+    weights: str | Path | None
+    seed: int
+    check: bool
+    recompute: bool | Collection[int | str]
+
+    def validate(self) -> None:
+        """Refuse at once what would not be used until later. Raises ``InputError``."""
+        if not isinstance(self.model, torch.nn.Module):
+            raise InputError(f"model is a {type(self.model).__name__}, not a torch.nn.Module; pass the model itself")
+        if not isinstance(self.example, (Mapping, tuple, list, torch.Tensor)):
+            raise InputError(f"example is a {type(self.example).__name__}; give a dict of keyword arguments or a tuple of "
+                             "positional ones")
+        for name in ("num_microbatches", "num_stages"):
+            count = getattr(self, name)
+            if not (_is_count(count) or (name == "num_stages" and count is None)):
+                raise InputError(f"{name} is {count!r}; give a number of at least 1")
+        for name, (fits, wanted) in _WANTED.items():
+            value = getattr(self, name)
+            if not fits(value):
+                raise InputError(f"{name} is {value!r}; give {wanted}")
+
+
+def _is_count(value: object) -> bool:
+    """Whether ``value`` is a whole number of at least 1; True is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+_WANTED: dict[str, tuple[Callable[[object], bool], str]] = {
+    "schedule": (lambda value: isinstance(value, (str, Schedule)) or callable(value),
+                 "the name of one, a function or a Schedule"),
+    "loss_fn": (lambda value: value is None or callable(value), "a function of output and target"),
+    "loss_weight": (lambda value: value is None or callable(value), "a function of a micro-batch"),
+    "batch_dims": (lambda value: isinstance(value, (Mapping, type(None))), "a dict from names of inputs to dimensions"),
+    "recompute": (lambda value: isinstance(value, (bool, Collection)), "True, stages or module paths"),
+    "seed": (lambda value: isinstance(value, int), "a whole number"),
+}

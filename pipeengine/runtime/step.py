@@ -1,0 +1,156 @@
+"""One way down and back: a batch goes in, runs on every worker, and comes back as a loss.
+
+What changes from step to step lives here and nowhere else: the numbers of steps and calls, the last loss, and whether the
+pipeline is still open.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+from pipeengine.distributed import NoTies, TiedParameters, Transport, Workers, headline
+from pipeengine.errors import InputError, WorkerError
+from pipeengine.runtime.executor import Executor
+from pipeengine.runtime.outputs import merge_outputs
+from pipeengine.runtime.programs import ProgramCache
+from pipeengine.runtime.tasks import Prepared, TaskMaker
+from pipeengine.stages import Specialization
+from pipeengine.tracing import Inputs
+
+_ACTIONS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient",
+            "SA": "sending an activation", "RA": "receiving an activation",
+            "SG": "sending a gradient", "RG": "receiving a gradient"}
+_FACTS = ("the number of calls", "the batch", "the recorded model")
+
+
+@dataclass
+class Progress:
+    """What changes from step to step. ``closed`` says why, once the pipeline is; ``microbatches`` are the last step's."""
+
+    microbatches: int
+    step: int = 0
+    calls: int = 0
+    loss: torch.Tensor | None = None
+    trained_loss: torch.Tensor | None = None
+    closed: str | None = None
+
+
+class StepRunner:
+    """Runs steps and evaluations; a failure becomes the same error on every worker and closes the pipeline."""
+
+    def __init__(self, tasks: TaskMaker, programs: ProgramCache, executor: Executor, transport: Transport,
+                 ties: TiedParameters | NoTies, workers: Workers, worker_of: tuple[int, ...], num_microbatches: int):
+        self._tasks, self._programs, self.executor, self.transport = tasks, programs, executor, transport
+        self.ties, self._workers, self._worker_of = ties, workers, worker_of
+        self.progress = Progress(num_microbatches)
+
+    def step(self, inputs: Inputs) -> torch.Tensor | None:
+        """Forward and backward of a whole batch; returns its loss, detached, on every worker."""
+        prepared = self._prepare(inputs, training=True)
+        with torch.enable_grad():
+            self.guarded(lambda: self._train(prepared))
+        return self.progress.loss
+
+    def evaluate(self, inputs: Inputs, gather: bool) -> object:
+        """Forward only; the model's output for the whole batch on the worker of the last stage, or everywhere."""
+        with torch.no_grad():
+            prepared = self._prepare(inputs, training=False)
+            return self.guarded(lambda: self._evaluate(prepared, gather))
+
+    def _prepare(self, inputs: Inputs, *, training: bool) -> Prepared:
+        """The batch made ready on this worker, once all workers agree that theirs is the same."""
+        self.check_open()
+        progress = self.progress
+        progress.calls += 1
+        problem, prepared = None, None
+        try:
+            prepared = self._tasks.prepare(inputs, training=training, step=progress.step, call=progress.calls)
+        except InputError as error:
+            problem = error
+        except Exception as error:
+            problem = InputError(f"this batch cannot be used: {type(error).__name__}: {error}")
+            problem.__cause__ = error
+        facts = (progress.calls, prepared.digest, prepared.recorded) if prepared else (progress.calls, 0, 0)
+        self.guarded(lambda: self._workers.agree(facts, problem, _FACTS), harmless=InputError)
+        return prepared
+
+    def _train(self, prepared: Prepared) -> None:
+        progress, tasks = self.progress, prepared.tasks
+        actions = self._programs.actions(len(tasks), prepared.links, training=True)
+        self.ties.begin()
+        self.transport.begin(progress.calls, prepared.digest)
+        start = perf_counter()
+        self.executor.run(actions, tasks)
+        self.ties.reduce()
+        if progress.step < 3 or progress.step % 10 == 0:
+            self._publish(start)
+        progress.loss = progress.trained_loss = self._spread_loss(prepared.specializations[0], self.executor.loss)
+        progress.step += 1
+
+    def _evaluate(self, prepared: Prepared, gather: bool) -> object:
+        tasks, first = prepared.tasks, prepared.specializations[0]
+        self.transport.begin(self.progress.calls, prepared.digest)
+        self.executor.run(self._programs.actions(len(tasks), prepared.links, training=False), tasks)
+        loss = self.progress.loss = self._spread_loss(first, self.executor.loss)
+        last = self._worker_of[first.split.output_stage]
+        outputs = [self.executor.outputs.get(m) for m in range(len(tasks))]
+        merged = merge_outputs(prepared.specializations, outputs if self._workers.rank == last else None, tasks, loss)
+        return self._workers.broadcast_object(merged, last) if gather else merged
+
+    def _spread_loss(self, specialization: Specialization, own: torch.Tensor | None) -> torch.Tensor | None:
+        """The loss of the worker that has it, on every worker."""
+        if specialization.split.loss_stage is None:
+            return None
+        spec = specialization.recording.values[specialization.recording.loss].spec
+        loss = own if own is not None else \
+            torch.zeros(spec.shape, dtype=spec.dtype, device=self._tasks.reader.device)
+        return self._workers.broadcast(loss, self._worker_of[specialization.split.loss_stage])
+
+    def _publish(self, start: float) -> None:
+        records = [(op, stage, microbatch, round(begin - start, 7), round(end - start, 7))
+                   for op, stage, microbatch, begin, end in self.executor.records]
+        self.progress.microbatches = 1 + max((record[2] for record in records),
+                                             default=self.progress.microbatches - 1)
+        self._workers.publish(json.dumps({"step": self.progress.step, "records": records}))
+
+    def guarded(self, what: Callable[[], object], harmless: type | tuple = ()) -> object:
+        """Run something that talks to other workers; a failure becomes the same error on every worker."""
+        try:
+            return what()
+        except harmless:
+            raise
+        except BaseException as error:
+            failure = self._workers.fail(error, f"in step {self.progress.step}{self._where()}")
+            self.ties.restore()
+            self.give_up(headline(failure))
+            if failure is error:
+                raise
+            raise failure from (error if not isinstance(error, WorkerError) else None)
+
+    def _where(self) -> str:
+        """The action that this worker was at, as text."""
+        if not self.executor.position:
+            return ""
+        op, stage, microbatch, _ = self.executor.position
+        return f", stage {stage}, {_ACTIONS[op]} of micro-batch {microbatch}"
+
+    def check_open(self) -> None:
+        """Raise ``WorkerError`` where the pipeline is closed."""
+        if self.progress.closed is not None:
+            raise WorkerError(f"the pipeline is closed ({self.progress.closed}); make a new Pipeline")
+
+    def close(self) -> None:
+        """Give up the connections once every worker is here."""
+        if self.progress.closed is None:
+            self.guarded(lambda: self._workers.all_gather_object(None))     # nobody leaves while another is at work
+            self.give_up("closed by its owner")
+
+    def give_up(self, why: str) -> None:
+        """Give up the connections, wherever the others are."""
+        self.progress.closed = why
+        for part in (self.transport, self.ties, self._workers):
+            part.close()

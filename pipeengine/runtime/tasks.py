@@ -1,0 +1,141 @@
+"""From a batch to tasks: one per micro-batch, with everything that running it needs.
+
+Whatever can go wrong with a batch goes wrong here, before anything is sent.
+"""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipeengine.data import Batch, argument_names, take_apart
+from pipeengine.errors import InputError
+from pipeengine.rng import mix
+from pipeengine.runtime.executor import Task
+from pipeengine.runtime.programs import ProgramCache
+from pipeengine.stages import Specialization, SpecializationCache
+from pipeengine.tracing import Inputs, current_modes
+
+_EVALUATION = 1 << 40       # random numbers of evaluations are not those of any step
+
+
+@dataclass(frozen=True)
+class BatchReader:
+    """Takes a model's inputs apart: what is split into micro-batches, and how."""
+
+    model: torch.nn.Module
+    signature: inspect.Signature
+    names: tuple[str, ...]
+    device: torch.device
+    num_microbatches: int
+    loss_fn: Callable | None
+    batch_dims: Mapping[str, int | None] | None
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, device: torch.device, num_microbatches: int, *, loss_fn: Callable | None = None,
+           batch_dims: Mapping[str, int | None] | None = None) -> BatchReader:
+        """A reader for what ``model.forward`` takes."""
+        return cls(model, inspect.signature(model.forward), argument_names(model), device, num_microbatches, loss_fn,
+                   batch_dims)
+
+    def inputs(self, args: tuple, kwargs: dict, target: object) -> Inputs:
+        """``target`` is for ``loss_fn``; without one it may be an argument of the model's own."""
+        if target is not None and self.loss_fn is None and "target" in self.signature.parameters:
+            return Inputs(args, {**kwargs, "target": target})
+        return Inputs(args, kwargs, target)
+
+    def read(self, inputs: Inputs) -> Batch:
+        """The batch, taken apart. Raises ``InputError`` for what the model does not take."""
+        try:
+            self.signature.bind(*inputs.args, **inputs.kwargs)
+        except TypeError as error:
+            raise InputError(f"the model does not take these inputs: {error}; its forward is "
+                             f"{type(self.model).__name__}.forward{self.signature}") from None
+        return take_apart(inputs, names=self.names, batch_dims=self.batch_dims)
+
+    def check_target(self, inputs: Inputs, training: bool) -> None:
+        """Raise ``InputError`` where a target is missing, or nobody would take it."""
+        if self.loss_fn is not None and training and inputs.target is None:
+            raise InputError("the pipeline has a loss_fn; call step(..., target=...)")
+        if self.loss_fn is None and inputs.target is not None:
+            raise InputError("target= is given, but the pipeline has no loss_fn that would take it; make it with loss_fn=")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch, ready to run. ``digest`` is of the batch, ``recorded`` of what was recorded for it."""
+
+    tasks: tuple[Task, ...]
+    specializations: tuple[Specialization, ...]
+    digest: int
+    recorded: int
+
+    @property
+    def links(self) -> frozenset[tuple[int, int, bool, bool]]:
+        """Which pairs of stages exchange what, for any of the micro-batches."""
+        return frozenset().union(*(specialization.links for specialization in self.specializations))
+
+
+@dataclass(frozen=True)
+class TaskMaker:
+    """Makes the tasks of a batch: finds or records what each micro-batch runs, and weighs it."""
+
+    reader: BatchReader
+    specializations: SpecializationCache
+    programs: ProgramCache
+    seed: int
+    loss_weight: Callable | None = None
+
+    def prepare(self, inputs: Inputs, *, training: bool, step: int, call: int) -> Prepared:
+        """Tasks for ``inputs``; random numbers follow ``step`` in training, else ``call``. Raises ``InputError``."""
+        self.reader.check_target(inputs, training)
+        batch = self.reader.read(inputs)
+        parts = batch.split(self.reader.num_microbatches, self.reader.device)
+        sizes = batch.sizes(self.reader.num_microbatches)
+        keys = [mix(self.seed, step if training else _EVALUATION + call, index) for index in range(len(parts))]
+        chosen = self._specialize(batch, parts, sizes, keys, training)
+        weights = self._weigh(chosen, parts, sizes, batch)
+        split = self.programs.split_backward_stages(len(parts)) if training else (frozenset(),) * len(parts)
+        tasks = tuple(Task(specialization.own_copies(tensors), specialization.stages.of(stages), weight, key)
+                      for tensors, specialization, weight, key, stages in zip(parts, chosen, weights, keys, split))
+        recorded = 0
+        for specialization in chosen:
+            recorded = mix(recorded, specialization.digest)
+        return Prepared(tasks, chosen, batch.digest(), recorded)
+
+    def _specialize(self, batch: Batch, parts: Sequence[list[torch.Tensor]], sizes: Sequence[int],
+                    keys: Sequence[int], training: bool) -> tuple[Specialization, ...]:
+        base = batch.key, self._state_key(training), batch.dims
+        alike: dict[int, Specialization] = {}       # by rows, where no guard tells micro-batches apart
+        chosen = []
+        for tensors, size, key in zip(parts, sizes, keys):
+            specialization = alike.get(size) or self.specializations.find(
+                (base, size), tensors, lambda t=tensors: batch.again(t), key, outputs=not training)
+            if specialization.guards is None:
+                alike[size] = specialization
+            chosen.append(specialization)
+        return tuple(chosen)
+
+    def _state_key(self, training: bool) -> tuple:
+        """Everything besides the batch that eager execution would depend on."""
+        modules = bytes(module.training for module in self.reader.model.modules())
+        needs = bytes(p.requires_grad for p in self.reader.model.parameters())
+        return training, modules, needs, current_modes().autocast
+
+    def _weigh(self, chosen: Sequence[Specialization], parts: Sequence[list[torch.Tensor]], sizes: Sequence[int],
+               batch: Batch) -> list[float]:
+        """What each micro-batch's loss counts for in the loss of the full batch."""
+        if self.loss_weight is not None:
+            raw = [float(self.loss_weight(*again.args, **again.kwargs) if again.target is None else
+                         self.loss_weight(*again.args, target=again.target, **again.kwargs))
+                   for again in map(batch.again, parts)]
+        elif all(specialization.count_targets is not None for specialization in chosen):
+            raw = [specialization.count_targets(tensors) for specialization, tensors in zip(chosen, parts)]
+        else:
+            raw = [float(size) for size in sizes]
+        total = sum(raw)
+        if total == 0:
+            raw, total = [float(size) for size in sizes], float(sum(sizes))
+        return [value / total for value in raw]
