@@ -1,7 +1,7 @@
 """From what a user asked for to everything that a step needs, as a line of values.
 
-``assemble(options, workers, device)`` records the model, prices it, plans it, places it and connects the workers; each step
-is a function of what came before, and every worker comes to the same end or raises the same error.
+``assemble(options, workers, device)`` records the model, prices it, plans it, places it and connects the workers; each
+step is a function of what came before, and every worker comes to the same end or raises the same error.
 """
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from pipeengine.stages import Placement, SpecializationCache, check_recording
 from pipeengine.synthesis import build
 from pipeengine.tracing import Dataflow, Inputs, analyse, capture, node_refs, refs
 
-# A message between busy processes of one machine: from the end of what made it to the start of what waits for it, and what the
-# sender spends on it (measured over gloo).
+# A message between busy processes of one machine: from the end of what made it to the start of what waits for it, and
+# what the sender spends on it (measured over gloo).
 _HOP_SECONDS, _HANDLING_SECONDS, _LINK_BYTES_PER_SECOND = 4e-4, 1e-4, 1e9
 _GAP, _PLANNING_SECONDS = 0.01, 10.0        # measured costs are not better known than to one per cent
 _NOISE_SECONDS = 5e-4       # differences between stages below this are not worth a second tensor across a cut
@@ -118,7 +118,7 @@ def assemble(options: Options, workers: Workers, device: torch.device) -> Assemb
                     recorded.num_parts, link)
 
 
-# -- what was asked for -------------------------------------------------------------------------------------------------
+# -- what was asked for -----------------------------------------------------------------------------------------------
 
 
 def read_plan(plan: Plan | str | Path | None, workers: Workers) -> Plan | None:
@@ -141,8 +141,10 @@ def lay_out(options: Options, plan: Plan | None, num_workers: int) -> Layout:
     options.validate()
     num_stages = _count_stages(options, plan, num_workers)
     if num_stages % num_workers:
-        raise InputError(f"{num_stages} stages on {num_workers} workers; every worker holds the same number of stages: try "
-                         f"num_stages={num_workers * max(1, round(num_stages / num_workers))}")
+        raise InputError(
+            f"{num_stages} stages on {num_workers} workers; every worker holds the same number of stages: try "
+            f"num_stages={num_workers * max(1, round(num_stages / num_workers))}"
+        )
     choice = ScheduleChoice(options.schedule, num_stages, options.num_microbatches, num_workers)
     schedule = choice.build()
     return Layout(choice, choice.worker_of(schedule), splits_backward(schedule),
@@ -161,7 +163,7 @@ def _count_stages(options: Options, plan: Plan | None, num_workers: int) -> int:
     return num_workers
 
 
-# -- the model ----------------------------------------------------------------------------------------------------------
+# -- the model --------------------------------------------------------------------------------------------------------
 
 
 def record(options: Options, reader: BatchReader) -> Recorded:
@@ -205,19 +207,22 @@ def _number(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-# -- costs and plan -----------------------------------------------------------------------------------------------------
+# -- costs and plan ---------------------------------------------------------------------------------------------------
 
 
 def price(flow: Dataflow, options: Options, layout: Layout, device: torch.device, rank: int) -> networkx.DiGraph:
-    """The cost graph of one micro-batch: as given, measured (on all workers at once: contention counts) or estimated."""
+    """The cost graph of one micro-batch: as given, measured (on all workers at once: contention counts) or
+    estimated."""
     costs = options.costs
     if isinstance(costs, networkx.DiGraph):
         partitioners.check(costs)
         names = set(cost_graph(flow, analytic(flow)))
         if set(costs) != names:
-            raise InputError(f"costs was made for another model: it has {len(costs)} nodes, this model has {len(names)}, "
-                             f"and {len(set(costs) ^ names)} are in one of them only, such as "
-                             f"{min(set(costs) ^ names, key=str)}; use pe.profile(model, example)")
+            raise InputError(
+                f"costs was made for another model: it has {len(costs)} nodes, this model has {len(names)}, "
+                f"and {len(set(costs) ^ names)} are in one of them only, such as "
+                f"{min(set(costs) ^ names, key=str)}; use pe.profile(model, example)"
+            )
         return costs.copy()
     if costs not in (None, "measured", "analytic"):
         raise InputError(f'costs is {costs!r}; give "measured", "analytic" or a cost graph')
@@ -270,8 +275,10 @@ def partition(graph: networkx.DiGraph, options: Options, layout: Layout, link: M
 def fitting_plan(plan: Plan, graph: networkx.DiGraph, num_stages: int) -> Plan:
     """``plan``, if it is one for this graph and this many stages. Raises ``PlanError``."""
     if plan.num_stages != num_stages:
-        raise PlanError(f"the plan has {plan.num_stages} stages, the pipeline {num_stages}; make a plan for {num_stages} "
-                        f"stages or pass num_stages={plan.num_stages}")
+        raise PlanError(
+            f"the plan has {plan.num_stages} stages, the pipeline {num_stages}; make a plan for {num_stages} "
+            f"stages or pass num_stages={plan.num_stages}"
+        )
     missing = [name for name in graph if name not in plan.stage_of]
     if missing or len(plan.stage_of) != len(graph):
         raise PlanError(f"the plan was made for another model: it knows {len(plan.stage_of)} nodes, this model has "
@@ -281,7 +288,7 @@ def fitting_plan(plan: Plan, graph: networkx.DiGraph, num_stages: int) -> Plan:
     return plan
 
 
-# -- stages -------------------------------------------------------------------------------------------------------------
+# -- stages -----------------------------------------------------------------------------------------------------------
 
 
 def place(options: Options, recorded: Recorded, plan: Plan, layout: Layout, rank: int) -> tuple[Placement, Tensors]:
@@ -306,8 +313,16 @@ def settle(options: Options, recorded: Recorded, layout: Layout, programs: Progr
     load_stage(options.model, tensors.held, device, weights=options.weights, seed=options.seed)
     release_foreign(options.model, tensors.held)
     own = tuple(stage for stage, worker in enumerate(layout.worker_of) if worker == rank)
-    specializations = SpecializationCache(options.model, placement, own, loss_fn=options.loss_fn, device=device, rng=rng,
-                                          split_backward=programs.splits_backward, recompute=layout.recompute)
+    specializations = SpecializationCache(
+        options.model,
+        placement,
+        own,
+        loss_fn=options.loss_fn,
+        device=device,
+        rng=rng,
+        split_backward=programs.splits_backward,
+        recompute=layout.recompute,
+    )
     specialization = specializations.make(recorded.flow.recording, outputs=False)
     specialization.stages.of(programs.split_backward_stages(options.num_microbatches)[0])
     return specializations

@@ -38,8 +38,10 @@ class Options:
         if not isinstance(self.model, torch.nn.Module):
             raise InputError(f"model is a {type(self.model).__name__}, not a torch.nn.Module; pass the model itself")
         if not isinstance(self.example, (Mapping, tuple, list, torch.Tensor)):
-            raise InputError(f"example is a {type(self.example).__name__}; give a dict of keyword arguments or a tuple of "
-                             "positional ones")
+            raise InputError(
+                f"example is a {type(self.example).__name__}; give a dict of keyword arguments or a tuple of "
+                "positional ones"
+            )
         for name in ("num_microbatches", "num_stages"):
             count = getattr(self, name)
             if not (_is_count(count) or (name == "num_stages" and count is None)):

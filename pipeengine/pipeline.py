@@ -31,8 +31,10 @@ class Pipeline:
     - ``plan`` (made here): a ``Plan`` or the path of one; that of worker 0 counts.
     - ``costs`` ("measured"): "measured", "analytic", or a cost graph from ``pe.profile``.
     - ``loss_fn`` (the model's own loss): a function of output and target; ``target`` is an example of the latter.
-    - ``loss_weight`` (shares of targets or rows): a function of a micro-batch's inputs that says what its loss counts for.
-    - ``batch_dims`` (dimension 0 where it counts the rows): from names of inputs to the dimension that is split, or None.
+    - ``loss_weight`` (shares of targets or rows): a function of a micro-batch's inputs that says what its loss counts
+      for.
+    - ``batch_dims`` (dimension 0 where it counts the rows): from names of inputs to the dimension that is split, or
+      None.
     - ``weights`` (the model's own): a Hugging Face checkpoint folder, read for the own stages only.
     - ``device`` (where the model is, else the accelerator), ``mesh`` (its dimension "pp" holds the workers).
     - ``seed`` (0): of dropout and of initial values that are made here.
@@ -41,8 +43,8 @@ class Pipeline:
       forward again in backward.
 
     After construction a worker's model holds its own stages; parameters of other stages are on meta there. Raises
-    ``CaptureError`` when the model cannot be recorded, ``PartitionError`` when it cannot be cut as asked, ``InputError``
-    for options and batches of the wrong kind; the same error on every worker.
+    ``CaptureError`` when the model cannot be recorded, ``PartitionError`` when it cannot be cut as asked,
+    ``InputError`` for options and batches of the wrong kind; the same error on every worker.
     """
 
     def __init__(self, model: torch.nn.Module, example: object, *, num_microbatches: int = 1,
@@ -72,9 +74,9 @@ class Pipeline:
     def step(self, *args: object, target: object = None, **kwargs: object) -> torch.Tensor | None:
         """Forward and backward of a whole batch; gradients are added to ``.grad``.
 
-        Every worker passes the same batch. Returns the loss of the full batch, detached, 0-dimensional, on every worker.
-        A batch that cannot be used raises ``InputError`` on every worker and loses nothing; a failure while the step
-        runs raises ``WorkerError`` with the same root cause on every worker and closes the pipeline.
+        Every worker passes the same batch. Returns the loss of the full batch, detached, 0-dimensional, on every
+        worker. A batch that cannot be used raises ``InputError`` on every worker and loses nothing; a failure while the
+        step runs raises ``WorkerError`` with the same root cause on every worker and closes the pipeline.
         """
         return self._runner.step(self._assembly.reader.inputs(args, kwargs, target))
 
@@ -159,7 +161,8 @@ class Pipeline:
         return self.train(False)
 
     def verify_shared(self) -> None:
-        """Raise ``WorkerError`` unless every copy of every shared parameter holds the same bits; every worker calls it."""
+        """Raise ``WorkerError`` unless every copy of every shared parameter holds the same bits; every worker calls
+        it."""
         self._runner.guarded(self._assembly.ties.verify)
 
     def save_weights(self, folder: str | Path) -> None:

@@ -1,4 +1,5 @@
-"""The workers of one pipeline: who they are, what they agree on, how values travel, how one failure becomes everybody's."""
+"""The workers of one pipeline: who they are, what they agree on, how values travel, how one failure becomes
+everybody's."""
 
 from pipeengine.distributed.failure import headline
 from pipeengine.distributed.grad_norm import total_norm

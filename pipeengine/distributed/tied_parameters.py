@@ -118,8 +118,10 @@ class TiedParameters:
             self._broadcast(first, tie)
             if not torch.equal(first, value):
                 worst = (first.double() - value.double()).abs().max().item()
-                raise WorkerError(f"the copies of {tie.name} on workers {tie.workers[0]} and {self._worker} differ by up to "
-                                  f"{worst:.3g}; was one of them changed outside the optimizer?")
+                raise WorkerError(
+                    f"the copies of {tie.name} on workers {tie.workers[0]} and {self._worker} differ by up to "
+                    f"{worst:.3g}; was one of them changed outside the optimizer?"
+                )
 
     def close(self) -> None:
         """Give the groups up."""

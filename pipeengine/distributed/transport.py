@@ -18,8 +18,9 @@ from pipeengine.stages import ACTIVATION, Layout, allocate, check_header, has_ar
 class DistributedTransport:
     """Point-to-point messages between the workers that hold two stages.
 
-    On gloo each message has a tag and a header that is checked. On backends without tags (NCCL) every ordered pair of workers
-    has a group of its own, and the order of messages, which the program proves equal on both sides, says what each one is.
+    On gloo each message has a tag and a header that is checked. On backends without tags (NCCL) every ordered pair of
+    workers has a group of its own, and the order of messages, which the program proves equal on both sides, says what
+    each one is.
     """
 
     def __init__(self, worker_of: Sequence[int], rank: int, ranks: Sequence[int], device: torch.device, backend: str,
@@ -62,19 +63,24 @@ class DistributedTransport:
             return
         buffer = allocate(layout, self._device)
         tag = self._tag(kind, source, target, microbatch) if self._tagged else 0
-        self._posted[kind, source, target, microbatch] = buffer, start(self._groups[ends].recv, [buffer], self._place[ends][0], tag)
+        self._posted[kind, source, target, microbatch] = (
+            buffer,
+            start(self._groups[ends].recv, [buffer], self._place[ends][0], tag),
+        )
 
     def send(self, kind: int, source: int, target: int, microbatch: int, tensors: list, layout: Layout) -> None:
         """Start sending; the buffer lives until the receiver has it.
 
-        Gloo does not say which sends are done, so the oldest are waited for, two at a time. That is safe: programs complete
-        even when every send waits for its receiver.
+        Gloo does not say which sends are done, so the oldest are waited for, two at a time. That is safe: programs
+        complete even when every send waits for its receiver.
         """
         ends = self._ends(kind, source, target)
         if ends[0] == ends[1]:
             self._local.send(kind, source, target, microbatch, tensors, layout)
             return
-        head = header(self._step, microbatch, kind, source, target, layout.bytes, self._digest) if self._tagged else None
+        head = (
+            header(self._step, microbatch, kind, source, target, layout.bytes, self._digest) if self._tagged else None
+        )
         buffer = pack(tensors, layout, head, self._device)
         tag = self._tag(kind, source, target, microbatch) if self._tagged else 0
         if len(self._sent) >= UNDERWAY:

@@ -1,7 +1,7 @@
 """The workers of one pipeline: who they are, what they agree on, and how one failure becomes everybody's.
 
-Three things travel here besides the data: one small gather before a step (do all workers have the same batch, and can all
-of them run it?), the loss after it, and, when something breaks, its cause.
+Three things travel here besides the data: one small gather before a step (do all workers have the same batch, and can
+all of them run it?), the loss after it, and, when something breaks, its cause.
 """
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _SLOTS = 8
 
 
 class Workers(Protocol):
-    """The workers of one pipeline, seen from worker ``rank`` of ``size``. Every method but ``publish`` and ``published``
-    is called by all of them."""
+    """The workers of one pipeline, seen from worker ``rank`` of ``size``. Every method but ``publish`` and
+    ``published`` is called by all of them."""
 
     rank: int
     size: int
@@ -223,7 +223,8 @@ class ProcessGroupWorkers:
         return result
 
     def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str]) -> None:
-        """One small gather: the same ``facts`` everywhere, and nobody has a ``problem``; else the same error everywhere."""
+        """One small gather: the same ``facts`` everywhere, and nobody has a ``problem``; else the same error
+        everywhere."""
         mine = torch.zeros(_SLOTS, dtype=torch.int64)
         mine[0] = problem is not None
         mine[1:1 + len(facts)] = torch.tensor([fact & (1 << 63) - 1 for fact in facts])
@@ -238,8 +239,10 @@ class ProcessGroupWorkers:
             values = [row[number] for row in rows]
             if len(set(values)) > 1:
                 other = next(r for r, value in enumerate(values) if value != values[0])
-                raise InputError(f"workers disagree on {name}: worker 0 has {values[0]}, worker {other} has {values[other]}; "
-                                 "every worker must make the same calls with the same batch")
+                raise InputError(f"workers disagree on {name}: worker 0 has {values[0]}, worker {other} has "
+                                 f"{values[other]}; every worker must make the same calls with the same batch "
+                                 "(a DistributedSampler, or a loader that accelerate has prepared, gives each worker "
+                                 "another part of it, and so does a shuffle without a common seed)")
 
     def _raise_first(self, problem: Exception | None) -> None:
         """Raise the problem of the first worker that has one, on every worker."""
@@ -286,7 +289,9 @@ class ProcessGroupWorkers:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             return error
         if secondary:
-            return WorkerError(f"worker {self.rank} lost its connection {where}; another worker has died or been stopped: {error}")
+            return WorkerError(
+                f"worker {self.rank} lost its connection {where}; another worker has died or been stopped: {error}"
+            )
         return WorkerError(f"worker {self.rank} failed {where}: {type(error).__name__}: {error}")
 
     def close(self) -> None:

@@ -28,7 +28,8 @@ class Task:
 
 
 class Executor:
-    """Runs the actions of one worker. ``records`` holds (op, stage, microbatch, start, end) of the last step, in seconds."""
+    """Runs the actions of one worker. ``records`` holds (op, stage, microbatch, start, end) of the last step, in
+    seconds."""
 
     def __init__(self, transport: Transport, rng: RngStreams):
         self._transport, self._rng = transport, rng
@@ -72,7 +73,9 @@ class Executor:
         received: list[torch.Tensor] = []
         for boundary in runnable.receives:
             if boundary.layout.slots:
-                received += self._transport.recv(ACTIVATION, boundary.source, boundary.target, microbatch, boundary.layout)
+                received += self._transport.recv(
+                    ACTIVATION, boundary.source, boundary.target, microbatch, boundary.layout
+                )
         start = perf_counter()
         if self._training:
             for tensor, wants in zip(received, runnable.wants):
@@ -92,7 +95,9 @@ class Executor:
             self.loss = share if self.loss is None else self.loss + share
         if self._training:
             # Only the edges are kept: an output that nobody saved for backward is freed once it is sent.
-            edges = [get_gradient_edge(made[i] if made[i].requires_grad else _end_of_path(made[i])) for i in runnable.roots]
+            edges = [
+                get_gradient_edge(made[i] if made[i].requires_grad else _end_of_path(made[i])) for i in runnable.roots
+            ]
             edges += [get_gradient_edge(received[i]) for i in runnable.relays]
             leaves = [tensor if wants else None for tensor, wants in zip(received, runnable.wants)]
             self._saved[stage, microbatch] = edges, leaves, loss
@@ -134,7 +139,9 @@ class Executor:
         gradients: list[torch.Tensor | None] = [None] * len(edges)
         for boundary in runnable.sends:
             if boundary.gradient_positions:
-                arrived = self._transport.recv(GRADIENT, boundary.source, boundary.target, microbatch, boundary.gradient_layout)
+                arrived = self._transport.recv(
+                    GRADIENT, boundary.source, boundary.target, microbatch, boundary.gradient_layout
+                )
                 for position, gradient in zip(boundary.gradient_positions, arrived):
                     held = gradients[position]
                     gradients[position] = gradient if held is None else held + gradient
@@ -143,7 +150,9 @@ class Executor:
             gradients[runnable.loss_root] = self._seed(loss, task.weight)
         if edges:
             # torch.autograd.backward without its checks in Python: the layouts have settled the shapes.
-            _engine_run_backward(tuple(edges), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True)
+            _engine_run_backward(
+                tuple(edges), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
+            )
         for boundary in runnable.receives:
             if boundary.received:
                 self._ready[GRADIENT, boundary.source, boundary.target, microbatch] = \

@@ -12,7 +12,8 @@ from pipeengine.tracing import fill, refs, tensors, tree_map
 
 def merge_outputs(specializations: Sequence[Specialization], outputs: Sequence | None, tasks: Sequence[Task],
                   loss: torch.Tensor | None) -> object:
-    """One output for the whole batch from those of the micro-batches; without ``outputs`` the structure with the loss alone."""
+    """One output for the whole batch from those of the micro-batches; without ``outputs`` the structure with the loss
+    alone."""
     first = specializations[0].recording
     if outputs is None:
         return fill(first.output, lambda value: loss if value == first.loss else None)

@@ -33,8 +33,8 @@ class ScheduleChoice:
     def build(self, costs: Costs | None = None, num_microbatches: int | None = None) -> Schedule:
         """The schedule, made for ``costs`` where it is one that follows them.
 
-        In one process every stage acts as a worker of its own, if the schedule can do that. Raises ``ScheduleError`` when
-        it cannot hold these stages.
+        In one process every stage acts as a worker of its own, if the schedule can do that. Raises ``ScheduleError``
+        when it cannot hold these stages.
         """
         half = self.num_stages // 2
         choices = [self.num_workers] if self.num_workers > 1 else \
@@ -49,8 +49,10 @@ class ScheduleChoice:
                 problem = problem or error
                 continue
             if made.topology.num_routes > 1:
-                raise ScheduleError(f"schedule {made.name} sends micro-batches both ways through two copies of the model; "
-                                    'it can be simulated but not run: try "dualpipe-v"')
+                raise ScheduleError(
+                    f"schedule {made.name} sends micro-batches both ways through two copies of the model; "
+                    'it can be simulated but not run: try "dualpipe-v"'
+                )
             if made.topology.num_stages == self.num_stages:
                 return made
             problem = problem or ScheduleError(

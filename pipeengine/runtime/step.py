@@ -1,7 +1,7 @@
 """One way down and back: a batch goes in, runs on every worker, and comes back as a loss.
 
-What changes from step to step lives here and nowhere else: the numbers of steps and calls, the last loss, and whether the
-pipeline is still open.
+What changes from step to step lives here and nowhere else: the numbers of steps and calls, the last loss, and whether
+the pipeline is still open.
 """
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ _FACTS = ("the number of calls", "the batch", "the recorded model")
 
 @dataclass
 class Progress:
-    """What changes from step to step. ``closed`` says why, once the pipeline is; ``microbatches`` are the last step's."""
+    """What changes from step to step. ``closed`` says why, once the pipeline is; ``microbatches`` are the last
+    step's."""
 
     microbatches: int
     step: int = 0

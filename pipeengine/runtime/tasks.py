@@ -60,7 +60,9 @@ class BatchReader:
         if self.loss_fn is not None and training and inputs.target is None:
             raise InputError("the pipeline has a loss_fn; call step(..., target=...)")
         if self.loss_fn is None and inputs.target is not None:
-            raise InputError("target= is given, but the pipeline has no loss_fn that would take it; make it with loss_fn=")
+            raise InputError(
+                "target= is given, but the pipeline has no loss_fn that would take it; make it with loss_fn="
+            )
 
 
 @dataclass(frozen=True)

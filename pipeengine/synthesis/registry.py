@@ -20,6 +20,18 @@ from pipeengine.synthesis.auto import auto
 SCHEDULES: dict[str, Callable[..., Schedule]] = PUBLISHED | {"auto": auto}
 
 
+TORCH_NAMES = {
+    "ScheduleGPipe": "gpipe",
+    "Schedule1F1B": "1f1b",
+    "ScheduleInterleaved1F1B": "interleaved-1f1b",
+    "ScheduleLoopedBFS": "bfs",
+    "ScheduleInterleavedZeroBubble": "interleaved-zb",
+    "ScheduleZBVZeroBubble": "zb-v",
+    "ScheduleDualPipeV": "dualpipe-v",
+}
+"""The classes of ``torch.distributed.pipelining.schedules``, by the names that their schedules have here."""
+
+
 def build(schedule: str | Callable[..., Schedule] | Schedule, *, num_workers: int, num_microbatches: int,
           stages_per_worker: int | None = None, costs: Costs | None = None,
           max_peak: float | Sequence[float] | None = None, objective: str | None = None) -> Schedule:
@@ -65,6 +77,7 @@ def build_short(schedule: str | Callable[..., Schedule] | Schedule, *, num_worke
 
 def find(text: str) -> Callable[..., Schedule] | Schedule:
     """What ``text`` stands for: a name of ``SCHEDULES``, a schedule's text or ``.csv`` file, or ``module:function``."""
+    text = TORCH_NAMES.get(text, text)
     if text in SCHEDULES:
         return SCHEDULES[text]
     if re.match(r"\s*\(?\d+[FBIW]\d+\s*[,;\n]", text):

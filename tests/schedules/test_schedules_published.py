@@ -197,3 +197,12 @@ def test_a_short_batch_has_an_order_too(name):
         check(schedule)
     with pytest.raises(ScheduleError, match="unknown schedule"):
         build_short("nope", num_workers=4, num_microbatches=2)
+
+
+def test_torchs_class_names_are_understood():
+    """Whoever comes from torch.distributed.pipelining types its class names."""
+    from torch.distributed.pipelining import schedules as theirs
+
+    from pipeengine.synthesis.registry import TORCH_NAMES, find
+    for name, own in TORCH_NAMES.items():
+        assert hasattr(theirs, name) and find(name) is SCHEDULES[own]
