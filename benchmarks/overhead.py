@@ -22,10 +22,11 @@ from torch import nn
 
 import pipeengine as pe
 from pipeengine import pipeline
+from pipeengine.distributed import transport
 from pipeengine.distributed.local import NullTransport
 from pipeengine.distributed.workers import ProcessGroupWorkers, SingleProcess
 from pipeengine.runtime.executor import Executor
-from pipeengine.stages import message as wire
+from pipeengine.stages.message import HEADER_BYTES, Layout
 
 WIDTH, MICROBATCHES, STAGES = 16, 32, 2
 OPTIONS = dict(loss_fn=F.mse_loss, num_microbatches=MICROBATCHES, schedule="1f1b")
@@ -135,18 +136,19 @@ def worker(rank: int, seconds: float) -> dict[str, float]:
     del fake_pg
     dist.init_process_group("fake", rank=rank, world_size=STAGES, store=dist.HashStore())
     x, y = torch.randn(MICROBATCHES, WIDTH), torch.randn(MICROBATCHES, WIDTH)
-    with mock.patch.object(wire, "check_header", _read_header), mock.patch.object(wire, "has_arrived", lambda buffer: True):
+    with mock.patch.object(transport, "check_header", _read_header), \
+            mock.patch.object(transport, "has_arrived", lambda buffer: True):
         steps = {"engine": engine(rank, x, y, messages=False), "messages": engine(rank, x, y, messages=True),
                  "manual": manual(rank, x, y), "traced": traced(rank, x, y), "bare": bare(rank, x, y)}
         found = best(steps, seconds)
     return {name: 1e6 * value / MICROBATCHES for name, value in found.items()}
 
 
-def _read_header(buffer: torch.Tensor, form: wire.Layout, expected: bytes) -> tuple:
+def _read_header(buffer: torch.Tensor, layout: Layout, expected: bytes) -> tuple:
     """The work of the check without its verdict: nothing has arrived."""
-    if buffer.numpy()[:wire.HEADER_BYTES].tobytes() == expected:
+    if buffer.numpy()[:HEADER_BYTES].tobytes() == expected:
         raise AssertionError("a message arrived")
-    return form.orders
+    return layout.orders
 
 
 def main() -> None:
