@@ -36,7 +36,7 @@ from pipeengine.report import RunReport, measured, predict, report_text, save, s
 from pipeengine.rng import RngStreams, mix
 from pipeengine.runtime import Executor, ProgramCache, Task, merge_outputs
 from pipeengine.schedules import Schedule
-from pipeengine.simulation import Timeline, costs_of
+from pipeengine.simulation import LinkTimes, Timeline, costs_of
 from pipeengine.stages import Placement, Specialization, SpecializationCache, check_recording
 from pipeengine.synthesis import build
 from pipeengine.tracing import Dataflow, Inputs, analyse, capture, current_modes, node_refs, refs
@@ -98,7 +98,7 @@ class Pipeline:
         price_modules(graph, flow, self._recomputed.spans(flow.recording))
         self._plan: Plan = self._make_plan(graph, plan)
         self._priced = price_stages(self._plan, self._recomputed.stages)
-        self._programs = dataclasses.replace(self._programs, costs=costs_of(self._priced, **self._link),
+        self._programs = dataclasses.replace(self._programs, costs=costs_of(self._priced, self._link),
                                            _known={})
         workers.run_synchronized(lambda: self._place(flow, weights, check))
         self._connect_workers(flow)
@@ -234,7 +234,7 @@ class Pipeline:
     def _partition(self, graph: networkx.DiGraph) -> Plan:
         total = sum(data.get("forward", 0) + data.get("backward", 0) for _, data in graph.nodes(data=True))
         tolerance = max(0.05, min(0.5, _NOISE_SECONDS * self._num_stages / max(total, 1e-12)))
-        return partitioners.partition(graph, self._num_stages, bandwidth=self._link["bandwidth"],
+        return partitioners.partition(graph, self._num_stages, bandwidth=self._link.bytes_per_second,
                                       num_microbatches=self._num_microbatches, prefer_single_tensor=tolerance, gap=_GAP,
                                       time_limit=_PLANNING_SECONDS, memory_model=self._memory_model(),
                                       worker_of=self._worker_of if self._workers.size > 1 else None, progress=self._tell)
@@ -574,14 +574,14 @@ class Pipeline:
 
         In one process: what separate workers would take if messages took no time.
         """
-        return predict(self._priced, self._programs.order(self._ran), **self._link)
+        return predict(self._priced, self._programs.order(self._ran), self._link)
 
     @property
-    def _link(self) -> dict[str, float | None]:
+    def _link(self) -> LinkTimes:
         """What a message between two stages takes."""
         if self._workers.size == 1:
-            return {"hop": 0.0, "bandwidth": None}
-        return {"hop": _HOP_SECONDS, "bandwidth": _LINK_BYTES_PER_SECOND, "handling": _HANDLING_SECONDS}
+            return LinkTimes.free()
+        return LinkTimes(_HOP_SECONDS, _HANDLING_SECONDS, _LINK_BYTES_PER_SECOND)
 
     def run_report(self) -> RunReport:
         """Per stage: predicted and measured time, idle share, memory, what it sends. Any worker may call it alone."""
