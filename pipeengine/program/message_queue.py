@@ -87,7 +87,9 @@ class _EventSimulation:
             for message in self.frees[number]:
                 for end in self.ends[message]:
                     del self.coming[end][message]
-            return (lane, *self._unbar(self.frees[number], now))
+            self._unbar(self.frees[number], now)
+            # What let these messages pass may go now where they are still held back by what they come after.
+            return (lane, *(end for message in self.frees[number] for end in self.ends[message]))
         number -= self.size
         sender, receiver = self.ends[number]
         self.carrying[sender] = self.carrying[receiver] = False
