@@ -26,14 +26,16 @@ from pipeengine.errors import InputError, PlanError, ScheduleError
 from pipeengine.options import Options
 from pipeengine.rng import RngStreams
 from pipeengine.runtime import BatchReader, ProgramCache, ScheduleChoice, splits_backward
-from pipeengine.simulation import costs_of
+from pipeengine.simulation import LinkTimes, costs_of, memory_model_of
 from pipeengine.stages import Placement, SpecializationCache, check_recording
 from pipeengine.synthesis import build
 from pipeengine.tracing import Dataflow, Inputs, analyse, capture, node_refs, refs
 
 # A message between busy processes of one machine: from the end of what made it to the start of what waits for it, and
-# what the sender spends on it (measured over gloo).
-_HOP_SECONDS, _HANDLING_SECONDS, _LINK_BYTES_PER_SECOND = 4e-4, 1e-4, 1e9
+# what the sender spends on it; measured over gloo. For other backends nobody has measured yet: the same, but with the
+# bandwidth of one 200 Gb/s link, so that bytes do not drown everything else.
+LINKS = {"gloo": LinkTimes(4e-4, 1e-4, 1e9)}
+_UNMEASURED = LinkTimes(4e-4, 1e-4, 25e9)
 _GAP, _PLANNING_SECONDS = 0.01, 10.0        # measured costs are not better known than to one per cent
 _NOISE_SECONDS = 5e-4       # differences between stages below this are not worth a second tensor across a cut
 
@@ -45,6 +47,7 @@ class Layout:
     choice: ScheduleChoice
     worker_of: tuple[int, ...]
     splits_backward: bool
+    memory_model: partitioners.MemoryModel
     recompute: Recompute
 
     @property
@@ -89,7 +92,7 @@ class Assembly:
     transport: Transport
     ties: TiedParameters | NoTies
     num_parts: int
-    link: Mapping[str, float | None]
+    link: LinkTimes
 
 
 def assemble(options: Options, workers: Workers, device: torch.device) -> Assembly:
@@ -105,7 +108,7 @@ def assemble(options: Options, workers: Workers, device: torch.device) -> Assemb
     price_modules(graph, recorded.flow, layout.recompute.spans(recorded.flow.recording))
     plan = make_plan(graph, given, options, layout, link, workers)
     priced = price_stages(plan, layout.recompute.stages)
-    programs = ProgramCache(layout.choice, workers.rank, costs_of(priced, **link))
+    programs = ProgramCache(layout.choice, workers.rank, costs_of(priced, link))
     placement, tensors = workers.run_synchronized(lambda: place(options, recorded, plan, layout, workers.rank))
     fetch_missing(options.model, tensors.held, device, workers)
     rng = RngStreams(device)
@@ -147,7 +150,7 @@ def lay_out(options: Options, plan: Plan | None, num_workers: int) -> Layout:
         )
     choice = ScheduleChoice(options.schedule, num_stages, options.num_microbatches, num_workers)
     schedule = choice.build()
-    return Layout(choice, choice.worker_of(schedule), splits_backward(schedule),
+    return Layout(choice, choice.worker_of(schedule), splits_backward(schedule), memory_model_of(schedule),
                   Recompute.of(options.recompute, num_stages, options.model))
 
 
@@ -240,15 +243,13 @@ def _progress(rank: int):
     return tell
 
 
-def link_times(workers: Workers) -> dict[str, float | None]:
-    """What a message between two stages takes: seconds each and bytes per second; nothing inside one process."""
-    if workers.size == 1:
-        return {"hop": 0.0, "bandwidth": None}
-    return {"hop": _HOP_SECONDS, "bandwidth": _LINK_BYTES_PER_SECOND, "handling": _HANDLING_SECONDS}
+def link_times(workers: Workers) -> LinkTimes:
+    """What a message between two stages takes, by the backend that carries it; nothing inside one process."""
+    return LinkTimes.free() if workers.backend is None else LINKS.get(workers.backend, _UNMEASURED)
 
 
 def make_plan(graph: networkx.DiGraph, given: Plan | None, options: Options, layout: Layout,
-              link: Mapping[str, float | None], workers: Workers) -> Plan:
+              link: LinkTimes, workers: Workers) -> Plan:
     """Rank 0 plans, everybody gets that plan: measured costs differ from worker to worker."""
     def plan_here() -> dict | None:
         if workers.rank:
@@ -259,16 +260,14 @@ def make_plan(graph: networkx.DiGraph, given: Plan | None, options: Options, lay
     return Plan.from_json(workers.broadcast_object(workers.run_synchronized(plan_here)))
 
 
-def partition(graph: networkx.DiGraph, options: Options, layout: Layout, link: Mapping[str, float | None],
+def partition(graph: networkx.DiGraph, options: Options, layout: Layout, link: LinkTimes,
               num_workers: int) -> Plan:
     """The best cut of ``graph`` for the workers that will hold the stages."""
     total = sum(data.get("forward", 0) + data.get("backward", 0) for _, data in graph.nodes(data=True))
     tolerance = max(0.05, min(0.5, _NOISE_SECONDS * layout.num_stages / max(total, 1e-12)))
-    # How many micro-batches a stage holds at once: all where every forward comes first, else as 1F1B does.
-    memory_model = partitioners.MemoryModel(schedule="gpipe" if layout.choice.name in ("gpipe", "bfs") else "1f1b")
-    return partitioners.partition(graph, layout.num_stages, bandwidth=link["bandwidth"],
+    return partitioners.partition(graph, layout.num_stages, bandwidth=link.bytes_per_second,
                                   num_microbatches=options.num_microbatches, prefer_single_tensor=tolerance, gap=_GAP,
-                                  time_limit=_PLANNING_SECONDS, memory_model=memory_model,
+                                  time_limit=_PLANNING_SECONDS, memory_model=layout.memory_model,
                                   worker_of=layout.worker_of if num_workers > 1 else None, progress=_progress(0))
 
 

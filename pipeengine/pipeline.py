@@ -185,7 +185,7 @@ class Pipeline:
         In one process: what separate workers would take if messages took no time.
         """
         made = self._assembly
-        return predict(made.priced, made.programs.schedule(self._runner.progress.microbatches), **made.link)
+        return predict(made.priced, made.programs.schedule(self._runner.progress.microbatches), made.link)
 
     def run_report(self) -> RunReport:
         """Per stage: predicted and measured time, idle share, memory, what it sends. Any worker may call it alone."""

@@ -12,7 +12,17 @@ from pipeengine.errors import PipeEngineError, ScheduleError
 from pipeengine.program import check
 from pipeengine.report import chrome_trace, seconds_text, size_text, timeline_svg, timeline_text
 from pipeengine.schedules import Edge, Schedule, Topology
-from pipeengine.simulation import Breakdown, Costs, Timeline, breakdown, costs_of, edges_of, peak_activations, simulate
+from pipeengine.simulation import (
+    Breakdown,
+    Costs,
+    LinkTimes,
+    Timeline,
+    breakdown,
+    costs_of,
+    edges_of,
+    peak_activations,
+    simulate,
+)
 from pipeengine.synthesis import SCHEDULES, build, find
 
 
@@ -125,7 +135,7 @@ def _from_plan(args: argparse.Namespace) -> Callable[[str], _Result]:
         raise ScheduleError(f"--plan and {both[0]} both give times; give one of them")
     plan = Plan.load(args.plan)
     link = plan.setting.cluster.links[0]
-    costs, edges = costs_of(plan, hop=link.latency, bandwidth=link.bandwidth), edges_of(plan)
+    costs, edges = costs_of(plan, LinkTimes(link.latency, bytes_per_second=link.bandwidth)), edges_of(plan)
     if args.weight_activation is not None:
         costs = replace(costs, weight_activation=tuple(args.weight_activation * held for held in costs.activation))
     microbatches = args.microbatches or plan.setting.num_microbatches

@@ -35,13 +35,15 @@ class Times(NamedTuple):
 def one_at_a_time(starts: np.ndarray, duration: np.ndarray, queue: Queue) -> Times:
     """Times of actions (lanes one after another, lane l from ``starts[l]``) and of the messages between them.
 
-    Channels of both ends are taken for all of a message's latency. Events within a billionth of the shortest action count
-    as one. About five microseconds per action and message.
+    ``duration`` is in seconds, one per action. Channels of both ends are taken for all of a message's latency. Events
+    within a billionth of the shortest action count as one. About five microseconds per action and message.
     """
-    return _Play(starts, duration, queue).play()
+    return _EventSimulation(starts, duration, queue).run()
 
 
-class _Play:
+class _EventSimulation:
+    """Actions and messages in time: whatever ends frees what waits for it."""
+
     def __init__(self, starts: np.ndarray, duration: np.ndarray, queue: Queue) -> None:
         size, lanes = len(duration), len(starts) - 1
         self.size, self.duration = size, duration.tolist()
@@ -61,7 +63,7 @@ class _Play:
         self.coming: list[dict[int, float]] = [{} for _ in range(lanes)]
         self.events: list[tuple[float, int]] = []
 
-    def play(self) -> Times:
+    def run(self) -> Times:
         touched = set(range(len(self.position)))
         now = 0.0
         while True:
@@ -85,7 +87,9 @@ class _Play:
             for message in self.frees[number]:
                 for end in self.ends[message]:
                     del self.coming[end][message]
-            return (lane, *self._unbar(self.frees[number], now))
+            self._unbar(self.frees[number], now)
+            # What let these messages pass may go now where they are still held back by what they come after.
+            return (lane, *(end for message in self.frees[number] for end in self.ends[message]))
         number -= self.size
         sender, receiver = self.ends[number]
         self.carrying[sender] = self.carrying[receiver] = False

@@ -13,17 +13,17 @@ from pipeengine.report.html import report_html
 from pipeengine.report.memory import stage_bytes, step_bytes
 from pipeengine.report.run_report import RunReport, StageRow
 from pipeengine.schedules import Schedule
-from pipeengine.simulation import Timeline, costs_of, edges_of, simulate
+from pipeengine.simulation import LinkTimes, Timeline, costs_of, edges_of, simulate
 
 Record = tuple[str, int, int, float, float]         # op, stage, micro-batch, start and end in seconds of the step
 
 
-def predict(plan: Plan, schedule: Schedule, **link: float | None) -> Timeline:
+def predict(plan: Plan, schedule: Schedule, link: LinkTimes) -> Timeline:
     """The timeline of one step by the plan's costs; its peaks are what the step adds to each worker's memory.
 
-    A worker runs one action at a time, also where the schedule has two as one block. ``link`` is as ``costs_of`` takes it.
+    A worker runs one action at a time, also where the schedule has two as one block. Seconds and bytes.
     """
-    timeline = simulate(replace(schedule, pairs=()), costs_of(plan, **link), edges_of(plan))
+    timeline = simulate(replace(schedule, pairs=()), costs_of(plan, link), edges_of(plan))
     return replace(timeline, peak_bytes=step_bytes(plan, schedule))
 
 

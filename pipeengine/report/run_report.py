@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from pipeengine.errors import InputError
+from pipeengine.errors import InputError, ScheduleError
 from pipeengine.simulation import Timeline
 
 
@@ -72,11 +72,15 @@ class RunReport:
                              "give a file that save() wrote") from error
         if not isinstance(data, Mapping) or data.pop("kind", None) != "pipeengine run":
             raise InputError("this is no run report: no \"kind\": \"pipeengine run\"; give a file that save() wrote")
-        data["rows"] = tuple(StageRow(**row) for row in data["rows"])
-        data["notes"] = tuple(data.get("notes", ()))
-        for name in ("predicted", "measured"):
-            data[name] = data.get(name) and Timeline.from_dict(data[name])
-        return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
+        try:
+            data["rows"] = tuple(StageRow(**row) for row in data["rows"])
+            data["notes"] = tuple(data.get("notes", ()))
+            for name in ("predicted", "measured"):
+                data[name] = data.get(name) and Timeline.from_dict(data[name])
+            return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
+        except (ScheduleError, KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+            raise InputError(f"this run report is damaged: {type(error).__name__}: {error}; "
+                             "give a file that save() wrote") from error
 
     def save(self, path: str | Path) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -84,4 +88,8 @@ class RunReport:
 
     @classmethod
     def load(cls, path: str | Path) -> RunReport:
-        return cls.from_json(Path(path).read_text())
+        """What ``save`` wrote. Raises ``InputError`` that names the file where it is none or damaged."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (InputError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: {error}; run again, or give another file") from error

@@ -6,39 +6,39 @@ import numpy as np
 from pipeengine.errors import ScheduleError
 from pipeengine.schedules.linear import at_least
 from pipeengine.schedules.schedule import Lane, Schedule, Topology
-from pipeengine.schedules.v_shaped import Hand
+from pipeengine.schedules.v_shaped import LaneBuilder
 
 
-def _eight_steps(hand: Hand, workers: int, place: int, microbatches: int) -> None:
+def _eight_steps(builder: LaneBuilder, workers: int, place: int, microbatches: int) -> None:
     """The published order of worker ``place`` among ``workers``, with ``microbatches`` in either stream."""
     before = workers - place - 1
-    hand.deal("F0", times=2 * before)
-    hand.deal("F0", "F1", times=place + 1)
-    hand.deal("I1", "W1", "F1", times=before)
+    builder.append("F0", times=2 * before)
+    builder.append("F0", "F1", times=place + 1)
+    builder.append("I1", "W1", "F1", times=before)
     turns = microbatches - 2 * workers + place + 1
     if before == 0:
         # Where both streams meet first, nothing is there yet to run beside.
-        hand.deal("F0", "B1")
-        hand.deal_block("F1", "B0")
+        builder.append("F0", "B1")
+        builder.append_blocks("F1", "B0")
         turns -= 1
-    hand.deal_block("F0", "B1", "F1", "B0", times=turns)
+    builder.append_blocks("F0", "B1", "F1", "B0", times=turns)
     for _ in range(before):
-        hand.deal("B1")
-        hand.deal_block("F1", "B0")
+        builder.append("B1")
+        builder.append_blocks("F1", "B0")
     late: list[str] = []
     for turn, chunk in ((turn, chunk) for turn in range(place + 1) for chunk in (1, 0)):
         # Weight gradients wait from the middle of this step on.
         if late or (turn == (place + 1) // 2 and chunk == place % 2):
             late.append(f"W{chunk}")
-        hand.deal(f"{'I' if late else 'B'}{chunk}")
+        builder.append(f"{'I' if late else 'B'}{chunk}")
     for _ in range(before):
-        hand.deal(late.pop(0), "I0")
+        builder.append(late.pop(0), "I0")
         late.append("W0")
-    hand.deal(*late)
+    builder.append(*late)
 
 
-def _dealt(hands: list[Hand]) -> tuple[tuple[Lane, ...], tuple[np.ndarray, ...]]:
-    return tuple(hand.lane() for hand in hands), tuple(hand.pairs() for hand in hands)
+def _built(builders: list[LaneBuilder]) -> tuple[tuple[Lane, ...], tuple[np.ndarray, ...]]:
+    return tuple(builder.lane() for builder in builders), tuple(builder.pairs() for builder in builders)
 
 
 def dualpipe(num_workers: int, num_microbatches: int) -> Schedule:
@@ -54,18 +54,18 @@ def dualpipe(num_workers: int, num_microbatches: int) -> Schedule:
     p, m = num_workers, num_microbatches
     if p % 2 or m % 2 or m < 2 * p:
         workers, least = p + p % 2, 2 * (p + p % 2)
-        raise ScheduleError("dualpipe is made for an even number of workers, and an even number of micro-batches of twice "
-                            f"that or more, not {p} and {m}; the nearest that works is {workers} workers and "
+        raise ScheduleError("dualpipe is made for an even number of workers, and an even number of micro-batches of "
+                            f"twice that or more, not {p} and {m}; the nearest that works is {workers} workers and "
                             f"{max(least, m + m % 2)} micro-batches")
-    hands = []
+    builders = []
     for r in range(p):
         place, stages, streams = r, (r, 2 * p - 1 - r), (range(m // 2), range(m // 2, m))
         if r >= p // 2:
             place, stages, streams = p - 1 - r, stages[::-1], streams[::-1]
-        hand = Hand(stages, streams)
-        _eight_steps(hand, p // 2, place, m // 2)
-        hands.append(hand)
-    return Schedule("dualpipe", Topology.bidirectional(p), m, *_dealt(hands))
+        builder = LaneBuilder(stages, streams)
+        _eight_steps(builder, p // 2, place, m // 2)
+        builders.append(builder)
+    return Schedule("dualpipe", Topology.bidirectional(p), m, *_built(builders))
 
 
 def dualpipe_v(num_workers: int, num_microbatches: int) -> Schedule:
@@ -75,9 +75,9 @@ def dualpipe_v(num_workers: int, num_microbatches: int) -> Schedule:
         1  .  F0 f0 F1 f1 F2 b0--- f2 B0--- F3 b1--- f3 B1--- b2--- B2--- .  i3 I3 w3 W3
     """
     at_least("dualpipe-v", 2 * num_workers, num_workers, num_microbatches)
-    hands = []
+    builders = []
     for r in range(num_workers):
-        hand = Hand((r, 2 * num_workers - 1 - r), (range(num_microbatches),) * 2)
-        _eight_steps(hand, num_workers, r, num_microbatches)
-        hands.append(hand)
-    return Schedule("dualpipe-v", Topology.v(num_workers), num_microbatches, *_dealt(hands))
+        builder = LaneBuilder((r, 2 * num_workers - 1 - r), (range(num_microbatches),) * 2)
+        _eight_steps(builder, num_workers, r, num_microbatches)
+        builders.append(builder)
+    return Schedule("dualpipe-v", Topology.v(num_workers), num_microbatches, *_built(builders))

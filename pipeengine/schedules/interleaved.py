@@ -58,9 +58,9 @@ def published_interleaved_seconds(num_workers: int, num_microbatches: int, stage
                                   hop: float) -> float:
     """Seconds of a step by the closed form behind the 1F1B-I column of Qi et al., Zero Bubble, ICLR 2024, table 5.
 
-    ``work`` is F + I + W of one micro-batch on one worker, ``hop`` the time of one message, both in seconds. For multiples of
-    the workers. An event simulation of the same order takes ``num_workers * hop`` longer: on its way through all stages a
-    micro-batch crosses 2 (p v - 1) boundaries, and the published figures count p fewer.
+    ``work`` is F + I + W of one micro-batch on one worker, ``hop`` the time of one message, both in seconds. For
+    multiples of the workers. An event simulation of the same order takes ``num_workers * hop`` longer: on its way
+    through all stages a micro-batch crosses 2 (p v - 1) boundaries, and the published figures count p fewer.
     """
     p, m, v = num_workers, num_microbatches, stages_per_worker
     return m * work + (p - 1) * work / v + (2 * (p * v - 1) - p) * hop
@@ -78,7 +78,7 @@ def breadth_first(num_workers: int, num_microbatches: int, stages_per_worker: in
 
 
 def interleaved_zero_bubble(num_workers: int, num_microbatches: int, stages_per_worker: int = 2) -> Schedule:
-    """Interleaved 1F1B with weight gradients moved into the bubble, half its known_leaf_modules-up (as in torch; Qi et al.)::
+    """Interleaved 1F1B with weight gradients moved into the bubble, half its warm-up (as in torch; Qi et al.)::
 
         0  F0 F1 f0 f1 .  i0 w0 F2 i1 w1 F3 I0 W0 f2 I1 W1 f3 i2 w2 i3 w3 I2 W2 I3 W3
         1  .  F0 F1 f0 i0 f1 i1 w0 F2 I0 w1 F3 I1 W0 f2 i2 W1 f3 i3 w2 I2 w3 I3 W2 W3

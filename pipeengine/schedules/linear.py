@@ -61,7 +61,7 @@ def zb_h1(num_workers: int, num_microbatches: int) -> Schedule:
 
 
 def zb_h2(num_workers: int, num_microbatches: int) -> Schedule:
-    """As ZB-H1, with twice the known_leaf_modules-up and twice the memory: no bubble inside a worker's span (Qi et al.)::
+    """As ZB-H1, with twice the warm-up and twice the memory: no bubble inside a worker's span (Qi et al.)::
 
         0  F0 F1 F2 F3 F4 I0 W0 I1 W1 I2 W2 I3 W3 I4 W4 .  .
         1  .  F0 F1 F2 I0 F3 I1 F4 I2 W0 I3 W1 I4 W2 W3 W4 .
@@ -84,8 +84,9 @@ def forward_schedule(num_workers: int, num_microbatches: int, topology: Topology
     stages = [np.array(topology.stages_of(worker)) for worker in range(topology.num_workers)]
     visits = topology.visits(num_microbatches)
     lanes = []
-    for held in stages:
-        stage, k = (np.nonzero(visits[held]))
+    for own in stages:
+        place, k = np.nonzero(visits[own])
+        stage = own[place]
         # Micro-batch k reaches stage s at slot s + k: this order never waits for a later one.
-        lanes.append([(F, held[stage], k, (held[stage] + k) * topology.num_stages + held[stage])])
+        lanes.append([(F, stage, k, (stage + k) * topology.num_stages + stage)])
     return from_keys("forward", topology, num_microbatches, lanes)

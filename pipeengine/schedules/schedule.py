@@ -124,8 +124,8 @@ class Topology:
 
     def shares(self) -> np.ndarray:
         """The part of its worker's model that each stage is, stages of one worker and route taken as equal."""
-        held = list(zip(self.worker_of, self.route_of))
-        return np.array([1 / held.count(key) for key in held])
+        places = list(zip(self.worker_of, self.route_of))
+        return np.array([1 / places.count(place) for place in places])
 
 
 class Lane(NamedTuple):
@@ -190,12 +190,12 @@ class Schedule:
     def tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where each (stage, micro-batch) has its F, its B or I, and its W: indices into ``columns``, -1 for none."""
         op, stage, microbatch = self.columns
-        shape, found = (self.topology.num_stages, self.num_microbatches), []
+        shape, tables = (self.topology.num_stages, self.num_microbatches), []
         for which in (op == F, (op == B) | (op == I), op == W):
             table, where = np.full(shape, -1, np.int64), np.flatnonzero(which)
             table[stage[where], microbatch[where]] = where
-            found.append(table)
-        return tuple(found)
+            tables.append(table)
+        return tuple(tables)
 
     @cached_property
     def forward_only(self) -> bool:

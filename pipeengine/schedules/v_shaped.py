@@ -12,27 +12,33 @@ from pipeengine.schedules.linear import at_least
 from pipeengine.schedules.schedule import LETTERS, B, F, I, Lane, Schedule, Topology, W, from_keys
 
 
-class Hand:
-    """Deals one worker's actions: ``deal("F0")`` is the next forward of its first stage, and so on."""
+class LaneBuilder:
+    """One worker's lane, built in order: ``append("F0")`` is the next forward of its first stage, and so on.
+
+    ``microbatches`` are those of each of its two ``stages``, taken in turn by F, by the first half of backward and by
+    the second.
+    """
 
     def __init__(self, stages: tuple[int, int], microbatches: tuple[range, range]) -> None:
         self.stages, self.microbatches = stages, microbatches
         self.names, self.blocks = bytearray(), bytearray()
 
-    def deal(self, *names: str, times: int = 1) -> None:
-        """The next action of each name in turn, all of that ``times`` times."""
+    def append(self, *names: str, times: int = 1) -> None:
+        """Append the next action of each name in turn, all of that ``times`` times."""
         self.names += bytes(_NAMES.index(name) for name in names) * times
         self.blocks += bytes(len(names) * times)
 
-    def deal_block(self, *names: str, times: int = 1) -> None:
-        """Names by twos, each two as one block, all of that ``times`` times."""
-        self.deal(*names, times=times)
+    def append_blocks(self, *names: str, times: int = 1) -> None:
+        """Append names by twos, each two as one block, all of that ``times`` times."""
+        self.append(*names, times=times)
         self.blocks[len(self.blocks) - len(names) * times:] = bytes((1, 0)) * (len(names) * times // 2)
 
     def pairs(self) -> np.ndarray:
+        """Boolean, one per action: whether it forms a block with the next one."""
         return np.frombuffer(bytes(self.blocks), bool)
 
     def lane(self) -> Lane:
+        """What has been appended, as columns."""
         name = np.frombuffer(bytes(self.names), np.uint8)
         op, chunk = name >> 1, name & 1
         stage, microbatch = np.take(np.array(self.stages, np.int32), chunk), np.empty(len(name), np.int32)
@@ -43,6 +49,8 @@ class Hand:
                 # A fused backward counts as both of its halves.
                 microbatch[each] = batches.start + np.arange(np.count_nonzero(each))
         return Lane(op, stage, microbatch)
+
+
 _NAMES = tuple(letter + chunk for letter in LETTERS for chunk in "01")
 
 
@@ -56,17 +64,17 @@ def zb_v(num_workers: int, num_microbatches: int) -> Schedule:
     at_least("zb-v", 2 * p - 1, p, m)
     lanes = []
     for r in range(p):
-        hand = Hand((r, 2 * p - 1 - r), (range(m), range(m)))
-        hand.deal("F0", times=2 * (p - r) - 1)
-        hand.deal("F1", "F0", times=r)
-        hand.deal("F1", "I1", "W1", times=p - r)
-        hand.deal("F0", "I0", "W0", "F1", "I1", "W1", times=m - 2 * p + r + 1)
-        hand.deal("I0", "W0", "F1", "I1", "W1", times=p - 1 - r)
-        hand.deal("I0", "I1", times=r)
-        hand.deal("I0", "W0", times=p - r)
-        hand.deal("W1", times=r)
-        hand.deal("W0", times=r)
-        lanes.append(hand.lane())
+        builder = LaneBuilder((r, 2 * p - 1 - r), (range(m), range(m)))
+        builder.append("F0", times=2 * (p - r) - 1)
+        builder.append("F1", "F0", times=r)
+        builder.append("F1", "I1", "W1", times=p - r)
+        builder.append("F0", "I0", "W0", "F1", "I1", "W1", times=m - 2 * p + r + 1)
+        builder.append("I0", "W0", "F1", "I1", "W1", times=p - 1 - r)
+        builder.append("I0", "I1", times=r)
+        builder.append("I0", "W0", times=p - r)
+        builder.append("W1", times=r)
+        builder.append("W0", times=r)
+        lanes.append(builder.lane())
     return Schedule("zb-v", Topology.v(p), m, tuple(lanes))
 
 
@@ -88,6 +96,8 @@ def v_min(num_workers: int, num_microbatches: int) -> Schedule:
         2  .  .  F0 f0 .  .  .  .  F1 f1 i0 I0 W0 w0 F2 f2 i1 I1 W1 w1 .  .  i2 I2 W2 w2 .
     """
     return _repeated_block("v-min", num_workers, num_microbatches, 1)
+
+
 PERIOD = 6
 """Slots per micro-batch: F, I and W of two stages."""
 

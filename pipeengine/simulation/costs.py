@@ -15,7 +15,8 @@ def _per_stage(name: str, value: float | Sequence[float], num_stages: int) -> tu
     if len(values) != num_stages:
         raise ScheduleError(f"{name} has {len(values)} entries for {num_stages} stages; give one per stage")
     if not all(0 <= x < float("inf") for x in values):
-        raise ScheduleError(f"{name} is {min(values):g} to {max(values):g}; times and sizes are finite and not negative")
+        raise ScheduleError(f"{name} is {min(values):g} to {max(values):g}; "
+                            "times and sizes are finite and not negative")
     return values
 
 
@@ -64,8 +65,8 @@ class Costs:
                 put(name, getattr(self, name))
         _per_stage("edge_bytes", list(self.edge_bytes.values()), len(self.edge_bytes))
         if not 0 <= self.hop < float("inf") or (self.bandwidth is not None and not self.bandwidth > 0):
-            raise ScheduleError(f"hop is {self.hop} seconds and bandwidth {self.bandwidth} bytes per second; a hop takes 0 or "
-                                "more, a bandwidth is over 0 or left out")
+            raise ScheduleError(f"hop is {self.hop} seconds and bandwidth {self.bandwidth} bytes per second; a hop takes 0 "
+                                "or more, a bandwidth is over 0 or left out")
 
     @classmethod
     def uniform(cls, topology: Topology, *, forward: float = 1.0, input_grad: float = 1.0, weight_grad: float = 1.0,
@@ -91,7 +92,8 @@ class Costs:
         """These costs when ``stages`` keep only ``kept`` bytes per micro-batch and run forward again in backward."""
         again = np.isin(np.arange(len(self.forward)), list(stages))
         extra = np.where(again, self.forward, 0.0)
-        held = np.array(self.activation or (1.0,) * len(self.forward))
-        transient = np.where(again, np.maximum(held - kept, 0.0), self.transient or (0.0,))
+        activation = np.array(self.activation or (1.0,) * len(self.forward))
+        transient = np.where(again, np.maximum(activation - kept, 0.0), self.transient or (0.0,))
         return replace(self, input_grad=tuple(self.input_grad + extra), backward=tuple(self.backward + extra),
-                       activation=tuple(np.where(again, np.minimum(kept, held), held)), transient=tuple(transient))
+                       activation=tuple(np.where(again, np.minimum(kept, activation), activation)),
+                       transient=tuple(transient))

@@ -29,9 +29,10 @@ FEW = 10_000
 def solve(starts: np.ndarray, duration: np.ndarray, waits: tuple[Wait, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Start and end of every action, as early as possible. Raises ``Stuck`` when the order cannot complete.
 
-    Linear in the number of actions. Stretches that wait for nothing unknown are summed up at once; where times repeat, as
-    they do in every regular schedule, stretches are copied from their predecessors and then verified. Both cost a few
-    array operations per action, whatever the number of lanes.
+    ``starts[l]`` is where lane l begins (their length last); ``duration`` and all ``latency`` are in seconds. Linear in
+    the number of actions. Stretches that wait for nothing unknown are summed up at once; where times repeat, as they do
+    in every regular schedule, stretches are copied from their predecessors and then verified. Both cost a few array
+    operations per action, whatever the number of lanes.
     """
     end = _ends(starts, duration, waits)
     return _begin(starts, end, waits), end
@@ -102,8 +103,8 @@ def _worklist(starts: np.ndarray, duration: np.ndarray, waits: tuple[Wait, ...])
 class _Leaps:
     """All lanes step together (one array operation per step); where the last steps repeat, leap; long stretches run.
 
-    A run takes one lane as far as all that it waits for is known, as all forwards of GPipe are. A leap guesses that each
-    lane goes on as before, ``lag`` seconds later per period, and checks each guess against its definition,
+    A run takes one lane as far as all that it waits for is known, as all forwards of GPipe are. A leap guesses that
+    each lane goes on as before, ``lag`` seconds later per period, and checks each guess against its definition,
     ``end = max(end before, ends waited for + latency) + duration``. Times are positive, so guesses that end before the
     first wrong one rest on right ones only: these are kept, and stepping goes on from there.
     """
@@ -154,7 +155,7 @@ class _Leaps:
         return gained
 
     def _run_lane(self, lane: int) -> int | None:
-        """Run ``lane`` until an action waits for an unknown end; the lane that this belongs to, None when all is done."""
+        """Run ``lane`` until an action waits for an unknown end; the lane of that end, None when all is done."""
         at, stop, width = int(self.position[lane]), int(self.stops[lane]), 64
         while at < stop:
             span = slice(at, min(at + width, stop))

@@ -73,9 +73,9 @@ class Timeline:
         return self._extreme(self.end, np.maximum, -np.inf)
 
     def _extreme(self, times: np.ndarray, better: np.ufunc, worst: float) -> np.ndarray:
-        found = np.full(self.num_workers, worst)
-        better.at(found, self.worker[self.computes], times[self.computes])
-        return np.where(np.isfinite(found), found, 0.0)
+        extreme = np.full(self.num_workers, worst)
+        better.at(extreme, self.worker[self.computes], times[self.computes])
+        return np.where(np.isfinite(extreme), extreme, 0.0)
 
     @property
     def span(self) -> float:

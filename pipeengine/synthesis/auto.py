@@ -1,7 +1,7 @@
-"""ProgramCache made for the costs at hand: ``auto``, and a bound that no order can beat.
+"""Orders made for the costs at hand: ``auto``, and a bound that no order can beat.
 
-Three steps. Deal actions greedily in time, input gradients first, weight gradients into gaps, for a grid of known_leaf_modules-ups
-and patiences, one worker's at a time after that; add what the built-in schedules do; then swap neighbours
+Three steps. Build orders greedily in time, input gradients first, weight gradients into gaps, for a grid of warm-ups and
+patiences, one worker's at a time after that; add what the built-in schedules do; then swap neighbours
 on the critical path (tabu search, as for job shops: Nowicki and Smutnicki, Management Science 1996). The gap filling
 goes back to Qi et al., Zero Bubble, ICLR 2024, section 3. Deterministic: every worker of a job finds the same order.
 """
@@ -60,9 +60,9 @@ def auto(num_workers: int, num_microbatches: int, stages_per_worker: int = 1, co
     if best is None:
         raise ScheduleError(f"no order of {num_microbatches} micro-batches found under {max(task.cap):,.6g} of "
                             f"activations; 1F1B needs {num_workers} micro-batches' worth, try max_peak={num_workers}")
-    found = replace(best[1], name="auto")
-    check(found, max_peak=np.array(task.cap), costs=costs)
-    return found
+    schedule = replace(best[1], name="auto")
+    check(schedule, max_peak=np.array(task.cap), costs=costs)
+    return schedule
 
 
 def _built_in(num_workers: int, num_microbatches: int, stages_per_worker: int) -> Iterable[Schedule]:
@@ -79,23 +79,23 @@ def _built_in(num_workers: int, num_microbatches: int, stages_per_worker: int) -
 
 
 def _searched(task: Problem, costs: Costs, starts: Sequence[Schedule]) -> Iterable[Schedule]:
-    """ProgramCache from dealing and swapping, each start's best."""
+    """Orders from list scheduling and swapping, each start's best."""
     linear = task.num_stages == task.num_workers
     bound = lower_bound(task.topology, task.microbatches, costs, task.cap) if task.objective == "makespan" else 0.0
     lanes: list[tuple[Topology, list[list[int]]]] = []
     if linear:
-        dealer = WarmupSearch(task, budget=max(40, 330_000 // task.size))
+        search = WarmupSearch(task, budget=max(40, 330_000 // task.size))
         for patience in PATIENCES:
             for warmup in warmup_candidates(task):
-                dealer.price(warmup, [patience] * task.num_workers)
-            if dealer.reached(bound):
+                search.price(warmup, [patience] * task.num_workers)
+            if search.reached(bound):
                 break
-        for key in dealer.best(3):
-            lanes.append((task.topology, build_lanes(task, *(key if dealer.reached(bound) else dealer.refine(key)))))
+        for key in search.best(3):
+            lanes.append((task.topology, build_lanes(task, *(key if search.reached(bound) else search.refine(key)))))
     else:
         streams = [InterleavedSchedule(task, flying, patience) for flying in (task.num_workers, task.microbatches)
                    for patience in (1e-4, 0.3, 1.0)]
-        lanes.append((task.topology, min(streams, key=InterleavedSchedule.play).lanes))
+        lanes.append((task.topology, min(streams, key=InterleavedSchedule.build).lanes))
     lanes += [(start.topology, _numbers(task, start)) for start in starts]
     rounds = min(220, 160_000 // task.size) * (1 if linear else 2) if task.objective == "makespan" else 0
     for topology, order in lanes:

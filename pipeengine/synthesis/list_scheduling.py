@@ -1,7 +1,7 @@
-"""ProgramCache made greedily in time: at each free moment I, else F, else W, else wait.
+"""Orders made greedily in time: at each free moment I, else F, else W, else wait.
 
-Input gradients first, weight gradients into gaps, for a grid of known_leaf_modules-ups and patiences, one worker's at a time after that. The
-gap filling goes back to Qi et al., Zero Bubble, ICLR 2024, section 3.
+List scheduling: input gradients first, weight gradients into gaps, for a grid of warm-ups and patiences, one worker's at
+a time after that. The gap filling goes back to Qi et al., Zero Bubble, ICLR 2024, section 3.
 """
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class WarmupSchedule:
         self.lanes: list[list[int]] = [[] for _ in range(p)]
         self.heap = [(0.0, r) for r in range(p)]
 
-    def play(self) -> float | None:
+    def build(self) -> float | None:
         """The objective's value, in seconds; None when memory blocks."""
         while self.heap:
             now, r = heapq.heappop(self.heap)
@@ -86,13 +86,14 @@ class WarmupSchedule:
 
 
 def build_lanes(task: Problem, warmup: Sequence[int], patience: Sequence[float]) -> list[list[int]]:
-    deal = WarmupSchedule(task, warmup, patience)
-    deal.play()
-    return deal.lanes
+    """The action numbers of each worker in the order that these settings lead to."""
+    schedule = WarmupSchedule(task, warmup, patience)
+    schedule.build()
+    return schedule.lanes
 
 
 def warmup_candidates(task: Problem) -> Iterable[list[int]]:
-    """Forwards before the first gradient, by when it arrives; times a few factors; and the ladders of 1F1B and ZB-H2."""
+    """Forwards before the first gradient, by when it arrives; times a few factors; the ladders of 1F1B and ZB-H2."""
     p = task.num_workers
     forward, inputs, _ = task.seconds
     for patience in (1.0, 0.9, 0.8, 0.6):
@@ -105,8 +106,10 @@ def warmup_candidates(task: Problem) -> Iterable[list[int]]:
 
 
 def _until_gradient(task: Problem, patience: float) -> list[int]:
-    """Forwards that each worker has time for until its first gradient comes, one more where the rest is over ``patience``
-    of a forward; such a one makes the gradient late for all workers before."""
+    """Forwards that each worker has time for until its first gradient comes.
+
+    One more where the rest is over ``patience`` of a forward; such a one makes the gradient late for all workers before.
+    """
     forward, inputs, _ = task.seconds
     chosen, trip, late = [], 0.0, 0.0
     for r in reversed(range(task.num_workers)):
@@ -117,23 +120,26 @@ def _until_gradient(task: Problem, patience: float) -> list[int]:
         trip += inputs[r] + 2 * task.hop[r]
         chosen.append(count)
     return chosen[::-1]
+
+
 PATIENCES = (0.3, 1.0, 1e-4, 0.6, 0.9, 1.5, 3.0)
 
 
 class WarmupSearch:
-    """Remembers what settings lead to; ``budget`` deals at most."""
+    """Remembers what settings lead to; builds ``budget`` orders at most."""
 
     def __init__(self, task: Problem, budget: int) -> None:
         self.task, self.left = task, budget
         self.known: dict[tuple[tuple[int, ...], tuple[float, ...]], float] = {}
 
     def price(self, warmup: Sequence[int], patience: Sequence[float]) -> float:
+        """The objective's value of these settings in seconds; inf when memory blocks or the budget is spent."""
         key = tuple(warmup), tuple(patience)
         if key not in self.known:
             if self.left <= 0:
                 return float("inf")
             self.left -= 1
-            price = WarmupSchedule(self.task, *key).play()
+            price = WarmupSchedule(self.task, *key).build()
             self.known[key] = float("inf") if price is None else price
         return self.known[key]
 
@@ -188,7 +194,7 @@ class InterleavedSchedule:
         self.lanes: list[list[int]] = [[] for _ in range(task.num_workers)]
         self.events: list[tuple[float, int, int]] = [(0.0, r, -1) for r in range(task.num_workers)]
 
-    def play(self) -> float:
+    def build(self) -> float:
         """The makespan in seconds."""
         count = self.task.size
         while self.events:
