@@ -257,10 +257,10 @@ class Pipeline:
 
     def _place(self, flow: Dataflow, weights, check) -> None:
         self._rng = RngStreams(self._device)
-        self._placement = Placement(self._plan.stage_of, self._num_stages, flow.recording.leaf_modules)
-        stage_of = self._placement.assign(flow)
+        placement = Placement(self._plan.stage_of, self._num_stages, flow.recording.leaf_modules)
+        stage_of = placement.assign(flow)
         self._names_of = _all_names(self._model)
-        self._placement.settle(flow, stage_of, list(dict.fromkeys(self._names_of.values())))
+        self._placement = placement.settle(flow, stage_of, list(dict.fromkeys(self._names_of.values())))
         self._held = self._held_names(flow)
         if check and all(p.device.type != "meta" for p in (*self._model.parameters(), *self._model.buffers())):
             check_recording(self._model, flow, stage_of, self._num_stages, self._example, self._loss_fn)

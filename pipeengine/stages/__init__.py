@@ -15,8 +15,9 @@ from pipeengine.stages.message import (
     pack,
     unpack,
 )
-from pipeengine.stages.placement import Placement
+from pipeengine.stages.placement import Placement, SettledPlacement
 from pipeengine.stages.replay_check import check_recording
 from pipeengine.stages.runnable import Runnable
 
-__all__ = ["ACTIVATION", "GRADIENT", "Layout", "Placement", "Runnable", "Specialization", "SpecializationCache", "check_header", "check_recording", "has_arrived", "header", "pack", "allocate", "unpack"]
+__all__ = ["ACTIVATION", "GRADIENT", "Layout", "Placement", "Runnable", "SettledPlacement", "Specialization",
+           "SpecializationCache", "check_header", "check_recording", "has_arrived", "header", "pack", "allocate", "unpack"]

@@ -18,7 +18,7 @@ from pipeengine.rng import RngStreams
 from pipeengine.stages.codegen import compile_part
 from pipeengine.stages.guards import guard_check
 from pipeengine.stages.loss_weight import target_count
-from pipeengine.stages.placement import Placement
+from pipeengine.stages.placement import SettledPlacement
 from pipeengine.stages.runnable import Runnable, make_runnable
 from pipeengine.stages.splitting import Split, split
 from pipeengine.tracing import Inputs, Recording, analyse, capture, refs
@@ -62,7 +62,7 @@ class Runnables:
 class SpecializationCache:
     """Finds or makes the specialization for a micro-batch."""
 
-    def __init__(self, model: torch.nn.Module, placement: Placement, own: Sequence[int], *, loss_fn: Callable | None,
+    def __init__(self, model: torch.nn.Module, placement: SettledPlacement, own: Sequence[int], *, loss_fn: Callable | None,
                  device: torch.device, rng: RngStreams, split_backward: bool = False,
                  recompute: Recompute = Recompute()):
         self._split_backward, self._recompute = split_backward, recompute
