@@ -269,8 +269,6 @@ class Pipeline:
                                   rng=self._rng, split_backward=self._programs.splits_backward, recompute=self._recomputed)
         specialization = self._specializations.make(flow.recording, outputs=False)
         specialization.stages.of(self._programs.split_backward_stages(self._num_microbatches)[0])
-        self._example_links = specialization.links
-        self._example_split = specialization.split
 
     def _held_names(self, flow: Dataflow) -> frozenset[str]:
         """Parameters of the own stages, and the small buffers that every worker needs to follow the inputs."""
@@ -325,13 +323,13 @@ class Pipeline:
         ``WorkerError`` with the same root cause on every worker and closes the pipeline.
         """
         tasks, specializations, digest = self._prepare(self._inputs(args, kwargs, target), training=True)
-        links = frozenset().union(*(specialization.links for specialization in specializations))
+        edges = frozenset().union(*(specialization.edges for specialization in specializations))
         with torch.enable_grad():
-            self._guarded(lambda: self._run_step(tasks, specializations, digest, links))
+            self._guarded(lambda: self._run_step(tasks, specializations, digest, edges))
         return self.loss
 
-    def _run_step(self, tasks, specializations, digest, links) -> None:
-        actions = self._programs.actions(len(tasks), links, training=True)
+    def _run_step(self, tasks, specializations, digest, edges) -> None:
+        actions = self._programs.actions(len(tasks), edges, training=True)
         if self._shared is not None:
             self._shared.begin()
         self._transport.begin(self._calls, digest)
@@ -359,12 +357,12 @@ class Pipeline:
         """
         with torch.no_grad():
             tasks, specializations, digest = self._prepare(self._inputs(args, kwargs, target), training=False)
-            links = frozenset().union(*(specialization.links for specialization in specializations))
-            return self._guarded(lambda: self._run_evaluation(tasks, specializations, digest, links, gather))
+            edges = frozenset().union(*(specialization.edges for specialization in specializations))
+            return self._guarded(lambda: self._run_evaluation(tasks, specializations, digest, edges, gather))
 
-    def _run_evaluation(self, tasks, specializations, digest, links, gather: bool) -> object:
+    def _run_evaluation(self, tasks, specializations, digest, edges, gather: bool) -> object:
         self._transport.begin(self._calls, digest)
-        self._executor.run(self._programs.actions(len(tasks), links, training=False), tasks)
+        self._executor.run(self._programs.actions(len(tasks), edges, training=False), tasks)
         self.loss = self._spread_loss(specializations[0], self._executor.loss)
         last = self._worker_of[specializations[0].split.output_stage]
         outputs = [self._executor.outputs.get(m) for m in range(len(tasks))]
@@ -424,7 +422,7 @@ class Pipeline:
         weights = self._weigh(specializations, parts, sizes, batch)
         split_backward_stages = self._programs.split_backward_stages(len(parts)) if training else (frozenset(),) * len(parts)
         tasks = [Task([t.clone() if i in specialization.cloned else t for i, t in enumerate(tensors)] if specialization.cloned else tensors,
-                      specialization.stages.of(apart), weight, key, specialization.links)
+                      specialization.stages.of(apart), weight, key, specialization.edges)
                  for tensors, specialization, weight, key, apart in zip(parts, specializations, weights, keys, split_backward_stages)]
         recorded = 0
         for specialization in specializations:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from pipeengine.autograd import Queue
 from pipeengine.autograd import run as run_deferred
 from pipeengine.rng import RngStreams
+from pipeengine.schedules import Edge
 from pipeengine.stages import ACTIVATION, GRADIENT, Runnable
 
 
@@ -24,7 +25,7 @@ class Task:
     stages: dict[int, Runnable]
     weight: float
     key: int | None
-    links: frozenset[tuple[int, int]]
+    edges: frozenset[Edge]
 
 
 class Executor:

@@ -10,8 +10,6 @@ from pipeengine.schedules import Edge, I, Schedule, forward_schedule
 from pipeengine.simulation import OPS, Costs, simulate
 from pipeengine.synthesis import SCHEDULES, build, find
 
-Links = frozenset[tuple[int, int, bool, bool]]          # (source, target, activation, gradient)
-
 
 @dataclass(frozen=True)
 class ProgramCache:
@@ -87,13 +85,12 @@ class ProgramCache:
             self._known[key] = tuple(map(frozenset, found))
         return self._known[key]
 
-    def actions(self, num_microbatches: int, links: Links, *, training: bool) -> list[tuple]:
-        """This process's actions for a batch of so many micro-batches."""
-        key = num_microbatches, links, training
+    def actions(self, num_microbatches: int, edges: frozenset[Edge], *, training: bool) -> list[tuple]:
+        """This process's actions for a batch of so many micro-batches, whose values cross ``edges``."""
+        key = num_microbatches, edges, training
         if key not in self._known:
-            edges = tuple(Edge(source, target, activation, gradient and training)
-                          for source, target, activation, gradient in _merged(links) if activation or training)
-            self._known[key] = self._listed(self.order(num_microbatches) if training else self._forward(num_microbatches), edges)
+            order = self.order(num_microbatches) if training else self._forward(num_microbatches)
+            self._known[key] = self._listed(order, _merged(edges, training))
         return self._known[key]
 
     def _forward(self, num_microbatches: int) -> Schedule:
@@ -126,10 +123,11 @@ class ProgramCache:
         return [(OPS[timeline.op[i]], int(timeline.stage[i]), int(timeline.microbatch[i]), -1) for i in order]
 
 
-def _merged(links: Links) -> list[tuple[int, int, bool, bool]]:
-    """One entry per pair of stages; with a message that way when any micro-batch has one."""
-    pairs: dict[tuple[int, int], tuple[bool, bool]] = {}
-    for source, target, activation, gradient in links:
-        before = pairs.get((source, target), (False, False))
-        pairs[source, target] = activation or before[0], gradient or before[1]
-    return [(*pair, *kinds) for pair, kinds in sorted(pairs.items())]
+def _merged(edges: frozenset[Edge], training: bool) -> tuple[Edge, ...]:
+    """One edge per pair of stages: with a message that way when any micro-batch has one, back only in training."""
+    between: dict[tuple[int, int], list[Edge]] = {}
+    for edge in edges:
+        between.setdefault((edge.source, edge.target), []).append(edge)
+    merged = (Edge(*pair, any(edge.activation for edge in alike), training and any(edge.gradient for edge in alike))
+              for pair, alike in sorted(between.items()))
+    return tuple(edge for edge in merged if edge.activation or training)

@@ -1,7 +1,7 @@
 """A recording and a plan go in, stages that run come out.
 
-Placement says which node runs where, splitting cuts, codegen writes straight-line Python, the cache remembers one set of stages
-for every kind of micro-batch.
+Placement says which node runs where, splitting cuts, codegen writes straight-line Python, the cache remembers one set
+of stages for every kind of micro-batch.
 """
 from pipeengine.stages.cache import Specialization, SpecializationCache
 from pipeengine.stages.message import (
@@ -20,4 +20,5 @@ from pipeengine.stages.replay_check import check_recording
 from pipeengine.stages.runnable import Runnable
 
 __all__ = ["ACTIVATION", "GRADIENT", "Layout", "Placement", "Runnable", "SettledPlacement", "Specialization",
-           "SpecializationCache", "check_header", "check_recording", "has_arrived", "header", "pack", "allocate", "unpack"]
+           "SpecializationCache", "allocate", "check_header", "check_recording", "has_arrived", "header", "pack",
+           "unpack"]

@@ -1,8 +1,8 @@
 """The plan, applied to recordings: which stage each node of each recording runs on.
 
-Two types, one after the other. ``Placement`` is the plan alone and places the first recording; what that puts where decides
-which stage holds which parameter. ``SettledPlacement`` knows those holders and places every later recording by them, since a
-parameter cannot move once its worker has it.
+Two types, one after the other. ``Placement`` is the plan alone and places the first recording; what that puts where
+decides which stage holds which parameter. ``SettledPlacement`` knows those holders and places every later recording by
+them, since a parameter cannot move once its worker has it.
 """
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class Placement:
     def settle(self, flow: Dataflow, stage_of: Mapping[int, int], names: Sequence[str]) -> SettledPlacement:
         """Fix for good which stages hold which parameters and buffers: those whose nodes read them.
 
-        ``stage_of`` is what ``assign(flow)`` gave. Those of ``names`` that nobody reads go to one stage, their neighbours'.
+        ``stage_of`` is what ``assign(flow)`` gave. Those of ``names`` that nobody reads go to one stage, their
+        neighbours'.
         """
         readers: dict[str, set[int]] = {}
         for index, stage in stage_of.items():
@@ -72,7 +73,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class SettledPlacement:
-    """The plan, with the stages that hold each parameter and buffer: what every recording after the first is placed by."""
+    """The plan, and the stages that hold each parameter and buffer: what later recordings are placed by."""
 
     plan: Placement
     holders: Holders
@@ -93,8 +94,8 @@ class SettledPlacement:
     def assign(self, flow: Dataflow) -> dict[int, int]:
         """Stage of every placed node; each finds on its stage what it reads.
 
-        With another batch the same name may stand for another operation; who holds which parameter does not change. Raises
-        ``PlanError`` when a node can be on no stage that holds its parameters.
+        With another batch the same name may stand for another operation; who holds which parameter does not change.
+        Raises ``PlanError`` when a node can be on no stage that holds its parameters.
         """
         stages = _assign(flow, self.plan, self.holders)
         for index, stage in stages.items():
@@ -121,7 +122,7 @@ def _assign(flow: Dataflow, plan: Placement, holders: Holders) -> dict[int, int]
         if stage is None or common and stage not in common:
             stage = _guess(plan, node, common, earliest)
         together = [stages[n] for n in group_of.get(index, ()) if n in stages]
-        # Not before what it reads is there, even if it then misses its parameters: SettledPlacement says so to the user.
+        # Never before what it reads is made, even if it then misses its parameters: SettledPlacement refuses that.
         stages[index] = max(min(stage, latest[index]), earliest, *together)
     return stages
 
