@@ -27,7 +27,7 @@ from pipeengine.options import Options
 from pipeengine.rng import RngStreams
 from pipeengine.runtime import BatchReader, ProgramCache, ScheduleChoice, splits_backward
 from pipeengine.simulation import LinkTimes, costs_of, memory_model_of
-from pipeengine.stages import Placement, SpecializationCache, check_recording
+from pipeengine.stages import Placement, SettledPlacement, SpecializationCache, check_recording
 from pipeengine.synthesis import build
 from pipeengine.tracing import Dataflow, Inputs, analyse, capture, node_refs, refs
 
@@ -84,7 +84,7 @@ class Assembly:
     priced: Plan                                # the plan with what recomputation changes
     layout: Layout
     reader: BatchReader
-    placement: Placement
+    placement: SettledPlacement
     tensors: Tensors
     rng: RngStreams
     programs: ProgramCache
@@ -290,23 +290,24 @@ def fitting_plan(plan: Plan, graph: networkx.DiGraph, num_stages: int) -> Plan:
 # -- stages -----------------------------------------------------------------------------------------------------------
 
 
-def place(options: Options, recorded: Recorded, plan: Plan, layout: Layout, rank: int) -> tuple[Placement, Tensors]:
+def place(options: Options, recorded: Recorded, plan: Plan, layout: Layout, rank: int
+          ) -> tuple[SettledPlacement, Tensors]:
     """Which node runs where, and who holds which tensors; checked against eager execution where the model is real."""
     model, flow = options.model, recorded.flow
     placement = Placement(plan.stage_of, layout.num_stages, flow.recording.leaf_modules)
     stage_of = placement.assign(flow)
     first_name = _first_names(model)
-    placement.settle(flow, stage_of, list(dict.fromkeys(first_name.values())))
+    settled = placement.settle(flow, stage_of, list(dict.fromkeys(first_name.values())))
     if options.check and all(t.device.type != "meta" for t in (*model.parameters(), *model.buffers())):
         check_recording(model, flow, stage_of, layout.num_stages, recorded.inputs, options.loss_fn)
     own = {stage for stage, worker in enumerate(layout.worker_of) if worker == rank}
-    held = _held_names(flow, placement, own)
-    owner = {name: min((layout.worker_of[s] for s in placement.holders.get(name, ())), default=-1)
+    held = _held_names(flow, settled, own)
+    owner = {name: min((layout.worker_of[s] for s in settled.holders.get(name, ())), default=-1)
              for name in set(first_name.values())}
-    return placement, Tensors(first_name, held, owner, frozenset(name for name in held if owner[name] == rank))
+    return settled, Tensors(first_name, held, owner, frozenset(name for name in held if owner[name] == rank))
 
 
-def settle(options: Options, recorded: Recorded, layout: Layout, programs: ProgramCache, placement: Placement,
+def settle(options: Options, recorded: Recorded, layout: Layout, programs: ProgramCache, placement: SettledPlacement,
            tensors: Tensors, rng: RngStreams, device: torch.device, rank: int) -> SpecializationCache:
     """The held tensors made or moved, the others let go, and the stages of this worker compiled for the example."""
     load_stage(options.model, tensors.held, device, weights=options.weights, seed=options.seed)
@@ -327,7 +328,7 @@ def settle(options: Options, recorded: Recorded, layout: Layout, programs: Progr
     return specializations
 
 
-def _held_names(flow: Dataflow, placement: Placement, own: set[int]) -> frozenset[str]:
+def _held_names(flow: Dataflow, placement: SettledPlacement, own: set[int]) -> frozenset[str]:
     """Parameters of the own stages, and the small buffers that every worker needs to follow the inputs."""
     held = {name for name, stages in placement.holders.items() if stages & own}
     values = flow.recording.values
@@ -348,7 +349,7 @@ def _first_names(model: torch.nn.Module) -> dict[str, str]:
     return names
 
 
-def shared_tensors(model: torch.nn.Module, layout: Layout, placement: Placement, tensors: Tensors) -> list[Tie]:
+def shared_tensors(model: torch.nn.Module, layout: Layout, placement: SettledPlacement, tensors: Tensors) -> list[Tie]:
     """Parameters and buffers that several workers hold."""
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     ties = []

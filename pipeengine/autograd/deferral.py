@@ -1,10 +1,10 @@
 """The weight half of backward, put off: layers whose weight gradients wait until they are asked for.
 
-In a schedule that splits backward into I (input gradients) and W (weight gradients), the stage calls these in the place of the
-user's linear layers, convolutions and embeddings. Backward computes what earlier stages wait for and queues the rest; ``run``
-does it. What the queue keeps are the layer's input, which backward has kept anyway, and the gradient of its output (Zero
-Bubble, Qi et al., ICLR 2024). Every other layer has its weight gradients computed in I: right for every model, only less is put
-off.
+In a schedule that splits backward into I (input gradients) and W (weight gradients), the stage calls these in the
+place of the user's linear layers, convolutions and embeddings. Backward computes what earlier stages wait for and
+queues the rest; ``run`` does it. What the queue keeps are the layer's input, which backward has kept anyway, and the
+gradient of its output (Zero Bubble, Qi et al., ICLR 2024). Every other layer has its weight gradients computed in I:
+right for every model, only less is put off.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Deferral:
 
     def __init__(self) -> None:
         self.queue: Queue = deque()
-        # Parameters stand outside the graph, so that nothing of theirs happens before W. This asks for backward in their place.
+        # Parameters stand outside the graph, so that nothing of theirs happens before W. This one asks for it.
         self._anchor = torch.empty(0, requires_grad=True)
 
     def begin(self) -> Queue:
@@ -38,7 +38,8 @@ class Deferral:
         """``torch.addmm``; ``weight`` is (in, out)."""
         return _Addmm.apply(x, self._anchor, (weight, bias), self.queue)
 
-    def convolution(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *settings: object) -> torch.Tensor:
+    def convolution(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+                    *settings: object) -> torch.Tensor:
         """``torch.convolution``; ``settings`` are its arguments after the bias."""
         return _Convolution.apply(x, self._anchor, _trained(weight, bias), settings, self.queue)
 
@@ -48,8 +49,11 @@ class Deferral:
 
     def autocast(self, method: str, *given: object) -> torch.Tensor:
         """``method`` where autocast would cast its inputs; weights are cast inside, and their gradients back."""
-        return getattr(self, method)(*(_cast(one) if isinstance(one, torch.Tensor) and not isinstance(one, torch.nn.Parameter)
-                                       else one for one in given))
+        return getattr(self, method)(*(_cast(one) if _is_activation(one) else one for one in given))
+
+
+def _is_activation(argument: object) -> bool:
+    return isinstance(argument, torch.Tensor) and not isinstance(argument, torch.nn.Parameter)
 
 
 def _cast(x: torch.Tensor) -> torch.Tensor:
@@ -61,7 +65,8 @@ def _cast(x: torch.Tensor) -> torch.Tensor:
 def run(queue: Queue) -> None:
     """Compute and accumulate the weight gradients that were put off, letting go of what each needed.
 
-    As in a fused backward, the gradients of a parameter that is used several times are added up before they are accumulated.
+    As in a fused backward, the gradients of a parameter that is used several times are added up before they are
+    accumulated.
     """
     left = Counter(id(parameter) for parameters, _ in queue for parameter in parameters)
     sums: dict[int, torch.Tensor] = {}
@@ -158,6 +163,8 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         trained, indices, settings = ctx.trained, ctx.indices, ctx.settings
-        ctx.queue.append((trained, lambda: (torch.ops.aten.embedding_dense_backward(gradient, indices, trained[0].shape[0],
-                                                                                    *settings),)))
+
+        def later() -> tuple[torch.Tensor, ...]:
+            return (torch.ops.aten.embedding_dense_backward(gradient, indices, trained[0].shape[0], *settings),)
+        ctx.queue.append((trained, later))
         return None, None, None, None, None, None

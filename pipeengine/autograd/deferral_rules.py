@@ -19,16 +19,18 @@ def find_deferrable(recording: Recording, model: torch.nn.Module) -> dict[int, R
     found = {index: made for index, node in enumerate(recording.nodes)
              if (made := _replacement(node, recording, model)) is not None}
     while True:
-        elsewhere = {v for index, node in enumerate(recording.nodes) if index not in found and _needs_gradient(node, recording)
-                     for v in _parameters(node, recording)}
-        kept = {index: made for index, made in found.items() if not elsewhere & _parameters(recording.nodes[index], recording)}
+        elsewhere = {v for index, node in enumerate(recording.nodes)
+                     if index not in found and _needs_gradient(node, recording) for v in _parameters(node, recording)}
+        kept = {index: made for index, made in found.items()
+                if not elsewhere & _parameters(recording.nodes[index], recording)}
         if len(kept) == len(found):
             return {recording.nodes[index].results[0]: made for index, made in kept.items()}
         found = kept
 
 
 def _parameters(node: Node, recording: Recording) -> set[int]:
-    return {v for v in node_refs(node) if recording.values[v].kind == "attribute" and recording.values[v].spec.requires_grad}
+    values = recording.values
+    return {v for v in node_refs(node) if values[v].kind == "attribute" and values[v].spec.requires_grad}
 
 
 def _needs_gradient(node: Node, recording: Recording) -> bool:
@@ -45,7 +47,7 @@ def _replacement(node: Node, recording: Recording, model: torch.nn.Module) -> Re
 
 
 def _is_cast_once(node: Node, recording: Recording) -> bool:
-    """Under autocast, gradients of a weight that is read twice are added up in the lower precision: those are left alone."""
+    """Under autocast, gradients of a weight read twice are added in the lower precision: they are left alone."""
     own = _parameters(node, recording)
     return sum(bool(own & _parameters(other, recording)) for other in recording.nodes) == 1 \
         and all(recording.values[v].spec.dtype == torch.float32 for v in own)
@@ -65,8 +67,10 @@ def _layer(node: Node, recording: Recording, model: torch.nn.Module) -> Replacem
 
 
 def _is_trained(argument: object, num_axes: int, recording: Recording) -> bool:
-    made = recording.values[argument.value] if isinstance(argument, Ref) else None
-    return made is not None and made.kind == "attribute" and made.spec.requires_grad and len(made.spec.shape) == num_axes
+    if not isinstance(argument, Ref):
+        return False
+    value = recording.values[argument.value]
+    return value.kind == "attribute" and value.spec.requires_grad and len(value.spec.shape) == num_axes
 
 
 def _module_replacement(node: Node, recording: Recording, model: torch.nn.Module) -> Replacement | None:
@@ -85,15 +89,17 @@ def _linear(module: torch.nn.Linear, x: Ref, weight: Ref, bias: Ref | None) -> R
 
 def _embedding(module: torch.nn.Embedding, x: Ref, weight: Ref, bias: None) -> Replacement | None:
     padding = -1 if module.padding_idx is None else module.padding_idx
-    return None if module.sparse or module.max_norm is not None else ("embedding", (x, weight, padding, module.scale_grad_by_freq))
+    if module.sparse or module.max_norm is not None:
+        return None
+    return "embedding", (x, weight, padding, module.scale_grad_by_freq)
 
 
 def _convolution(module: torch.nn.modules.conv._ConvNd, x: Ref, weight: Ref, bias: Ref | None) -> Replacement | None:
     padding = _padding(module)
     if module.padding_mode != "zeros" or padding is None:
         return None
-    return "convolution", (x, weight, bias, module.stride, padding, module.dilation, module.transposed, module.output_padding,
-                           module.groups)
+    return "convolution", (x, weight, bias, module.stride, padding, module.dilation, module.transposed,
+                           module.output_padding, module.groups)
 
 
 def _padding(module: torch.nn.modules.conv._ConvNd) -> tuple[int, ...] | None:
@@ -104,5 +110,5 @@ def _padding(module: torch.nn.modules.conv._ConvNd) -> tuple[int, ...] | None:
     return None if any(total % 2 for total in both) else tuple(total // 2 for total in both)
 _MODULES: Mapping[type, Callable[..., Replacement | None]] = {
     torch.nn.Linear: _linear, torch.nn.Embedding: _embedding,
-    **dict.fromkeys((torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d,
-                     torch.nn.ConvTranspose3d), _convolution)}
+    **dict.fromkeys((torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.ConvTranspose1d,
+                     torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d), _convolution)}

@@ -24,7 +24,10 @@ class Recompute:
 
     @classmethod
     def of(cls, asked: bool | Collection[int | str], num_stages: int, model: torch.nn.Module) -> Recompute:
-        """What the user has asked for: all stages, or the stages and modules that are named."""
+        """What the user has asked for: all stages, or the stages and modules that are named.
+
+        Raises ``InputError`` for a stage or a module that there is not.
+        """
         if isinstance(asked, bool):
             return cls(frozenset(range(num_stages) if asked else ()))
         asked = (asked,) if isinstance(asked, str) else asked
@@ -53,15 +56,15 @@ class Recompute:
 
 
 def check_recomputable(recording: Recording, nodes: Sequence[Node], what: str) -> None:
-    """Raise ``InputError`` when running ``nodes`` a second time would change something again that is there outside of them."""
+    """Raise ``InputError`` when running ``nodes`` again would change again what is there outside of them."""
     made = {v for node in nodes for v in node.results}
     outside = {value.storage for v, value in enumerate(recording.values) if v not in made}
     for node in nodes:
         if node.writes & outside:
-            changed = next(value for v, value in enumerate(recording.values) if v not in made and value.storage in node.writes)
-            raise InputError(f"{what} cannot be recomputed: {node.name} changes {changed.name} in place, and would change it again "
-                             "in the second forward; leave it out of recompute")
-
+            changed = next(value for v, value in enumerate(recording.values)
+                           if v not in made and value.storage in node.writes)
+            raise InputError(f"{what} cannot be recomputed: {node.name} changes {changed.name} in place, and would "
+                             "change it again in the second forward; leave it out of recompute")
 
 
 def checkpoint_block(block: Callable, rng: RngStreams | None, *arguments: torch.Tensor) -> tuple:
@@ -79,4 +82,5 @@ def checkpoint_block(block: Callable, rng: RngStreams | None, *arguments: torch.
 
 
 def checkpoint_module(module: Callable, *args, **kwargs):
+    """Call a module that keeps only its inputs and runs again in backward, as its user has set it up to."""
     return checkpoint(module, *args, use_reentrant=False, **kwargs)

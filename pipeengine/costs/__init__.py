@@ -2,20 +2,11 @@
 
 ``partitioners`` plans such a graph.
 """
-
 from pipeengine.costs.cost_graph import cost_graph
 from pipeengine.costs.measured import measure
 from pipeengine.costs.profiling import made_up_target, profile
 from pipeengine.costs.recompute_pricing import price_modules, price_stages
 from pipeengine.costs.roofline import DeviceDescription, analytic
 
-__all__ = [
-    "DeviceDescription",
-    "analytic",
-    "cost_graph",
-    "made_up_target",
-    "measure",
-    "price_modules",
-    "price_stages",
-    "profile",
-]
+__all__ = ["DeviceDescription", "analytic", "cost_graph", "made_up_target", "measure", "price_modules", "price_stages",
+           "profile"]

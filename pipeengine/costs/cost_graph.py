@@ -11,7 +11,8 @@ from pipeengine.costs.roofline import Seconds
 from pipeengine.tracing import Dataflow, Node, Recording, Ref, node_refs
 
 
-def cost_graph(flow: Dataflow, seconds: Mapping[int, Seconds], deferrable: Mapping[int, Replacement] = {}) -> networkx.DiGraph:
+def cost_graph(flow: Dataflow, seconds: Mapping[int, Seconds],
+               deferrable: Mapping[int, Replacement] = {}) -> networkx.DiGraph:
     """The cost graph of the placed nodes, for ``partitioners``. Names are stable from one recording to the next.
 
     ``deferrable`` are the nodes whose weight gradients can be put off, as ``find_deferrable`` finds them.
@@ -27,7 +28,8 @@ def cost_graph(flow: Dataflow, seconds: Mapping[int, Seconds], deferrable: Mappi
         node = recording.nodes[index]
         used = [v for v in node.results if readers[v] or v in flow.goals]
         spent = seconds.get(index, Seconds(0.0, 0.0))
-        graph.add_node(node.name, **_attributes(recording, node, readers, spent, counted), order=index, label=_label(node))
+        graph.add_node(node.name, **_attributes(recording, node, readers, spent, counted), order=index,
+                       label=_label(node))
         if node.results and node.results[0] in deferrable:
             graph.nodes[node.name].update(_deferred_costs(recording, node, deferrable[node.results[0]], spent, held))
         if index in labels or len(used) > 1:
@@ -75,12 +77,14 @@ def _attributes(recording: Recording, node: Node, readers: Counter, seconds: Sec
             own += made.spec.bytes
     kept = sum(size for storage, size in node.cost.saved if storage not in counted)
     counted.update(storage for storage, _ in node.cost.saved)
-    return {"forward": float(seconds.forward), "backward": float(seconds.backward), "param_bytes": own, "shared": shared,
-            "activation_bytes": kept, "workspace_bytes": _workspace(recording, node), "output_bytes": 0, "gradient": False}
+    return {"forward": float(seconds.forward), "backward": float(seconds.backward),
+            "param_bytes": own, "shared": shared, "activation_bytes": kept,
+            "workspace_bytes": _workspace(recording, node), "output_bytes": 0, "gradient": False}
 
 
-def _deferred_costs(recording: Recording, node: Node, replacement: Replacement, seconds: Seconds, held: set[int]) -> dict:
-    """What of a node's backward deferrable for W, and what it keeps until then: its input and the gradient of its output."""
+def _deferred_costs(recording: Recording, node: Node, replacement: Replacement, seconds: Seconds,
+                    held: set[int]) -> dict:
+    """What of a node's backward waits for W, and what it keeps until then: its input and its output's gradient."""
     read = [recording.values[a.value] for a in replacement[1] if isinstance(a, Ref)]
     inputs = [value for value in read if value.kind == "result" and value.storage not in held]
     held.update(value.storage for value in inputs)
@@ -93,8 +97,8 @@ def _deferred_costs(recording: Recording, node: Node, replacement: Replacement, 
 def _workspace(recording: Recording, node: Node) -> int:
     """Bytes alive only while the node's backward runs: gradients of its results, its inputs and its parameters.
 
-    That of a parameter too: it is made anew for every micro-batch, and then added to what is there. A node that keeps something
-    of its own, such as the logarithms inside a cross-entropy, has a gradient for that on its way too.
+    That of a parameter too: it is made anew for every micro-batch, and then added to what is there. A node that keeps
+    something of its own, such as the logarithms inside a cross-entropy, has a gradient for that on its way too.
     """
     if not any(recording.values[v].spec.requires_grad for v in node.results):
         return 0

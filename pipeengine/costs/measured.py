@@ -1,7 +1,7 @@
 """Measure what every node takes on the device at hand.
 
-Each distinct piece of work (same module settings, same shapes) is run once, alone, on made-up numbers: a model larger than the
-machine can still be measured, piece by piece.
+Each distinct piece of work (same module settings, same shapes) is run once, alone, on made-up numbers: a model larger
+than the machine can still be measured, piece by piece.
 """
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MIN_PASSES, _MAX_PASSES, _ENOUGH, _LONG_SECONDS = 3, 8, 0.02, 1.0
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds per placed node, and how they were had: the number of pieces run, and the names of nodes that had to be estimated."""
+    """Seconds per placed node; how many distinct pieces there are; names of the nodes that had to be estimated."""
 
     seconds: Mapping[int, Seconds]
     pieces: int
@@ -37,16 +37,17 @@ class Measured:
 
 def measure(flow: Dataflow, model: torch.nn.Module, device: torch.device, *, deferrable: Mapping[int, Replacement] = {},
             cache: str | Path | None = None, progress: Callable[[str], None] | None = None) -> Measured:
-    """Forward and backward seconds of every placed node: the minimum over repeats, which other load on the machine cannot lower.
+    """Forward and backward seconds of every placed node: the least of repeats, which other load cannot make less.
 
-    For nodes in ``deferrable`` also what of their backward can be put off. ``cache`` names a JSON file that keeps results under
-    what was measured, so that it is measured once.
+    For nodes in ``deferrable`` also what of their backward can be put off. ``cache`` names a JSON file that keeps
+    results under what was measured, so that it is measured once.
     """
     recording = flow.recording
     known = _read(cache)
     keys = {index: signature(recording, recording.nodes[index], model, device) for index in flow.placed}
     pieces = {key: index for index, key in reversed(keys.items()) if key not in known}
-    found = _minima(recording, model, device, pieces, deferrable, Counter(keys.values()), progress or (lambda line: None))
+    found = _minima(recording, model, device, pieces, deferrable, Counter(keys.values()),
+                    progress or (lambda line: None))
     found.update({key: known[key] for key in keys.values() if key in known})
     seconds = {index: found[key] for index, key in keys.items() if key in found}
     missing = [index for index, key in keys.items() if key not in found]
@@ -58,10 +59,12 @@ def measure(flow: Dataflow, model: torch.nn.Module, device: torch.device, *, def
 
 
 def _minima(recording: Recording, model: torch.nn.Module, device: torch.device, pieces: Mapping[str, int],
-            deferrable: Mapping[int, Replacement], copies: Mapping[str, int], progress: Callable[[str], None]) -> dict[str, Seconds]:
+            deferrable: Mapping[int, Replacement], copies: Mapping[str, int],
+            progress: Callable[[str], None]) -> dict[str, Seconds]:
     """The least that each piece has taken, in passes over all of them until another pass finds hardly less.
 
-    A disturbance lasts longer than a piece: only much later is there another chance. Pieces that cannot run alone are left out.
+    A disturbance lasts longer than a piece: only much later is there another chance. Pieces that cannot run alone are
+    left out.
     """
     found: dict[str, Seconds] = {}
     waiting, before, told = dict(pieces), float("inf"), perf_counter()
@@ -69,7 +72,8 @@ def _minima(recording: Recording, model: torch.nn.Module, device: torch.device, 
     for number in range(_MAX_PASSES):
         for count, (key, index) in enumerate(tuple(waiting.items())):
             node = recording.nodes[index]
-            seconds = _time(recording, node, model, device, others, deferrable.get(node.results[0]) if node.results else None)
+            replacement = deferrable.get(node.results[0]) if node.results else None
+            seconds = _time(recording, node, model, device, others, replacement)
             if seconds is None or max(seconds[:2]) > _LONG_SECONDS:
                 del waiting[key]
             if seconds is not None:
@@ -111,7 +115,8 @@ def signature(recording: Recording, node: Node, model: torch.nn.Module, device: 
         if node.target in recording.leaf_modules:
             what += repr(module)
     else:
-        what = f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__qualname__', repr(type(node.target)))}"
+        name = getattr(node.target, "__qualname__", repr(type(node.target)))
+        what = f"{getattr(node.target, '__module__', '')}.{name}"
     arguments = repr(fill((node.args, node.kwargs), show))
     attributes = ",".join(show(v) for v in node.attributes)
     where = torch.get_device_module(device).get_device_name(device) if device.type != "cpu" else torch.get_num_threads()
@@ -143,7 +148,8 @@ def _fill_in(recording: Recording, seconds: dict[int, Seconds], missing: list[in
 class _Piece:
     """One node, set up to run alone."""
 
-    def __init__(self, recording: Recording, node: Node, model: torch.nn.Module, device: torch.device, others: torch.Tensor):
+    def __init__(self, recording: Recording, node: Node, model: torch.nn.Module, device: torch.device,
+                 others: torch.Tensor):
         self._recording, self._node, self._device, self._others = recording, node, device, others
         self._given: dict[int, torch.Tensor] = {}
         for value in dict.fromkeys((*refs(node.args), *refs(node.kwargs))):

@@ -23,8 +23,9 @@ def profile(model: torch.nn.Module, example: object, *, num_microbatches: int = 
             progress: Callable[[str], None] | None = None) -> networkx.DiGraph:
     """The cost graph of one micro-batch of ``example`` (the inputs of a whole batch), for ``partition``.
 
-    ``costs`` is ``"measured"`` (on ``device``, each distinct piece once, results kept in the JSON file ``cache`` if given),
-    ``"analytic"``, or a ``DeviceDescription`` to reckon with. The model may be on meta. Seconds and bytes per micro-batch.
+    ``costs`` is ``"measured"`` (on ``device``, each distinct piece once, results kept in the JSON file ``cache`` if
+    given), ``"analytic"``, or a ``DeviceDescription`` to reckon with. The model may be on meta. Seconds and bytes per
+    micro-batch.
     """
     if costs not in ("measured", "analytic") and not isinstance(costs, DeviceDescription):
         raise InputError(f'costs is {costs!r}; give "measured", "analytic" or a DeviceDescription')
@@ -42,13 +43,16 @@ def profile(model: torch.nn.Module, example: object, *, num_microbatches: int = 
     else:
         seconds = analytic(flow, costs if isinstance(costs, DeviceDescription) else DeviceDescription())
     graph = cost_graph(flow, seconds, deferrable)
-    graph.graph["made_with"] = {"rows": batch.rows, "row": list(batch.tensors[0].shape[1:]), "num_microbatches": len(parts),
-                                **_source(costs, where)}
+    graph.graph["made_with"] = {"rows": batch.rows, "row": list(batch.tensors[0].shape[1:]),
+                                "num_microbatches": len(parts), **_source(costs, where)}
     return graph
 
 
 def made_up_target(model: torch.nn.Module, inputs: Inputs, loss_fn: Callable, device: torch.device) -> torch.Tensor:
-    """A target in the shape of the model's first output that ``loss_fn`` takes: class numbers, or the output's own kind."""
+    """A target that ``loss_fn`` takes, in the shape of the model's first output: class numbers, or its own dtype.
+
+    Raises ``InputError`` when it takes neither.
+    """
     recording = capture(model, inputs, device=device)
     spec = next((recording.values[v].spec for v in refs(recording.output)), None)
     if spec is None:
@@ -64,7 +68,8 @@ def made_up_target(model: torch.nn.Module, inputs: Inputs, loss_fn: Callable, de
             return made
         except Exception:               # whatever the user's function says to a target that does not suit it
             continue
-    raise InputError(f"loss_fn takes no target made in the shape of the output {tuple(spec.shape)}; give an example target")
+    raise InputError(f"loss_fn takes no target made in the shape of the output {tuple(spec.shape)}; give an example "
+                     "target")
 
 
 def _source(costs: str | DeviceDescription, where: torch.device) -> dict:

@@ -8,7 +8,7 @@ from pipeengine.tracing import Dataflow, Node, Recording, node_refs
 
 
 class Seconds(NamedTuple):
-    """What a node takes per micro-batch. ``weight`` is the part of backward that can be put off, None where nobody measured."""
+    """Seconds of a node per micro-batch; ``weight`` is the part of backward that can wait, None if not measured."""
 
     forward: float
     backward: float
@@ -25,7 +25,7 @@ class DeviceDescription:
 
 
 def analytic(flow: Dataflow, device: DeviceDescription = DeviceDescription()) -> dict[int, Seconds]:
-    """Forward and backward seconds per placed node from FLOPs and bytes (the roofline of Williams et al., CACM 2009)."""
+    """Forward and backward seconds per placed node, by FLOPs and bytes (roofline, Williams et al., CACM 2009)."""
     return {index: estimate(flow.recording, flow.recording.nodes[index], device) for index in flow.placed}
 
 

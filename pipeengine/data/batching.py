@@ -16,10 +16,10 @@ _SAMPLE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch, taken apart.
+    """A batch, taken apart; ``take_apart`` makes it.
 
-    ``tensors`` are its distinct tensors in a fixed order, ``dims`` the dimension along which each is split (None: goes whole
-    to every micro-batch). ``key`` is everything but the numbers.
+    ``tensors`` are its distinct tensors in a fixed order, ``dims`` the dimension along which each is split (None: goes
+    whole to every micro-batch). ``key`` is everything but the numbers.
     """
 
     inputs: Inputs
@@ -42,25 +42,34 @@ class Batch:
         return [list(part) for part in zip(*parts)]
 
     def again(self, tensors: Sequence[torch.Tensor]) -> Inputs:
-        """The inputs with other tensors in the place of ``tensors``."""
+        """The inputs with other tensors in the place of ``tensors``, in their order; shared tensors stay shared."""
         at = {id(tensor): index for index, tensor in enumerate(self.tensors)}
         args, kwargs, target = tree_map(self.inputs.everything(), lambda leaf: tensors[at[id(leaf)]]
                                        if isinstance(leaf, torch.Tensor) else leaf)
         return Inputs(args, kwargs, target)
 
     def digest(self) -> int:
-        """A number that differs when the batch does. Tensors beyond a megabyte are sampled."""
-        found = zlib.crc32(repr(self.key).encode())
+        """A number of 32 bits that tells batches apart. Tensors beyond a mebibyte are sampled.
+
+        Any one changed value is seen in tensors of up to a mebibyte, in larger ones a change of evenly spread entries.
+        """
+        checksum = zlib.crc32(repr(self.key).encode())
         for tensor in self.tensors:
             flat = tensor.detach().reshape(-1)
             step = max(1, flat.numel() * flat.element_size() // _SAMPLE_BYTES)
             sample = flat[::step].contiguous().cpu()
-            found = zlib.crc32(sample.view(torch.uint8).numpy() if sample.numel() else b"", found)
-        return found
+            checksum = zlib.crc32(sample.view(torch.uint8).numpy() if sample.numel() else b"", checksum)
+        return checksum
 
 
 def take_apart(inputs: Inputs, *, names: Sequence[str], batch_dims: Mapping[str, int | None] | None) -> Batch:
-    """Find the rows of a batch and how each tensor is split. Raises ``InputError`` for what cannot be a batch."""
+    """Find the rows of a batch and how each tensor is split.
+
+    ``names`` are those of positional arguments. ``batch_dims`` says by name along which dimension a tensor is split,
+    or None for what goes whole. The rows are those of the first tensor with such a dimension, else dimension 0 of the
+    first tensor that has one; a tensor not named is split if its dimension 0 has as many. A tensor that stands
+    under several names is split once, as the first of them says. Raises ``InputError`` for what cannot be a batch.
+    """
     dims = dict(batch_dims or {})
     named = [*((names[i] if i < len(names) else f"argument {i}", value) for i, value in enumerate(inputs.args)),
              *inputs.kwargs.items(), ("target", inputs.target)]
@@ -76,7 +85,8 @@ def take_apart(inputs: Inputs, *, names: Sequence[str], batch_dims: Mapping[str,
         if not isinstance(value, torch.Tensor):
             return ("object", type(value).__name__, id(value))
         if value.requires_grad:
-            raise InputError(f"input {name} needs a gradient; a pipeline gives none to its inputs: pass {name}.detach()")
+            raise InputError(f"input {name} needs a gradient; a pipeline gives none to its inputs: pass "
+                             f"{name}.detach()")
         if id(value) not in seen:
             seen[id(value)] = len(tensors)
             tensors.append(value)
@@ -94,22 +104,23 @@ def take_apart(inputs: Inputs, *, names: Sequence[str], batch_dims: Mapping[str,
 
 
 def _rows(tensors: Sequence[torch.Tensor], wanted: Sequence[object]) -> int:
-    found = [(t.shape[want], t) for t, want in zip(tensors, wanted) if isinstance(want, int)]
-    found += [(t.shape[0], t) for t, want in zip(tensors, wanted) if want == "rows" and t.dim()]
-    if not found:
+    counts = [(t.shape[want], t) for t, want in zip(tensors, wanted) if isinstance(want, int)]
+    counts += [(t.shape[0], t) for t, want in zip(tensors, wanted) if want == "rows" and t.dim()]
+    if not counts:
         raise InputError(f"the batch holds {len(tensors)} tensors and none with rows; pass at least one tensor whose "
                          "dimension 0 counts the rows")
-    if found[0][0] == 0:
-        raise InputError(f"the batch is empty: its first tensor has shape {tuple(found[0][1].shape)}, 0 rows; skip such "
-                         "batches in the loader")
-    return found[0][0]
+    if counts[0][0] == 0:
+        raise InputError(f"the batch is empty: its first tensor has shape {tuple(counts[0][1].shape)}, 0 rows; skip "
+                         "such batches in the loader")
+    return counts[0][0]
 
 
 def _dim(tensor: torch.Tensor, want: object, rows: int) -> int | None:
     if want == "rows":
         return 0 if tensor.dim() and tensor.shape[0] == rows else None
     if want is not None and tensor.shape[want] != rows:
-        raise InputError(f"batch_dims says dimension {want}, which has {tensor.shape[want]} entries; the batch has {rows} rows")
+        raise InputError(f"batch_dims says dimension {want}, which has {tensor.shape[want]} entries; the batch has "
+                         f"{rows} rows")
     return want
 
 

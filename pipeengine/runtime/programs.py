@@ -10,8 +10,6 @@ from pipeengine.schedules import Edge, I, Schedule, forward_schedule
 from pipeengine.simulation import OPS, Costs, simulate
 from pipeengine.synthesis import SCHEDULES, build, find
 
-Links = frozenset[tuple[int, int, bool, bool]]          # (source, target, activation, gradient)
-
 
 @dataclass(frozen=True)
 class ScheduleChoice:
@@ -76,7 +74,7 @@ class ProgramCache:
         self._built = choice.build(costs)
         self._schedules: dict[int, Schedule] = {}
         self._split: dict[int, tuple[frozenset[int], ...]] = {}
-        self._actions: dict[tuple[int, Links, bool], list[tuple]] = {}
+        self._actions: dict[tuple[int, frozenset[Edge], bool], list[tuple]] = {}
 
     @property
     def name(self) -> str:
@@ -114,14 +112,12 @@ class ProgramCache:
             self._split[num_microbatches] = tuple(map(frozenset, stages))
         return self._split[num_microbatches]
 
-    def actions(self, num_microbatches: int, links: Links, *, training: bool) -> list[tuple]:
-        """This process's actions for a batch of so many micro-batches."""
-        key = num_microbatches, links, training
+    def actions(self, num_microbatches: int, edges: frozenset[Edge], *, training: bool) -> list[tuple]:
+        """This process's actions for a batch of so many micro-batches, whose values cross ``edges``."""
+        key = num_microbatches, edges, training
         if key not in self._actions:
-            edges = tuple(Edge(source, target, activation, gradient and training)
-                          for source, target, activation, gradient in _merged(links) if activation or training)
-            self._actions[key] = self._listed(
-                self.schedule(num_microbatches) if training else self._forward(num_microbatches), edges)
+            schedule = self.schedule(num_microbatches) if training else self._forward(num_microbatches)
+            self._actions[key] = self._listed(schedule, _merged(edges, training))
         return self._actions[key]
 
     def _forward(self, num_microbatches: int) -> Schedule:
@@ -142,10 +138,11 @@ def splits_backward(schedule: Schedule) -> bool:
     return any((lane.op == I).any() for lane in schedule.lanes)
 
 
-def _merged(links: Links) -> list[tuple[int, int, bool, bool]]:
-    """One entry per pair of stages; with a message that way when any micro-batch has one."""
-    pairs: dict[tuple[int, int], tuple[bool, bool]] = {}
-    for source, target, activation, gradient in links:
-        before = pairs.get((source, target), (False, False))
-        pairs[source, target] = activation or before[0], gradient or before[1]
-    return [(*pair, *kinds) for pair, kinds in sorted(pairs.items())]
+def _merged(edges: frozenset[Edge], training: bool) -> tuple[Edge, ...]:
+    """One edge per pair of stages: with a message that way when any micro-batch has one, back only in training."""
+    between: dict[tuple[int, int], list[Edge]] = {}
+    for edge in edges:
+        between.setdefault((edge.source, edge.target), []).append(edge)
+    merged = (Edge(*pair, any(edge.activation for edge in alike), training and any(edge.gradient for edge in alike))
+              for pair, alike in sorted(between.items()))
+    return tuple(edge for edge in merged if edge.activation or training)

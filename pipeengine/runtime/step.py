@@ -81,7 +81,7 @@ class StepRunner:
 
     def _train(self, prepared: Prepared) -> None:
         progress, tasks = self.progress, prepared.tasks
-        actions = self._programs.actions(len(tasks), prepared.links, training=True)
+        actions = self._programs.actions(len(tasks), prepared.edges, training=True)
         self.ties.begin()
         self.transport.begin(progress.calls, prepared.digest)
         start = perf_counter()
@@ -95,7 +95,7 @@ class StepRunner:
     def _evaluate(self, prepared: Prepared, gather: bool) -> object:
         tasks, first = prepared.tasks, prepared.specializations[0]
         self.transport.begin(self.progress.calls, prepared.digest)
-        self.executor.run(self._programs.actions(len(tasks), prepared.links, training=False), tasks)
+        self.executor.run(self._programs.actions(len(tasks), prepared.edges, training=False), tasks)
         loss = self.progress.loss = self._spread_loss(first, self.executor.loss)
         last = self._worker_of[first.split.output_stage]
         outputs = [self.executor.outputs.get(m) for m in range(len(tasks))]

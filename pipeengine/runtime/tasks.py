@@ -15,6 +15,7 @@ from pipeengine.errors import InputError
 from pipeengine.rng import mix
 from pipeengine.runtime.executor import Task
 from pipeengine.runtime.programs import ProgramCache
+from pipeengine.schedules import Edge
 from pipeengine.stages import Specialization, SpecializationCache
 from pipeengine.tracing import Inputs, current_modes
 
@@ -75,9 +76,9 @@ class Prepared:
     recorded: int
 
     @property
-    def links(self) -> frozenset[tuple[int, int, bool, bool]]:
+    def edges(self) -> frozenset[Edge]:
         """Which pairs of stages exchange what, for any of the micro-batches."""
-        return frozenset().union(*(specialization.links for specialization in self.specializations))
+        return frozenset().union(*(specialization.edges for specialization in self.specializations))
 
 
 @dataclass(frozen=True)

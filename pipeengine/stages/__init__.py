@@ -1,9 +1,8 @@
 """A recording and a plan go in, stages that run come out.
 
-Placement says which node runs where, splitting cuts, codegen writes straight-line Python, the cache remembers one set of stages
-for every kind of micro-batch.
+Placement says which node runs where, splitting cuts, codegen writes straight-line Python, the cache remembers one set
+of stages for every kind of micro-batch.
 """
-
 from pipeengine.stages.cache import Specialization, SpecializationCache
 from pipeengine.stages.message import (
     ACTIVATION,
@@ -16,23 +15,10 @@ from pipeengine.stages.message import (
     pack,
     unpack,
 )
-from pipeengine.stages.placement import Placement
+from pipeengine.stages.placement import Placement, SettledPlacement
 from pipeengine.stages.replay_check import check_recording
 from pipeengine.stages.runnable import Runnable
 
-__all__ = [
-    "ACTIVATION",
-    "GRADIENT",
-    "Layout",
-    "Placement",
-    "Runnable",
-    "Specialization",
-    "SpecializationCache",
-    "allocate",
-    "check_header",
-    "check_recording",
-    "has_arrived",
-    "header",
-    "pack",
-    "unpack",
-]
+__all__ = ["ACTIVATION", "GRADIENT", "Layout", "Placement", "Runnable", "SettledPlacement", "Specialization",
+           "SpecializationCache", "allocate", "check_header", "check_recording", "has_arrived", "header", "pack",
+           "unpack"]

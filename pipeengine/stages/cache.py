@@ -1,7 +1,7 @@
 """The recordings of one model: one for every kind of micro-batch that has come by.
 
-What eager execution would do depends on shapes, modes and on what the forward reads from its inputs (guards). A micro-batch
-of a kind not seen before is recorded anew; the plan, keyed by names, says where everything goes.
+What eager execution would do depends on shapes, modes and on what the forward reads from its inputs (guards). A
+micro-batch of a kind not seen before is recorded anew; the plan, keyed by names, says where everything goes.
 """
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import torch
 
 from pipeengine.autograd import Recompute, Replacement, check_recomputable, find_deferrable
 from pipeengine.rng import RngStreams
+from pipeengine.schedules import Edge
 from pipeengine.stages.codegen import compile_part
 from pipeengine.stages.guards import guard_check
 from pipeengine.stages.loss_weight import target_count
-from pipeengine.stages.placement import Placement
+from pipeengine.stages.placement import SettledPlacement
 from pipeengine.stages.runnable import Runnable, make_runnable
 from pipeengine.stages.splitting import Split, split
 from pipeengine.tracing import Inputs, Recording, analyse, capture, refs
@@ -28,7 +29,13 @@ _MOST = 128
 
 @dataclass(frozen=True)
 class Specialization:
-    """One recording, cut by the plan and compiled for the stages of this worker."""
+    """One recording, cut by the plan and compiled for the stages of this worker.
+
+    ``guards(tensors, random_key)`` tells whether a micro-batch takes the recorded path (None: every one does),
+    ``count_targets(tensors)`` what its mean cross-entropy is a mean over (None: the loss is no such mean). ``edges``
+    are the pairs of stages between which something passes, ``outputs`` the values of the model's output in an
+    evaluation. ``digest`` is equal on two workers when they cut the same recording in the same way.
+    """
 
     recording: Recording
     split: Split
@@ -36,7 +43,7 @@ class Specialization:
     guards: Callable[[Sequence[torch.Tensor], int | None], bool] | None
     count_targets: Callable[[Sequence[torch.Tensor]], float] | None
     cloned: tuple[int, ...]                     # inputs that the forward changes in place
-    links: frozenset[tuple[int, int, bool, bool]]       # (source, target, activation, gradient)
+    edges: frozenset[Edge]
     outputs: tuple[int, ...]
     digest: int
 
@@ -50,7 +57,8 @@ class Specialization:
 class Runnables:
     """The stages of this worker for one kind of micro-batch, each compiled once, when it is first needed.
 
-    ``make(stage, split_backward)`` compiles one: ``split_backward`` where backward is two actions, I and W, so that weight gradients can wait.
+    ``make(stage, split_backward)`` compiles one: ``split_backward`` where backward is two actions, I and W, so that
+    weight gradients can wait.
     """
 
     def __init__(self, own: Sequence[int], make: Callable[[int, bool], Runnable]):
@@ -58,18 +66,22 @@ class Runnables:
         self._known: dict[frozenset[int], dict[int, Runnable]] = {}
 
     def of(self, split_backward_stages: frozenset[int] = frozenset()) -> dict[int, Runnable]:
-        """What runs a micro-batch whose backward is split_backward on ``split_backward_stages``."""
-        found = self._known.get(split_backward_stages)
-        if found is None:
-            found = self._known[split_backward_stages] = {stage: self._make(stage, stage in split_backward_stages) for stage in self._own}
-        return found
+        """What runs a micro-batch whose backward is I and W on ``split_backward_stages``, by stage of this worker."""
+        runnables = self._known.get(split_backward_stages)
+        if runnables is None:
+            runnables = {stage: self._make(stage, stage in split_backward_stages) for stage in self._own}
+            self._known[split_backward_stages] = runnables
+        return runnables
 
 
 class SpecializationCache:
-    """Finds or makes the specialization for a micro-batch."""
+    """Finds or makes the specialization for a micro-batch; the ones used least recently are forgotten.
 
-    def __init__(self, model: torch.nn.Module, placement: Placement, own: Sequence[int], *, loss_fn: Callable | None,
-                 device: torch.device, rng: RngStreams, split_backward: bool = False,
+    ``own`` are the stages of this worker. ``recorded`` counts the recordings that ``find`` had to make.
+    """
+
+    def __init__(self, model: torch.nn.Module, placement: SettledPlacement, own: Sequence[int], *,
+                 loss_fn: Callable | None, device: torch.device, rng: RngStreams, split_backward: bool = False,
                  recompute: Recompute = Recompute()):
         self._split_backward, self._recompute = split_backward, recompute
         self._model, self._placement, self._own = model, placement, tuple(own)
@@ -79,7 +91,11 @@ class SpecializationCache:
 
     def find(self, key: tuple, tensors: Sequence[torch.Tensor], inputs: Callable[[], Inputs], random_key: int | None, *,
              outputs: bool) -> Specialization:
-        """The specialization for the micro-batch ``tensors``; ``inputs()`` gives it as the model wants it."""
+        """The specialization for the micro-batch ``tensors``; ``inputs()`` gives it as the model wants it.
+
+        ``key`` is everything besides guards that eager execution would depend on. Raises ``CaptureError`` when a new
+        kind of micro-batch cannot be recorded, ``PlanError`` when it reads parameters where they are not held.
+        """
         known = self._known.setdefault(key, [])
         self._known.move_to_end(key)
         for specialization in known:
@@ -87,8 +103,9 @@ class SpecializationCache:
                 return specialization
         with torch.set_grad_enabled(not outputs):
             given = inputs()                # an evaluation may have no target: then there is no loss
-            recording = capture(self._model, given, loss_fn=None if given.target is None else self._loss_fn, device=self._device,
-                                random_key=random_key, known_leaf_modules=self._placement.leaf_modules)
+            recording = capture(self._model, given, loss_fn=None if given.target is None else self._loss_fn,
+                                device=self._device, random_key=random_key,
+                                known_leaf_modules=self._placement.leaf_modules)
         specialization = self.make(recording, outputs=outputs)
         self.recorded += 1
         known.append(specialization)
@@ -98,7 +115,10 @@ class SpecializationCache:
         return specialization
 
     def make(self, recording: Recording, *, outputs: bool) -> Specialization:
-        """Cut and compile a recording."""
+        """Cut and compile a recording; with ``outputs`` for an evaluation, which keeps the model's output.
+
+        Raises ``InputError`` when what is to be recomputed cannot run twice.
+        """
         flow = analyse(recording, outputs=outputs)
         stage_of = self._placement.assign(flow)
         wanted = tuple(dict.fromkeys(refs(recording.output))) if outputs else ()
@@ -119,18 +139,19 @@ class SpecializationCache:
             cut, deferrable = cut_for(split_backward)
             if stage in self._recompute.stages and not outputs:
                 check_recomputable(recording, cut.parts[stage].nodes, f"stage {stage}")
-            return make_runnable(compile_part(cut.parts[stage], recording, self._model, self._rng, deferrable=deferrable, recompute_spans=recompute_spans), cut,
-                                 outputs=wanted if outputs else None, recompute=stage in self._recompute.stages)
-        cut, _ = cut_for(self._split_backward and not outputs)       # the links are the same either way
+            compiled = compile_part(cut.parts[stage], recording, self._model, self._rng, deferrable=deferrable,
+                                    recompute_spans=recompute_spans)
+            return make_runnable(compiled, cut, outputs=wanted if outputs else None,
+                                 recompute=stage in self._recompute.stages)
+        cut, _ = cut_for(self._split_backward and not outputs)       # the boundaries are the same either way
         written = {storage for node in recording.nodes for storage in node.writes}
         cloned = tuple(i for i, v in enumerate(recording.inputs) if recording.values[v].storage in written)
-        links = frozenset((link.source, link.target, bool(link.values), bool(link.gradients)) for link in cut.links)
-        return Specialization(recording, cut, Runnables(self._own, runnable), guard_check(flow, self._model, self._rng), target_count(flow, self._model),
-                       cloned, links, wanted, _digest(cut))
+        return Specialization(recording, cut, Runnables(self._own, runnable), guard_check(flow, self._model, self._rng),
+                              target_count(flow, self._model), cloned, cut.edges, wanted, _digest(cut))
 
 
 def _digest(cut: Split) -> int:
     values = cut.recording.values
-    text = repr([(link.source, link.target, [(values[v].name, values[v].spec) for v in link.values], len(link.gradients))
-                 for link in cut.links])
+    text = repr([(boundary.source, boundary.target, [(values[v].name, values[v].spec) for v in boundary.values],
+                  len(boundary.gradients)) for boundary in cut.boundaries])
     return zlib.crc32(text.encode())

@@ -14,7 +14,10 @@ from pipeengine.tracing import Node, Rebuilt, Recording, Ref, leaves, node_refs,
 
 @dataclass(frozen=True)
 class Compiled:
-    """A part as a Python function: ``run(*inputs, *received)`` returns the part's ``returns``, as a tuple."""
+    """A part as a Python function: ``run(*inputs, *received)`` returns the part's ``returns``, as a tuple.
+
+    ``source`` is its text, ``random`` says whether it draws random numbers.
+    """
 
     part: Part
     run: Callable
@@ -29,15 +32,16 @@ def compile_part(part: Part, recording: Recording, model: torch.nn.Module, rng: 
                  deferrable: Mapping[int, Replacement] | None = None, recompute_spans: Sequence[Span] = ()) -> Compiled:
     """Write and compile the function of one stage; modules are the user's own.
 
-    With ``deferrable``, weight gradients can wait. Nodes in the spans ``recompute_spans`` keep no activations: they run again in backward.
+    With ``deferrable``, weight gradients can wait. Nodes in the spans ``recompute_spans`` keep no activations: they run
+    again in backward.
     """
     deferral = None if deferrable is None else Deferral()
     writer = _Writer(part, recording, model, rng, deferral, deferrable or {}, recompute_spans)
     source = writer.write()
     scope = writer.scope
     exec(compile(source, f"<stage {part.stage}>", "exec"), scope)
-    returned = {v for link in part.receives for v in link.gradients}
-    received = [(v, v in returned) for link in part.receives for v in link.values]
+    returned = {v for boundary in part.receives for v in boundary.gradients}
+    received = [(v, v in returned) for boundary in part.receives for v in boundary.values]
     position = {value: index for index, value in reversed(list(enumerate(recording.inputs)))}
     return Compiled(part, scope["run"], source, writer.random, tuple(position[v] for v in part.inputs),
                     tuple(wants for _, wants in received), deferral)
@@ -57,17 +61,18 @@ class _Writer:
 
     def __init__(self, part: Part, recording: Recording, model: torch.nn.Module, rng: RngStreams,
                  deferral: Deferral | None, deferrable: Mapping[int, Replacement], recompute_spans: Sequence[Span]):
-        self._part, self._recording, self._model, self._deferral, self._deferrable = part, recording, model, deferral, deferrable
-        self._recompute_spans = recompute_spans
+        self._part, self._recording, self._model = part, recording, model
+        self._deferral, self._deferrable, self._recompute_spans = deferral, deferrable, recompute_spans
         self._blocks: list[str] = []
-        self.scope: dict[str, object] = {"rng": rng, "leaves": leaves, "recomputed": checkpoint_module, "twice": checkpoint_block}
+        self.scope: dict[str, object] = {"rng": rng, "leaves": leaves, "recomputed": checkpoint_module,
+                                         "twice": checkpoint_block}
         self._globals: dict[int, str] = {}
         self._keep: list[object] = []
         self.random = any(node.random for node in part.nodes)
 
     def write(self) -> str:
         part = self._part
-        arguments = [f"v{v}" for v in part.inputs] + [f"v{v}" for link in part.receives for v in link.values]
+        arguments = [f"v{v}" for v in (*part.inputs, *(v for boundary in part.receives for v in boundary.values))]
         run = self._function("run", arguments, self._steps(), part.returns)
         return "\n".join([*self._blocks, *run]) + "\n"
 
@@ -90,12 +95,15 @@ class _Writer:
     def _block(self, nodes: Sequence[Node]) -> Block:
         made = {v for node in nodes for v in node.results}
         own = set(map(id, nodes))
-        later = {v for node in self._part.nodes if id(node) not in own for v in node_refs(node)} | set(self._part.returns)
+        outside = {v for node in self._part.nodes if id(node) not in own for v in node_refs(node)}
+        outside |= set(self._part.returns)
         read = dict.fromkeys(v for node in nodes for v in node_refs(node)
                              if v not in made and self._recording.values[v].kind in ("result", "input"))
-        return Block(tuple(nodes), tuple(read), tuple(v for v in dict.fromkeys(v for n in nodes for v in n.results) if v in later))
+        results = dict.fromkeys(v for node in nodes for v in node.results)
+        return Block(tuple(nodes), tuple(read), tuple(v for v in results if v in outside))
 
-    def _function(self, name: str, arguments: Sequence[str], steps: Sequence[Node | Block], returns: Sequence[int]) -> list[str]:
+    def _function(self, name: str, arguments: Sequence[str], steps: Sequence[Node | Block],
+                  returns: Sequence[int]) -> list[str]:
         lines = [f"def {name}({', '.join(dict.fromkeys(arguments))}):"]
         last = self._last_use(steps, set(arguments), set(returns))
         modes = None
@@ -125,10 +133,10 @@ class _Writer:
             for value in (*step.results, *(node_refs(step) if isinstance(step, Node) else step.reads)):
                 if self._recording.values[value].kind == "result" and value not in returned and f"v{value}" not in kept:
                     last[value] = index
-        found: list[list[str]] = [[] for _ in steps]
+        names: list[list[str]] = [[] for _ in steps]
         for value, index in last.items():
-            found[index].append(f"v{value}")
-        return found
+            names[index].append(f"v{value}")
+        return names
 
     def _node(self, node: Node) -> list[str]:
         lines = [f"rng({place_number(node.name)})"] if node.random else []

@@ -1,7 +1,7 @@
 """How the tensors of one message lie in memory.
 
-A message is one buffer: a header that says what it is, the values of a link in order, and a byte that arrives last. Both sides
-compute the same layout from the same recording, so nothing but the buffer travels.
+A message is one buffer: a header that says what it is, the values of a boundary in order, and a byte that arrives last.
+Both sides compute the same layout from the same recording, so nothing but the buffer travels.
 """
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ Order = tuple[int, ...] | None
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one value lies: a view of the buffer as ``dtype``, from its element ``offset`` on.
+    """Where one value lies: a view of the buffer as ``dtype``, from its element (not byte) ``offset`` on.
 
-    ``order`` tells the axes from slowest to fastest in memory, as recorded; ``stride`` is that of the order of the axes.
+    ``order`` tells the axes from slowest to fastest in memory, as recorded; ``stride`` is that of the order of the
+    axes.
     """
 
     dtype: torch.dtype
@@ -41,7 +42,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of one message; ``payload_bytes`` counts the values alone."""
+    """The layout of one message of ``bytes`` in all, of which ``payload_bytes`` are the values."""
 
     slots: tuple[Slot, ...]
     bytes: int
@@ -54,11 +55,11 @@ def layout(specs: Sequence[TensorSpec]) -> Layout:
     """Lay the values of a message out one after the other, each aligned for any dtype."""
     slots, offset = [], _aligned(HEADER_BYTES + 8 * len(specs))
     for spec in specs:
-        slots.append(Slot(spec.dtype, spec.shape, _strides(spec.shape, range(len(spec.shape))), offset // spec.dtype.itemsize,
-                          _memory_order(spec.shape, spec.stride)))
+        slots.append(Slot(spec.dtype, spec.shape, _strides(spec.shape, range(len(spec.shape))),
+                          offset // spec.dtype.itemsize, _memory_order(spec.shape, spec.stride)))
         offset += _aligned(spec.bytes)
-    return Layout(tuple(slots), offset + _ALIGNMENT, sum(spec.bytes for spec in specs), tuple(slot.order for slot in slots),
-                  bytes(8 * len(slots)))
+    return Layout(tuple(slots), offset + _ALIGNMENT, sum(spec.bytes for spec in specs),
+                  tuple(slot.order for slot in slots), bytes(8 * len(slots)))
 
 
 def _aligned(size: int) -> int:
@@ -90,7 +91,9 @@ def _strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
 
 def _encode(order: Order) -> int:
     """An order as a number of 4-bit digits, from the fastest axis up; 0 is the order of the axes."""
-    return 0 if order is None else sum(axis << 4 * place for place, axis in enumerate(reversed(order))) | 1 << 4 * len(order)
+    if order is None:
+        return 0
+    return sum(axis << 4 * place for place, axis in enumerate(reversed(order))) | 1 << 4 * len(order)
 
 
 def _decode(number: int, num_axes: int) -> Order:
@@ -100,8 +103,8 @@ def _decode(number: int, num_axes: int) -> Order:
 def pack(tensors: Sequence[torch.Tensor], layout: Layout, header: bytes | None, device: torch.device) -> torch.Tensor:
     """One buffer that holds ``tensors`` behind ``header`` and their memory orders.
 
-    A receiver computes with the strides that one process would have, and so gets the same bits; those of a gradient are known
-    when it is there. Without a header values travel in the recorded order.
+    A receiver computes with the strides that one process would have, and so gets the same bits; those of a gradient are
+    known when it is there. Without a header values travel in the recorded order. A header needs a buffer on the CPU.
     """
     buffer = torch.empty(layout.bytes, dtype=torch.uint8, device=device)
     orders: Sequence[Order] = layout.orders
@@ -117,7 +120,7 @@ def pack(tensors: Sequence[torch.Tensor], layout: Layout, header: bytes | None, 
 
 
 def allocate(layout: Layout, device: torch.device) -> torch.Tensor:
-    """A buffer for a message to come."""
+    """A buffer of ``layout.bytes`` for a message to come."""
     buffer = torch.empty(layout.bytes, dtype=torch.uint8, device=device)
     if device.type == "cpu":
         buffer.numpy()[-1] = 0
@@ -125,18 +128,22 @@ def allocate(layout: Layout, device: torch.device) -> torch.Tensor:
 
 
 def has_arrived(buffer: torch.Tensor) -> bool:
-    """Whether the last byte of a message is here, so that waiting for the rest takes no time. Only where there are headers."""
+    """Whether the last byte of a message is here, so that waiting for the rest takes no time. Only with headers."""
     return bool(buffer.numpy()[-1])
 
 
 def unpack(buffer: torch.Tensor, layout: Layout, orders: Sequence[Order] | None = None) -> list[torch.Tensor]:
-    """The values inside ``buffer``, without a copy; ``orders`` are those that ``check_header`` found, if there is a header."""
-    return [buffer.view(slot.dtype).as_strided(slot.shape, _strides(slot.shape, order) if order else slot.stride, slot.offset)
+    """The values inside ``buffer``, without a copy; ``orders`` are those of ``check_header``, if there is a header."""
+    return [buffer.view(slot.dtype).as_strided(slot.shape, _strides(slot.shape, order) if order else slot.stride,
+                                               slot.offset)
             for slot, order in zip(layout.slots, layout.orders if orders is None else orders)]
 
 
 def header(step: int, microbatch: int, kind: int, source: int, target: int, size: int, digest: int) -> bytes:
-    """What a message says of itself."""
+    """What a message says of itself; ``kind`` is ACTIVATION or GRADIENT, ``size`` the bytes of its buffer.
+
+    A gradient's ``source`` and ``target`` are those of its boundary, so it travels from ``target`` to ``source``.
+    """
     return _HEADER.pack(_FORMAT, step, microbatch, kind, source, target, size, digest)
 
 
@@ -146,7 +153,8 @@ def check_header(buffer: torch.Tensor, layout: Layout, expected: bytes) -> Seque
     if found.startswith(expected):
         return _orders(found[HEADER_BYTES:], layout)
     wrong = [f"{name} is {got}, expected {want}"
-             for name, got, want in zip(_FIELDS, _HEADER.unpack(found[:HEADER_BYTES]), _HEADER.unpack(expected)) if got != want]
+             for name, got, want in zip(_FIELDS, _HEADER.unpack(found[:HEADER_BYTES]), _HEADER.unpack(expected))
+             if got != want]
     raise WorkerError("a message is not the one this worker waits for: " + "; ".join(wrong)
                       + ". Every worker must pass the same batch to the same sequence of calls.")
 
@@ -154,4 +162,5 @@ def check_header(buffer: torch.Tensor, layout: Layout, expected: bytes) -> Seque
 def _orders(numbers: bytes, layout: Layout) -> Sequence[Order]:
     if numbers == layout.no_orders:
         return (None,) * len(layout.slots)
-    return [_decode(number, len(slot.shape)) for number, slot in zip(struct.unpack(f"<{len(layout.slots)}q", numbers), layout.slots)]
+    encoded = struct.unpack(f"<{len(layout.slots)}q", numbers)
+    return [_decode(number, len(slot.shape)) for number, slot in zip(encoded, layout.slots)]

@@ -1,4 +1,4 @@
-"""Check once that a recording does what eager execution does: same loss, same gradients, on two batches and two seeds."""
+"""Check once that a recording does what eager execution does: loss and gradients, on two batches and two seeds."""
 from __future__ import annotations
 
 import contextlib
@@ -26,9 +26,13 @@ from pipeengine.tracing import (
 )
 
 
-def check_recording(model: torch.nn.Module, flow: Dataflow, stage_of: Mapping[int, int], num_stages: int, inputs: Inputs,
-                    loss_fn: Callable | None) -> None:
-    """Run the stages one after the other and compare with the model itself; raise ``CaptureError`` naming what differs."""
+def check_recording(model: torch.nn.Module, flow: Dataflow, stage_of: Mapping[int, int], num_stages: int,
+                    inputs: Inputs, loss_fn: Callable | None) -> None:
+    """Run the stages one after the other and compare with the model itself; raise ``CaptureError`` naming what differs.
+
+    Agreement is to 32 units of rounding of each tensor's largest entry. Gradients, buffers, modes and the global random
+    state are left as they were.
+    """
     device = next(model.parameters()).device
     rng = RngStreams(device)
     cut = split(flow, stage_of, num_stages, outputs=False)
@@ -60,7 +64,8 @@ def _moved(found: list[torch.Tensor], device: torch.device) -> list[torch.Tensor
 
 def _again(inputs: Inputs, given: list[torch.Tensor]) -> Inputs:
     at = {id(t): new for t, new in zip(_tensors(inputs), given)}
-    return Inputs(*tree_map(inputs.everything(), lambda leaf: at[id(leaf)].clone() if isinstance(leaf, torch.Tensor) else leaf))
+    return Inputs(*tree_map(inputs.everything(),
+                            lambda leaf: at[id(leaf)].clone() if isinstance(leaf, torch.Tensor) else leaf))
 
 
 def _shuffled(inputs: Inputs) -> Inputs:
@@ -105,7 +110,7 @@ def _eager(model, inputs: Inputs, loss_fn) -> tuple[torch.Tensor, list]:
 def _replay(model, recording: Recording, parts, given: list[torch.Tensor]) -> tuple[torch.Tensor, list]:
     made: dict[int, torch.Tensor] = {}
     for compiled in parts:
-        received = [made[v] for link in compiled.part.receives for v in link.values]
+        received = [made[v] for boundary in compiled.part.receives for v in boundary.values]
         out = compiled.run(*[given[i].clone() for i in compiled.inputs], *received)
         made.update(zip(compiled.part.returns, out))
     loss = made[recording.loss]
@@ -125,7 +130,8 @@ def _close(a: torch.Tensor | None, b: torch.Tensor | None, least: float = 0.0) -
     scale = a.abs().max().double()
     if not torch.isfinite(scale):
         return bool(torch.allclose(a, b, equal_nan=True))
-    return bool((a.double() - b.double()).abs().max() <= 32 * torch.finfo(a.dtype).eps * max(float(scale), least))
+    allowed = 32 * torch.finfo(a.dtype).eps * max(float(scale), least)
+    return bool((a.double() - b.double()).abs().max() <= allowed)
 
 
 def _compare(model, example, loss_fn, recording, truth, replayed, given, seed: int) -> None:
@@ -134,18 +140,21 @@ def _compare(model, example, loss_fn, recording, truth, replayed, given, seed: i
         problems.append(f"loss {truth[0].item():.9g} against {replayed[0].item():.9g}")
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     # A gradient that is zero but for rounding (a key's bias in attention) has no digits of its own to agree in.
-    least = 1e-3 * max((float(g.abs().max()) for g in truth[1] if g is not None and g.layout == torch.strided), default=0.0)
+    largest = max((float(g.abs().max()) for g in truth[1] if g is not None and g.layout == torch.strided), default=0.0)
+    least = 1e-3 * largest
     problems += [f"gradient of {name}" for name, a, b in zip(names, truth[1], replayed[1]) if not _close(a, b, least)]
     if not problems:
         return
     place = _first_difference(model, example, loss_fn, recording, given, seed)
     raise CaptureError(
         f"the recording does not do what the model does ({problems[0]}, eager against recorded"
-        f"{f', and {len(problems) - 1} more' if len(problems) > 1 else ''}); the first difference is at {place}. Keep that module "
-        "whole by moving what is unusual in it into a submodule with a hook, or pass check=False if you know better")
+        f"{f', and {len(problems) - 1} more' if len(problems) > 1 else ''}); the first difference is at {place}. Keep "
+        "that module whole by moving what is unusual in it into a submodule with a hook, or pass check=False if you "
+        "know better")
 
 
-def _first_difference(model, example: Inputs, loss_fn, recording: Recording, given: list[torch.Tensor], seed: int) -> str:
+def _first_difference(model, example: Inputs, loss_fn, recording: Recording, given: list[torch.Tensor],
+                      seed: int) -> str:
     """Name of the first module call whose output differs between eager execution and the recording."""
     device = next(model.parameters()).device
     paths = {module: path for path, module in model.named_modules()}
@@ -173,7 +182,8 @@ def _first_difference(model, example: Inputs, loss_fn, recording: Recording, giv
 
 def _interpret(model, recording: Recording, given, seed: int, device) -> dict[str, list[torch.Tensor]]:
     """Run the recording node by node; the outputs of every module call, by scope."""
-    tables = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    tables = {**dict(model.named_parameters(remove_duplicate=False)),
+              **dict(model.named_buffers(remove_duplicate=False))}
     made: dict[int, torch.Tensor] = {v: tensor.clone() for v, tensor in zip(recording.inputs, given)}
     made.update(recording.constants)
     made.update({i: tables[v.name] for i, v in enumerate(recording.values) if v.kind == "attribute"})
@@ -184,9 +194,16 @@ def _interpret(model, recording: Recording, given, seed: int, device) -> dict[st
             with switch(node.modes), torch.no_grad():
                 out = target(*fill(node.args, made.__getitem__), **fill(node.kwargs, made.__getitem__))
             for value, pick in zip(node.results, node.picks):
-                made[value] = out if pick == "" else leaves(out)[int(pick[1:])] if pick[0] == "@" else out[int(pick[1:-1])]
+                made[value] = _picked(out, pick)
             if node.is_module:
                 found[node.name] = [made[v].clone() for v in node.results]
     for call in recording.calls:
         found.setdefault(call.scope, [made[v] for v in refs(call.output) if v in made])
     return found
+
+
+def _picked(out: object, pick: str) -> torch.Tensor:
+    """One result of a node, taken from what its target returned; ``pick`` is an entry of ``Node.picks``."""
+    if pick == "":
+        return out
+    return leaves(out)[int(pick[1:])] if pick[0] == "@" else out[int(pick[1:-1])]

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from pipeengine.schedules import Edge
 from pipeengine.tracing import Call, Dataflow, Node, NodeCost, Recording, Ref, encoded_leaves, node_refs, picks, refs
 
 
@@ -15,9 +16,9 @@ from pipeengine.tracing import Call, Dataflow, Node, NodeCost, Recording, Ref, e
 class StageBoundary:
     """Values that stage ``source`` hands straight to stage ``target`` for a micro-batch, in wire order.
 
-    ``gradients`` are the values whose gradient comes back from ``target``. The gradient of a value that several stages read
-    goes from the last of them to the one before it, and so on to its producer: each adds its own share, in the order in which
-    one process would add them, so that the sum has the same bits.
+    ``gradients`` are the values whose gradient comes back from ``target``. The gradient of a value that several stages
+    read goes from the last of them to the one before it, and so on to its producer: each adds its own share, in the
+    order in which one process would add them, so that the sum has the same bits.
     """
 
     source: int
@@ -25,12 +26,19 @@ class StageBoundary:
     values: tuple[int, ...]
     gradients: tuple[int, ...]
 
+    @property
+    def edge(self) -> Edge:
+        """The same boundary as schedules see it: which way messages pass."""
+        return Edge(self.source, self.target, bool(self.values), bool(self.gradients))
+
 
 @dataclass(frozen=True)
 class Part:
     """What one stage does with a micro-batch.
 
-    ``nodes`` in order; ``returns`` are the values that leave it: for later stages, the loss, or the model's output.
+    ``nodes`` in order; ``inputs`` are the values of the recording's inputs that it reads, ``attributes`` the names of
+    the parameters and buffers; ``returns`` are the values that leave it: for later stages, the loss, or the model's
+    output.
     """
 
     stage: int
@@ -48,26 +56,32 @@ class Split:
 
     recording: Recording
     parts: tuple[Part, ...]
-    links: tuple[StageBoundary, ...]
+    boundaries: tuple[StageBoundary, ...]
     loss_stage: int | None
     output_stage: int
+
+    @property
+    def edges(self) -> frozenset[Edge]:
+        """Pairs of stages between which something passes, and which way."""
+        return frozenset(boundary.edge for boundary in self.boundaries)
 
 
 def split(flow: Dataflow, stage_of: Mapping[int, int], num_stages: int, *, outputs: bool,
           keep_apart: Callable[[Node], bool] = lambda node: False) -> Split:
     """Cut ``flow`` so that placed node n runs on stage ``stage_of[n]``.
 
-    With ``outputs`` the last stage gets the whole output of the model, else only the loss is kept. Modules around a node for which
-    ``keep_apart`` holds are opened.
+    With ``outputs`` the last stage gets the whole output of the model, else only the loss is kept. Modules around a
+    node for which ``keep_apart`` holds are opened.
     """
     recording = flow.recording
     made_on = {value: stage_of[n] for n in flow.placed for value in recording.nodes[n].results}
     wanted = _wanted(flow, stage_of, made_on, num_stages, outputs)
-    links = _links(flow, wanted, made_on)
+    boundaries = _boundaries(flow, wanted, made_on)
     loss_stage = made_on.get(recording.loss) if recording.loss is not None else None
     apart = frozenset(n for n in flow.placed if keep_apart(recording.nodes[n]))
-    parts = tuple(_part(flow, stage, stage_of, links, loss_stage, num_stages, outputs, apart) for stage in range(num_stages))
-    return Split(recording, parts, links, loss_stage, num_stages - 1)
+    parts = tuple(_part(flow, stage, stage_of, boundaries, loss_stage, num_stages, outputs, apart)
+                  for stage in range(num_stages))
+    return Split(recording, parts, boundaries, loss_stage, num_stages - 1)
 
 
 def closure(flow: Dataflow, values: set[int]) -> set[int]:
@@ -97,11 +111,12 @@ def _wanted(flow, stage_of, made_on, num_stages: int, outputs: bool) -> dict[int
             if made_on.get(value, stage_of[index]) != stage_of[index]:
                 found[stage_of[index]].add(value)
     if outputs:
-        found[num_stages - 1] |= {v for v in refs(flow.recording.output) if made_on.get(v, num_stages - 1) != num_stages - 1}
+        found[num_stages - 1] |= {v for v in refs(flow.recording.output)
+                                  if made_on.get(v, num_stages - 1) != num_stages - 1}
     return found
 
 
-def _links(flow, wanted: dict[int, set[int]], made_on) -> tuple[StageBoundary, ...]:
+def _boundaries(flow, wanted: dict[int, set[int]], made_on) -> tuple[StageBoundary, ...]:
     values, gradients = defaultdict(list), defaultdict(list)
     readers = defaultdict(list)
     for target in sorted(wanted):
@@ -120,26 +135,25 @@ def _links(flow, wanted: dict[int, set[int]], made_on) -> tuple[StageBoundary, .
                  for pair in sorted({*values, *gradients}))
 
 
-def _part(flow, stage: int, stage_of, links, loss_stage, num_stages: int, outputs: bool,
+def _part(flow, stage: int, stage_of, boundaries, loss_stage, num_stages: int, outputs: bool,
           apart: frozenset[int]) -> Part:
     recording = flow.recording
     own = {n for n in flow.placed if stage_of[n] == stage}
-    sends = tuple(link for link in links if link.source == stage)
-    receives = tuple(link for link in links if link.target == stage)
-    returns = dict.fromkeys(v for link in sends for v in link.values)
+    sends = tuple(boundary for boundary in boundaries if boundary.source == stage)
+    receives = tuple(boundary for boundary in boundaries if boundary.target == stage)
+    returns = dict.fromkeys(v for boundary in sends for v in boundary.values)
     if loss_stage == stage:
         returns[recording.loss] = None
     if outputs and stage == num_stages - 1:
         returns.update(dict.fromkeys(refs(recording.output)))
-    arrived = {v for link in receives for v in link.values}
+    arrived = {v for boundary in receives for v in boundary.values}
     nodes = _fuse(flow, own, set(returns), arrived, apart)
     read = {v for node in nodes for v in node_refs(node)} | set(returns)
     free = closure(flow, read)
     inside = {v for node in nodes for v in node.results}
-    merged = sorted([(recording.nodes[n].name, n, recording.nodes[n]) for n in free
-                     if not set(recording.nodes[n].results) & inside or not recording.nodes[n].results], key=lambda e: e[1])
-    ordered = tuple(node for _, _, node in sorted([*merged, *((node.name, first_index(recording, node), node) for node in nodes)],
-                                                  key=lambda e: e[1]))
+    repeated = [recording.nodes[n] for n in sorted(free)
+                if not set(recording.nodes[n].results) & inside or not recording.nodes[n].results]
+    ordered = tuple(sorted([*repeated, *nodes], key=lambda node: first_index(recording, node)))
     read |= {v for node in ordered for v in node_refs(node)}
     attributes = frozenset(recording.values[v].name for v in read if recording.values[v].kind == "attribute")
     inputs = tuple(sorted(v for v in read if recording.values[v].kind == "input"))
@@ -201,7 +215,8 @@ def _is_whole(flow, call: Call, own, live, readers, returns, arrived) -> bool:
         node = recording.nodes[index]
         if node.random or node.effect and not node.is_module:
             return False
-        if index not in own and index not in flow.replicated and (index in live or node.attributes or _reads_attribute(recording, node)):
+        if index not in own and index not in flow.replicated \
+                and (index in live or node.attributes or _reads_attribute(recording, node)):
             return False
         for value in node_refs(node):
             made = recording.values[value]

@@ -3,11 +3,11 @@ import pytest
 
 from pipeengine.errors import ScheduleError
 from pipeengine.runtime.programs import ProgramCache, ScheduleChoice, splits_backward
-from pipeengine.schedules import Schedule
+from pipeengine.schedules import Edge, Schedule
 from pipeengine.simulation import Costs
 from pipeengine.synthesis import build
 
-CHAIN = frozenset({(0, 1, True, True), (1, 2, True, True), (2, 3, True, True)})
+CHAIN = frozenset(Edge(stage, stage + 1, True, True) for stage in range(3))
 EVEN = Costs(forward=(1.0,) * 4, backward=(2.0,) * 4)
 NAMES = ("gpipe", "1f1b", "zb-h1", "zb-h2", "auto")
 
