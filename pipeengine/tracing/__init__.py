@@ -1,4 +1,5 @@
-"""A model goes in, a ``Recording`` comes out: one eager forward, written down as nodes that call the user's own modules.
+"""A model goes in, a ``Recording`` comes out: one eager forward, written down as nodes that call the user's own
+modules.
 
 ``capture`` records; ``analyse`` finds what depends on what. Nothing of the model is changed by either.
 """
@@ -23,4 +24,6 @@ from pipeengine.tracing.recording import (
     refs,
 )
 
-__all__ = ["Call", "Dataflow", "Inputs", "Node", "NodeCost", "Rebuilt", "Recording", "Ref", "TensorSpec", "analyse", "capture", "current_modes", "tree_encode", "encoded_leaves", "fill", "find_loss", "leaves", "node_refs", "picks", "refs", "tree_map", "switch", "tensors", "undisturbed"]
+__all__ = ["Call", "Dataflow", "Inputs", "Node", "NodeCost", "Rebuilt", "Recording", "Ref", "TensorSpec", "analyse",
+           "capture", "current_modes", "encoded_leaves", "fill", "find_loss", "leaves", "node_refs", "picks", "refs",
+           "switch", "tensors", "tree_encode", "tree_map", "undisturbed"]
