@@ -39,6 +39,7 @@ from pipeengine.schedules import Schedule
 from pipeengine.simulation import Timeline, costs_of
 from pipeengine.stages import Placement, Specialization, SpecializationCache, check_recording
 from pipeengine.synthesis import build
+from pipeengine.torch_private import foreach_norm
 from pipeengine.tracing import Dataflow, Inputs, analyse, capture, current_modes, node_refs, refs
 
 # A message between busy processes of one machine: from the end of what made it to the start of what waits for it, and what the
@@ -521,7 +522,7 @@ class Pipeline:
         return total
 
     def _norm(self, gradients: list[torch.Tensor], norm_type: float) -> torch.Tensor:
-        norms = torch._foreach_norm(gradients, norm_type) if gradients else []
+        norms = foreach_norm(gradients, norm_type) if gradients else []
         stacked = torch.stack([norm.double().to(self._device) for norm in norms]) if norms else \
             torch.zeros(1, dtype=torch.float64, device=self._device)
         if norm_type == float("inf"):

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from pipeengine import errors
 from pipeengine.distributed.waiting import Waiter, give_up
 from pipeengine.errors import InputError, PipeEngineError, WorkerError
+from pipeengine.torch_private import default_store
 
 _SLOTS = 8
 
@@ -72,7 +73,7 @@ class ProcessGroupWorkers:
         self.timeout = timeout
         self.waiter = Waiter(self.interrupted)
         self._group: dist.ProcessGroup | None = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
-        self._store = dist.PrefixStore("pipeengine", dist.distributed_c10d._get_default_store())
+        self._store = dist.PrefixStore("pipeengine", default_store())
         self._name = self.broadcast_object(uuid.uuid4().hex)
         self._problems = 0
 
