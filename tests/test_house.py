@@ -13,7 +13,8 @@ import pipeengine
 ROOT = Path(pipeengine.__file__).parents[1]
 # The line of the project, from the ground up: a room imports only what stands before it.
 LINE = {
-    "pipeengine": ("errors", "object_path", "rng", "tracing", "data", "autograd", "costs", "schedules", "stages",
+    "pipeengine": ("errors", "object_path", "rng", "torch_private", "tracing", "data", "autograd", "costs",
+                   "schedules", "stages",
                    "simulation", "program", "synthesis", "distributed", "checkpoint", "runtime", "report", "options", "assembly",
                    "pipeline", "cli", "__main__"),
     "partitioners": ("errors", "units", "graph", "plan", "solvers", "pricing", "partitioning", "reporting"),
@@ -171,3 +172,53 @@ def test_no_hidden_state(path):
             assert not (node.func.value.id in module_names and node.func.attr in
                         ("append", "add", "update", "setdefault", "pop", "clear", "extend", "insert", "remove")), \
                 f"{path.name}:{node.lineno} changes {node.func.value.id}"
+
+
+TORCH_PRIVATE = ROOT / "pipeengine" / "torch_private.py"
+PRIVATE_OF_TENSORS = {"_version", "_cdata", "_base"}
+
+
+def private_torch_names(tree: ast.AST) -> set[str]:
+    """Names with a leading underscore that a file takes from torch: by import, by attribute, by text, or off a tensor."""
+    torch_names, private = {"torch"}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            full_names = [alias.name for alias in node.names]
+            torch_names |= {alias.asname for alias in node.names if alias.asname and alias.name.startswith("torch")}
+        elif isinstance(node, ast.ImportFrom):
+            full_names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            full_names = [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
+        private |= {name for name in full_names if name.startswith("torch.") and " " not in name and "._" in name}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            root = node.value
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if isinstance(root, ast.Name) and root.id in torch_names or node.attr in PRIVATE_OF_TENSORS:
+                private.add(ast.unparse(node))
+    return private
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path != TORCH_PRIVATE], ids=name_of)
+def test_private_names_of_torch_stand_in_one_file(path):
+    """So that a new torch version is looked at in one place."""
+    assert not private_torch_names(ast.parse(path.read_text())), "take it from pipeengine.torch_private"
+
+
+@pytest.mark.parametrize("line", (
+    "from torch._subclasses import fake_tensor", "import torch._dynamo", "torch._C._autograd.x()", "tensor._version",
+    "import torch.distributed as dist\ndist.distributed_c10d._get_default_store()", "'torch._dynamo' in modules"))
+def test_private_names_of_torch_are_seen(line):
+    assert private_torch_names(ast.parse(line))
+
+
+@pytest.mark.parametrize("version, known", (("2.10.1", False), ("2.11.0", True), ("2.14.1+cu130", True),
+                                            ("2.15.0a0", False)))
+def test_other_versions_of_torch_are_refused(version, known):
+    from pipeengine.torch_private import check_version
+    if known:
+        check_version(version)
+    else:
+        with pytest.raises(ImportError, match=rf"2\.11 to 2\.14.*{version[:4]}"):
+            check_version(version)

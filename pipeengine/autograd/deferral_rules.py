@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from pipeengine.torch_private import ConvNd
 from pipeengine.tracing import Node, Recording, Ref, node_refs
 
 Replacement = tuple[str, tuple]
@@ -94,7 +95,7 @@ def _embedding(module: torch.nn.Embedding, x: Ref, weight: Ref, bias: None) -> R
     return "embedding", (x, weight, padding, module.scale_grad_by_freq)
 
 
-def _convolution(module: torch.nn.modules.conv._ConvNd, x: Ref, weight: Ref, bias: Ref | None) -> Replacement | None:
+def _convolution(module: ConvNd, x: Ref, weight: Ref, bias: Ref | None) -> Replacement | None:
     padding = _padding(module)
     if module.padding_mode != "zeros" or padding is None:
         return None
@@ -102,7 +103,7 @@ def _convolution(module: torch.nn.modules.conv._ConvNd, x: Ref, weight: Ref, bia
                            module.output_padding, module.groups)
 
 
-def _padding(module: torch.nn.modules.conv._ConvNd) -> tuple[int, ...] | None:
+def _padding(module: ConvNd) -> tuple[int, ...] | None:
     """In numbers, or None where the two sides of an axis differ."""
     if not isinstance(module.padding, str):
         return module.padding

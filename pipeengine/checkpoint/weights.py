@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeengine.checkpoint.hugging_face import INDEX, SINGLE, Source, files_of, read, safetensors, sources_of
 from pipeengine.checkpoint.slots import get_tensor, put_tensor, tensor_slots
 from pipeengine.errors import InputError
 from pipeengine.rng import generators, mix, place_number
+from pipeengine.torch_private import TorchDispatchMode, storage_number
 
 
 def load_stage(model: torch.nn.Module, held: Collection[str], device: torch.device, *, weights: str | Path | None,
@@ -71,7 +71,7 @@ class _Seeded(TorchDispatchMode):
         target = args[0] if args and isinstance(args[0], torch.Tensor) else None
         name = None
         if target is not None and target.device.type != "meta":
-            name = self._names.get(target.untyped_storage()._cdata)
+            name = self._names.get(storage_number(target))
         if torch.Tag.nondeterministic_seeded in func.tags:
             place = name or f"in {self.path}"
             self._draws[place] += 1
@@ -85,7 +85,7 @@ class _Seeded(TorchDispatchMode):
 
 def _initialise(model: torch.nn.Module, slots, made: set[str], read: set[str], device: torch.device, seed: int) -> None:
     """Run the modules' own initialisers on what has just been made and not read from a file."""
-    names = {get_tensor(*slots[name][0]).untyped_storage()._cdata: name for name in made}
+    names = {storage_number(get_tensor(*slots[name][0])): name for name in made}
     kept = {name: get_tensor(*slots[name][0]).detach().clone() for name in read & made}
     states = [generator.get_state() for generator in generators(device)]
     mode = _Seeded(names, seed, device)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from pipeengine.distributed.workers import Workers
+from pipeengine.torch_private import foreach_norm
 
 
 def total_norm(gradients: Sequence[torch.Tensor], norm_type: float, workers: Workers,
@@ -14,7 +15,7 @@ def total_norm(gradients: Sequence[torch.Tensor], norm_type: float, workers: Wor
 
     ``gradients`` are those that this worker counts: each gradient of the model is in the list of exactly one worker.
     """
-    norms = torch._foreach_norm(list(gradients), norm_type) if gradients else []
+    norms = foreach_norm(list(gradients), norm_type) if gradients else []
     stacked = torch.stack([norm.double().to(device) for norm in norms]) if norms else \
         torch.zeros(1, dtype=torch.float64, device=device)
     if norm_type == float("inf"):

@@ -22,6 +22,7 @@ from pipeengine.distributed.tied_parameters import NoTies, Tie, TiedParameters
 from pipeengine.distributed.transport import DistributedTransport
 from pipeengine.distributed.waiting import Waiter, give_up
 from pipeengine.errors import InputError, PipeEngineError, WorkerError
+from pipeengine.torch_private import default_store
 
 _SLOTS = 8
 
@@ -135,7 +136,7 @@ class ProcessGroupWorkers:
         self.waiter = Waiter(self.interrupted)
         self._name: str | None = None
         self._group: dist.ProcessGroup | None = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
-        self._store = dist.PrefixStore("pipeengine", dist.distributed_c10d._get_default_store())
+        self._store = dist.PrefixStore("pipeengine", default_store())
         self._name = self.broadcast_object(uuid.uuid4().hex)
 
     def connect_stages(self, worker_of: Sequence[int], device: torch.device) -> Transport:

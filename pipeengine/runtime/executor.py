@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import torch
-from torch.autograd.graph import _engine_run_backward, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from pipeengine.autograd import Queue
@@ -15,6 +15,7 @@ from pipeengine.autograd import run as run_deferred
 from pipeengine.distributed import Transport
 from pipeengine.rng import RngStreams
 from pipeengine.stages import ACTIVATION, GRADIENT, Runnable
+from pipeengine.torch_private import engine_run_backward
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Executor:
             gradients[runnable.loss_root] = self._seed(loss, task.weight)
         if edges:
             # torch.autograd.backward without its checks in Python: the layouts have settled the shapes.
-            _engine_run_backward(
+            engine_run_backward(
                 tuple(edges), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
             )
         for boundary in runnable.receives:

@@ -1,8 +1,8 @@
-"""A model goes in, a ``Recording`` comes out: one eager forward, written down as nodes that call the user's own modules.
+"""A model goes in, a ``Recording`` comes out: one eager forward, written down as nodes that call the user's own
+modules.
 
 ``capture`` records; ``analyse`` finds what depends on what. Nothing of the model is changed by either.
 """
-
 from pipeengine.tracing.capturing import capture
 from pipeengine.tracing.dataflow import Dataflow, analyse
 from pipeengine.tracing.inputs import Inputs, find_loss
@@ -24,29 +24,6 @@ from pipeengine.tracing.recording import (
     refs,
 )
 
-__all__ = [
-    "Call",
-    "Dataflow",
-    "Inputs",
-    "Node",
-    "NodeCost",
-    "Rebuilt",
-    "Recording",
-    "Ref",
-    "TensorSpec",
-    "analyse",
-    "capture",
-    "current_modes",
-    "encoded_leaves",
-    "fill",
-    "find_loss",
-    "leaves",
-    "node_refs",
-    "picks",
-    "refs",
-    "switch",
-    "tensors",
-    "tree_encode",
-    "tree_map",
-    "undisturbed",
-]
+__all__ = ["Call", "Dataflow", "Inputs", "Node", "NodeCost", "Rebuilt", "Recording", "Ref", "TensorSpec", "analyse",
+           "capture", "current_modes", "encoded_leaves", "fill", "find_loss", "leaves", "node_refs", "picks", "refs",
+           "switch", "tensors", "tree_encode", "tree_map", "undisturbed"]

@@ -1,24 +1,27 @@
 """Record any model that runs eagerly, unmodified, and leave it as it was.
 
-The forward runs once on fake tensors (see ``recorder``). What cannot be faked_model at operator grain makes the innermost enclosing
-module one node, and the model is recorded again; at the root it is a ``CaptureError``.
+The forward runs once on fake tensors (see ``recorder``). What cannot be recorded at operator grain makes the innermost
+enclosing module one node, and the model is recorded again; at the root it is a ``CaptureError``.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from pipeengine.errors import CaptureError
 from pipeengine.rng import keyed
+from pipeengine.torch_private import DisableTorchFunction, FakeTensor
 from pipeengine.tracing.dataflow import unstable_guard
-from pipeengine.tracing.fake_model import FakedModel, plain_torch
+from pipeengine.tracing.fake_model import FakedModel
 from pipeengine.tracing.inputs import Inputs, find_loss
 from pipeengine.tracing.interception import intercepted
+from pipeengine.tracing.module_calls import PythonRandom
 from pipeengine.tracing.module_state import look_or_set, python_random, set_python_random
+from pipeengine.tracing.open_calls import NotTraceable
 from pipeengine.tracing.pytree import tree_map
-from pipeengine.tracing.recorder import NotTraceable, Recorder
+from pipeengine.tracing.real_side import RngOfPlace
+from pipeengine.tracing.recorder import Recorder
 from pipeengine.tracing.recording import Recording
 
 _MAX_ATTEMPTS = 200
@@ -29,10 +32,11 @@ def capture(model: torch.nn.Module, example: object, *, loss_fn: Callable | None
             known_leaf_modules: Mapping[str, str] | None = None) -> Recording:
     """Record one forward of ``model`` on ``example`` (a dict of keyword arguments or a tuple of positional ones).
 
-    The loss is ``loss_fn(output, target)`` when given, else the model's own (``output.loss``, ``output["loss"]``, the first
-    of a tuple when it is a scalar, or a scalar output). Needs no memory for parameters; they may be on meta. ``known_leaf_modules`` holds
-    modules known to be kept whole from an earlier recording of the same model; ``random_key`` chooses the random numbers that a
-    forward may look at. Changes nothing in the model or in any random state.
+    The loss is ``loss_fn(output, target)`` when given, else the model's own (``output.loss``, ``output["loss"]``,
+    the first of a tuple when it is a scalar, or a scalar output). Needs no memory for parameters; they may be on
+    meta. ``known_leaf_modules`` holds modules known to be kept whole from an earlier recording of the same model;
+    ``random_key`` chooses the random numbers that a forward may look at. Changes nothing in the model or in any
+    random state.
 
     Raises ``CaptureError`` naming the module and the line when the forward cannot be recorded faithfully.
     """
@@ -40,18 +44,20 @@ def capture(model: torch.nn.Module, example: object, *, loss_fn: Callable | None
     device = torch.device(device) if device is not None else _device_of(model)
     leaf_modules = {**_never_opened(model), **(known_leaf_modules or {})}
 
-    def key(place: str):
+    def rng_of_place(place: str):
         return keyed(random_key or 0, place, device)
     with FakedModel(model, device) as faked_model:
-        return _record_until_faithful(model, inputs, loss_fn, faked_model, leaf_modules, key)
+        return _record_until_faithful(model, inputs, loss_fn, faked_model, leaf_modules, rng_of_place)
 
 
-def _record_until_faithful(model, inputs: Inputs, loss_fn, faked_model: FakedModel, leaf_modules: dict[str, str], key) -> Recording:
+def _record_until_faithful(model, inputs: Inputs, loss_fn, faked_model: FakedModel, leaf_modules: dict[str, str],
+                           rng_of_place: RngOfPlace) -> Recording:
     watch_random = None
     warmed = False
     for _ in range(_MAX_ATTEMPTS):
         try:
-            recording, drew, traces = _record(model, inputs, loss_fn, faked_model, leaf_modules, key, watch_random)
+            recording, drew, traces = _record(model, inputs, loss_fn, faked_model, leaf_modules, rng_of_place,
+                                              watch_random)
         except NotTraceable as stop:
             _keep_whole(model, leaf_modules, stop.path, stop.reason)
             faked_model.restore_attributes()
@@ -73,15 +79,18 @@ def _record_until_faithful(model, inputs: Inputs, loss_fn, faked_model: FakedMod
             continue
         faked_model.traces = traces
         return recording
-    raise CaptureError(f"no faithful recording after {_MAX_ATTEMPTS} attempts; last kept whole: {list(leaf_modules.items())[-1]}")
+    path, reason = list(leaf_modules.items())[-1]
+    raise CaptureError(f"no faithful recording after {_MAX_ATTEMPTS} attempts; the last module kept whole is {path}, "
+                       f"because {reason}; put a hook on the modules that are unusual, which keeps "
+                       "them whole from the start")
 
 
 def _keep_whole(model: torch.nn.Module, leaf_modules: dict[str, str], path: str, reason: str) -> None:
     """Keep the module whole from now on, and with it its likes: layers of one class fail alike."""
     if not path:
         raise CaptureError(
-            f"the model's own forward cannot be recorded: {reason}. Move that code into a submodule, which then stays one "
-            "node of the graph, or replace it")
+            f"the model's own forward cannot be recorded: {reason}. Move that code into a submodule, which then stays "
+            "one node of the graph, or replace it")
     if path in leaf_modules:
         raise CaptureError(f"module {path} cannot be recorded even as one node: {reason}")
     kind = type(model.get_submodule(path))
@@ -91,21 +100,20 @@ def _keep_whole(model: torch.nn.Module, leaf_modules: dict[str, str], path: str,
                        if type(module) is kind and other and other not in leaf_modules})
 
 
-def _record(model, inputs: Inputs, loss_fn, faked_model: FakedModel, leaf_modules, key, watch_random) -> tuple[Recording, bool, list]:
-    """One attempt. Also tells whether Python's or NumPy's random numbers were drawn outside of leaf_modules modules."""
-    recorder = Recorder(model, faked_model.fake, attributes=faked_model.fakes_by_name, real_buffers=faked_model.real_buffers,
-                        buffers=frozenset(faked_model.buffers), plain=faked_model.plain,
-                        leaf_modules=leaf_modules, rng=key, run_for_real=faked_model.run_for_real, watch_random=watch_random)
-    faked: dict[int, torch.Tensor] = {}
+def _record(model, inputs: Inputs, loss_fn, faked_model: FakedModel, leaf_modules: dict[str, str],
+            rng_of_place: RngOfPlace, watch_random: PythonRandom | None) -> tuple[Recording, bool, list]:
+    """One attempt. Also tells whether Python's or NumPy's random numbers were drawn outside of modules kept whole."""
+    recorder = Recorder(faked_model, leaf_modules, rng_of_place=rng_of_place, python_random=watch_random)
+    fake_inputs: dict[int, torch.Tensor] = {}
 
     def fake_input(leaf):
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        if id(leaf) not in faked:
-            with plain_torch():
-                moved = leaf if leaf.device.type != "meta" else faked_model.fake_like(leaf)
-                faked[id(leaf)] = recorder.add_input(f"input{len(faked)}", moved)
-        return faked[id(leaf)]
+        if id(leaf) not in fake_inputs:
+            with DisableTorchFunction():
+                example = leaf if leaf.device.type != "meta" else faked_model.fake_like(leaf)
+                fake_inputs[id(leaf)] = recorder.add_input(f"input{len(fake_inputs)}", example)
+        return fake_inputs[id(leaf)]
     args, kwargs, target = tree_map(inputs.everything(), fake_input)
     before = python_random()
     try:
@@ -139,15 +147,17 @@ def _device_of(model: torch.nn.Module) -> torch.device:
 
 def _never_opened(model: torch.nn.Module) -> dict[str, str]:
     """Modules that stay one node whatever their forward does, and why."""
-    found = {}
+    kept_whole = {}
     for path, module in model.named_modules():
         reason = _reason_to_keep_whole(module)
         if reason and not path:
-            raise CaptureError(f"the model itself {reason}; a pipeline would not run that. Remove it, or wrap the part that "
-                               "needs it in a submodule")
+            raise CaptureError(f"the model itself {reason}; a pipeline would not run that. Remove it, or wrap the part "
+                               "that needs it in a submodule")
         if reason:
-            found[path] = reason
-    return found
+            kept_whole[path] = reason
+    return kept_whole
+
+
 _HOOKS = {"_forward_hooks": "has forward hooks", "_forward_pre_hooks": "has forward pre-hooks",
           "_backward_hooks": "has backward hooks", "_backward_pre_hooks": "has backward pre-hooks"}
 

@@ -16,10 +16,10 @@ _SMALL_BUFFER_BYTES = 1 << 24
 class Dataflow:
     """The recording, understood.
 
-    ``live``: nodes that the result needs, in order. ``replicated``: those among them that follow from inputs and constants alone,
-    need no gradient and are cheap, so that every stage may compute them again. ``before[n]``: nodes that must have run before
-    node n. ``groups``: nodes that must share a stage because one of them changes in place what another reads.
-    ``wants_gradient``: values through which a gradient reaches the loss.
+    ``live``: nodes that the result needs, in order. ``replicated``: those among them that follow from inputs and
+    constants alone, need no gradient and are cheap, so that every stage may compute them again. ``before[n]``: nodes
+    that must have run before node n. ``groups``: nodes that must share a stage because one of them changes in place
+    what another reads. ``wants_gradient``: values through which a gradient reaches the loss.
     """
 
     recording: Recording
@@ -133,8 +133,9 @@ def _gradient_path(recording: Recording, goals, live) -> frozenset[int]:
     storages = {values[value].storage for value in wanted}
     for index in reversed(live):
         node = recording.nodes[index]
-        made = any(v in wanted or (values[v].spec.requires_grad and values[v].storage in storages) for v in node.results)
-        if not (made or node.writes & storages):
+        reaches = any(v in wanted or (values[v].spec.requires_grad and values[v].storage in storages)
+                      for v in node.results)
+        if not (reaches or node.writes & storages):
             continue
         for value in node_refs(node):
             if values[value].spec.requires_grad:
@@ -173,7 +174,8 @@ def _drop_written(recording, replicated: set[int], writers, before) -> frozenset
     values = recording.values
     while True:
         spoiled = {index for index in replicated
-                   if any(w not in replicated for v in (*recording.nodes[index].results, *node_refs(recording.nodes[index]))
+                   if any(w not in replicated
+                          for v in (*recording.nodes[index].results, *node_refs(recording.nodes[index]))
                           for w in writers.get(values[v].storage, ()))
                    or any(p not in replicated for p in before[index])}
         if not spoiled:

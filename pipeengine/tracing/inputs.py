@@ -27,7 +27,9 @@ class Inputs:
 
 
 def find_loss(output: object) -> torch.Tensor | None:
-    """The model's own loss: ``output.loss``, ``output["loss"]``, the first of a tuple when scalar, or a scalar output."""
+    """The model's own loss: ``output.loss``, ``output["loss"]``, the first of a tuple when scalar, or a scalar
+    output.
+    """
     found = getattr(output, "loss", None)
     if found is None and isinstance(output, Mapping):
         found = output.get("loss")

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from pipeengine.tracing.recorder import NotTraceable, Recorder
+from pipeengine.torch_private import DYNAMO_MODULE, AutogradFunctionBase, apply_in_c
+from pipeengine.tracing.recorder import Recorder
 
 
 @contextlib.contextmanager
@@ -18,9 +19,7 @@ def intercepted(model: torch.nn.Module, recorder: Recorder) -> Iterator[None]:
         for cls in classes:
             if issubclass(cls, torch.nn.Module):
                 _set(stack, cls, "__call__", _through(recorder, vars(cls)["__call__"]))
-        base = torch.autograd.function._SingleLevelFunction
-        original_apply = base.apply.__func__ if hasattr(base.apply, "__func__") else None
-        _set(stack, base, "apply", classmethod(_apply_through(recorder, original_apply)))
+        _set(stack, AutogradFunctionBase, "apply", classmethod(_apply_through(recorder)))
         for owner, name in ((torch, "manual_seed"), (torch, "set_rng_state"), (torch, "seed"),
                             (torch.random, "manual_seed"), (torch.random, "set_rng_state"), (torch.random, "fork_rng")):
             _set(stack, owner, name, _refuse(recorder, getattr(owner, name), "sets the state of the random numbers"))
@@ -30,7 +29,7 @@ def intercepted(model: torch.nn.Module, recorder: Recorder) -> Iterator[None]:
         if hub is not None and hasattr(hub, "is_fake_tensor"):
             # It takes other paths for fake tensors than for real ones; the recording must take the real ones' path.
             _set(stack, hub, "is_fake_tensor", lambda tensor: False)
-        if "torch._dynamo" in sys.modules:
+        if DYNAMO_MODULE in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
@@ -48,20 +47,17 @@ def _through(recorder: Recorder, original: Callable) -> Callable:
     return __call__
 
 
-def _apply_through(recorder: Recorder, original: Callable | None) -> Callable:
-    def call(cls, *args, **kwargs):
-        if original is not None:
-            return original(cls, *args, **kwargs)
-        return super(torch.autograd.function._SingleLevelFunction, cls).apply(*args, **kwargs)
-
+def _apply_through(recorder: Recorder) -> Callable:
     def apply(cls, *args, **kwargs):
-        return recorder.apply_function(call, cls, args, kwargs)
+        own_apply = apply_in_c.__get__(None, cls)
+        # The node calls what the user would have called; where that is this stand-in, the one that it stands for.
+        target = own_apply if AutogradFunctionBase is torch.autograd.Function else cls.apply
+        return recorder.call_autograd_function(own_apply, target, cls, args, kwargs)
     return apply
 
 
 def _refuse(recorder: Recorder, original: Callable, what: str) -> Callable:
     def stand_in(*args, **kwargs):
-        if recorder._suspended:
-            return original(*args, **kwargs)
-        raise NotTraceable(recorder._path(), what)
+        recorder.refuse(what)
+        return original(*args, **kwargs)
     return stand_in

@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from pipeengine.torch_private import TorchDispatchMode, cpu_attention
 
 
 class Meter(TorchDispatchMode):
@@ -14,6 +15,7 @@ class Meter(TorchDispatchMode):
         self.clear()
 
     def clear(self) -> None:
+        """Count from zero again: floating-point operations, bytes moved, whether random numbers were drawn."""
         self.flops, self.bytes, self.random = 0, 0, False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -23,14 +25,15 @@ class Meter(TorchDispatchMode):
         count = flop_registry.get(func.overloadpacket) or _CPU_ATTENTION.get(func.overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=out)
-        made = [out] if isinstance(out, torch.Tensor) else [t for t in (out or ()) if isinstance(t, torch.Tensor)] \
-            if isinstance(out, (tuple, list)) else []
+        results = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor)]
         if not func.is_view:
-            self.bytes += sum(tensor_bytes(t) for t in args if isinstance(t, torch.Tensor)) + sum(map(tensor_bytes, made))
+            read = [t for t in args if isinstance(t, torch.Tensor)]
+            self.bytes += sum(map(tensor_bytes, read)) + sum(map(tensor_bytes, results))
         return out
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of the elements of ``tensor``."""
     return tensor.numel() * tensor.element_size()
 
 
@@ -45,4 +48,4 @@ def _attention_flops(query, key, value, *args, out_val=None, **kwargs) -> int:
     for size in batch:
         heads *= size
     return 2 * heads * rows * key.shape[-2] * (width + value.shape[-1])
-_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+_CPU_ATTENTION = {cpu_attention: _attention_flops}

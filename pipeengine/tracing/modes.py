@@ -15,14 +15,11 @@ class Modes(NamedTuple):
     autocast: tuple
 
 
-
 def current_modes() -> Modes:
     """The thread-wide switches that change what an operator does."""
-    devices = [kind for kind in ("cpu", torch.accelerator.current_accelerator(check_available=True)) if kind is not None]
-    kinds = [kind if isinstance(kind, str) else kind.type for kind in devices]
+    kinds = ("cpu", *_accelerators())
     autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind))
     return Modes(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
-
 
 
 class switch:
@@ -46,5 +43,5 @@ class switch:
 
 
 def _accelerators() -> tuple[str, ...]:
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return () if found is None else (found.type,)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return () if accelerator is None else (accelerator.type,)

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import numpy
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+
+from pipeengine.torch_private import FAKE_TENSOR_LOGGER, FakeTensor
 
 TENSOR_TABLES = ("_parameters", "_buffers", "_modules", "_flat_weights", "_non_persistent_buffers_set")
 
@@ -47,7 +48,7 @@ def difference(before: dict[str, tuple], after: dict[str, tuple]) -> str:
         old, old_contents = before.get(name, (None, None))
         if isinstance(value, torch.Tensor) or isinstance(old, torch.Tensor):
             continue
-        same = value is old or (isinstance(value, (int, float, str, bool)) and type(value) is type(old) and value == old)
+        same = value is old or (_is_number(value) and type(value) is type(old) and value == old)
         if not same or not _same_contents(old_contents, contents):
             return name
     return ""
@@ -55,8 +56,9 @@ def difference(before: dict[str, tuple], after: dict[str, tuple]) -> str:
 
 def _same_contents(before: object, after: object) -> bool:
     if isinstance(before, dict) and isinstance(after, dict):
-        return list(before) == list(after) and all(before[k] is after[k] or _is_number(before[k]) and before[k] == after[k]
-                                                   or isinstance(after[k], FakeTensor) for k in after)
+        return list(before) == list(after) and all(
+            before[k] is after[k] or _is_number(before[k]) and before[k] == after[k] or isinstance(after[k], FakeTensor)
+            for k in after)
     if isinstance(before, list) and isinstance(after, list):
         return len(before) == len(after) and all(a is b or isinstance(b, FakeTensor) for a, b in zip(before, after))
     return before is None and after is None
@@ -107,7 +109,7 @@ def quiet_globals() -> Iterator[None]:
     python = python_random()
     cache = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
-    log = logging.getLogger("torch._subclasses.fake_tensor")    # a kernel that cannot be faked is no news here
+    log = logging.getLogger(FAKE_TENSOR_LOGGER)    # a kernel that cannot be faked is no news here
     level = log.level
     log.setLevel(logging.CRITICAL)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -126,7 +128,8 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """Whatever runs inside leaves no trace in buffers, attributes or random states."""
     modules = dict(model.named_modules())
     attributes = {path: python_state(module) for path, module in modules.items()}
-    buffers = {path: {name: (tensor, tensor.detach().clone()) for name, tensor in module._buffers.items() if tensor is not None}
+    buffers = {path: {name: (tensor, tensor.detach().clone())
+                      for name, tensor in module._buffers.items() if tensor is not None}
                for path, module in modules.items()}
     with quiet_globals():
         try:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch.utils import _pytree
 
+from pipeengine.torch_private import PYTREE_NODES
 from pipeengine.tracing.recording import ATOMS, Rebuilt
 
 
@@ -43,8 +43,8 @@ def _parts(value: object) -> tuple[Callable, list] | None:
     kind = type(value)
     if isinstance(value, tuple) and hasattr(kind, "_fields"):
         return partial(tuple.__new__, kind), list(value)
-    if kind in _pytree.SUPPORTED_NODES:
-        items, context = _pytree.SUPPORTED_NODES[kind].flatten_fn(value)
+    if kind in PYTREE_NODES:
+        items, context = PYTREE_NODES[kind].flatten_fn(value)
         return partial(_unflatten, kind, context), list(items)
     if isinstance(value, dict):
         return partial(_fill_dict, kind, tuple(value)), list(value.values())
@@ -55,7 +55,7 @@ def _parts(value: object) -> tuple[Callable, list] | None:
 
 
 def _unflatten(kind: type, context: object, items: list) -> object:
-    return _pytree.SUPPORTED_NODES[kind].unflatten_fn(items, context)
+    return PYTREE_NODES[kind].unflatten_fn(items, context)
 
 
 def _fill_dict(kind: type, keys: tuple, items: list) -> object:

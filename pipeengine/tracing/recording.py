@@ -15,7 +15,8 @@ import torch
 
 from pipeengine.tracing.modes import Modes
 
-ATOMS = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+ATOMS = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.layout,
+         torch.memory_format)
 OPAQUE = object()
 """Stands for an object in a module's output that cannot be handed on."""
 
@@ -44,6 +45,7 @@ class TensorSpec:
 
     @property
     def bytes(self) -> int:
+        """Bytes of its elements."""
         return prod(self.shape) * self.dtype.itemsize
 
 
@@ -52,7 +54,8 @@ class Value:
     """One tensor of the recording.
 
     ``kind`` is ``"input"``, ``"attribute"`` (a parameter or buffer, ``name`` is its original name), ``"constant"``
-    (any other tensor that existed before), or ``"result"`` (of node number ``node``). Values with equal ``storage`` alias.
+    (any other tensor that existed before), or ``"result"`` (of node number ``node``). Values with equal ``storage``
+    alias.
     """
 
     kind: str
@@ -72,6 +75,7 @@ class NodeCost:
 
     @property
     def saved_bytes(self) -> int:
+        """Bytes kept for backward."""
         return sum(size for _, size in self.saved)
 
 
@@ -79,8 +83,8 @@ class NodeCost:
 class Node:
     """One step of the recording.
 
-    ``target`` is a function, or the path of a module when ``is_module``. ``results`` are the values it makes, in the order
-    in which ``flatten`` meets them in what it returns. ``writes`` are storages it changes in place.
+    ``target`` is a function, or the path of a module when ``is_module``. ``results`` are the values it makes, in the
+    order in which ``flatten`` meets them in what it returns. ``writes`` are storages it changes in place.
     """
 
     name: str
@@ -208,7 +212,8 @@ def picks(structure: object, wanted: Iterable[int]) -> tuple[str, ...]:
             and all(isinstance(item, (Ref, *ATOMS)) for item in structure):
         index_of = {item.value: f"[{index}]" for index, item in enumerate(structure) if isinstance(item, Ref)}
     else:
-        index_of = {leaf.value: f"@{index}" for index, leaf in enumerate(encoded_leaves(structure)) if isinstance(leaf, Ref)}
+        index_of = {leaf.value: f"@{index}" for index, leaf in enumerate(encoded_leaves(structure))
+                    if isinstance(leaf, Ref)}
     return tuple(index_of[value] for value in wanted)
 
 

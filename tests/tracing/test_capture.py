@@ -193,3 +193,10 @@ def test_a_refusal_names_module_and_line():
             return x.sum() if x.detach().sum() > 0 else -x.sum()
     with pytest.raises(pe.CaptureError, match=r"(?s)test_capture\.py:\d+.*submodule"):
         pe.Pipeline(Branches(), (torch.ones(4, 4),), num_stages=1)
+
+
+def test_a_module_with_buffers_alone_may_come_first():
+    """It writes to its statistics and needs no gradient: nothing is computed beside it, and nothing is refused."""
+    model = nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Linear(4, 4))
+    recording = pe.capture(model, (torch.ones(8, 4),), loss_fn=lambda output, target: output.sum())
+    assert [node.target for node in recording.nodes if node.is_module] == ["0", "1"] and recording.nodes[0].writes

@@ -1,0 +1,108 @@
+"""Every private name of torch that this package uses, each with what it is for and what would replace it.
+
+Other files take these names from here, so that a new torch version is looked at in one place. Known to hold for
+torch 2.11 to 2.14; importing this file with another version raises ``ImportError``. (The tables of a module, such as
+``_parameters``, are not gathered here: subclasses of ``nn.Module`` rely on them everywhere.)
+"""
+from __future__ import annotations
+
+import torch
+
+__all__ = ["DYNAMO_MODULE", "FAKE_TENSOR_LOGGER", "PYTREE_NODES", "AutogradFunctionBase", "ConvNd",
+           "DataDependentOutputException", "DisableTorchFunction", "DynamicOutputShapeException", "FakeTensor",
+           "FakeTensorMode", "TorchDispatchMode", "apply_in_c", "check_version", "cpu_attention", "default_store",
+           "engine_run_backward", "foreach_norm", "peek_function_transform", "pop_saved_tensor_hooks",
+           "push_saved_tensor_hooks", "storage_number", "top_saved_tensor_hooks", "version_of"]
+
+_OLDEST, _TOO_NEW = (2, 11), (2, 15)
+
+
+def check_version(version: str) -> None:
+    """Raise ``ImportError`` unless ``version`` (such as ``"2.13.0+cpu"``) is one whose private names are known."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if not _OLDEST <= (major, minor) < _TOO_NEW:
+        raise ImportError(
+            f"pipeengine runs with torch {_OLDEST[0]}.{_OLDEST[1]} to {_TOO_NEW[0]}.{_TOO_NEW[1] - 1}, and this is "
+            f"torch {version}; install one of those, for example: pip install 'torch>={_OLDEST[0]}.{_OLDEST[1]},"
+            f"<{_TOO_NEW[0]}.{_TOO_NEW[1]}'")
+
+
+check_version(torch.__version__)
+
+# Imported after the check, so that a missing name is told as a version that is not known.
+# Tensors without memory that carry shape, dtype, strides and device; meta tensors would do, but lose the device.
+from torch._subclasses.fake_tensor import (  # noqa: E402
+    DataDependentOutputException,  # a fake was asked for its numbers
+    DynamicOutputShapeException,  # the shape of a result follows from numbers
+    FakeTensor,
+    FakeTensorMode,
+)
+
+# The backward engine, from graph edges; torch.autograd.backward with GradientEdge roots would replace it.
+from torch.autograd.graph import _engine_run_backward as engine_run_backward  # noqa: E402
+
+# Sees every operator below Python, to count FLOPs and bytes; has been documented for users, without a public name.
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+# Containers in trees of tensors (model outputs among them); torch.utils.pytree once it tells its registry.
+from torch.utils._pytree import SUPPORTED_NODES as PYTREE_NODES  # noqa: E402
+
+# Where fake tensors tell of kernels that they cannot run; missing, those lines would be printed.
+FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
+
+# The module of torch.compile, looked for among the loaded ones; missing, nothing is compiled.
+DYNAMO_MODULE = "torch._dynamo"
+
+# Tensor functions inside go straight to torch, past any mode; torch.overrides has only the enabling half.
+DisableTorchFunction = torch._C.DisableTorchFunction
+
+# Whether a function transform (vmap, grad, jvp) runs: not None then. Without it such forwards fail the replay check.
+peek_function_transform = torch._C._functorch.peek_interpreter_stack
+
+# The innermost hooks on saved tensors as (pack, unpack), to know a checkpoint; public are only contexts that set them.
+top_saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+pop_saved_tensor_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
+push_saved_tensor_hooks = torch._C._autograd._push_saved_tensors_default_hooks
+
+# The class whose ``apply`` every call of a custom autograd function passes: up to torch 2.13 the base behind Function,
+# from 2.14 on Function itself. Missing, such functions fail the replay check.
+AutogradFunctionBase = torch.autograd.function._SingleLevelFunction \
+    if isinstance(vars(torch.autograd.Function)["apply"], classmethod) else torch.autograd.Function
+
+# The ``apply`` in C that does the work in all these versions.
+apply_in_c = torch._C._FunctionBase.__dict__["apply"]
+
+# The class above all convolutions of torch.nn; the six public ones in a tuple would replace it.
+ConvNd = torch.nn.modules.conv._ConvNd
+
+# Attention as the CPU runs it, for which torch counts no FLOPs; missing, its work is priced at nothing.
+cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+# Norms of many tensors in one call; torch.nn.utils.get_total_norm would replace it, for all at once.
+foreach_norm = torch._foreach_norm
+
+
+def default_store() -> torch.distributed.Store:
+    """The key-value store of the default process group; a TCPStore of our own would replace it, with a port of its
+    own.
+    """
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often ``tensor`` was written to in place; torch tells it nowhere else. Inference tensors have none and
+    raise.
+    """
+    return tensor._version
+
+
+def storage_number(tensor: torch.Tensor) -> int:
+    """A number that tensors share while they share memory, fakes and meta tensors included (``data_ptr`` is 0 for
+    those).
+
+    Sparse tensors and other layouts have no storage of their own: then the number is the tensor's.
+    """
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return id(tensor)
