@@ -91,7 +91,8 @@ def least_spread(weights: Sequence[float], parts: int) -> list[int]:
 def block_partition(weights: Sequence[float], parts: int) -> list[int]:
     """torchgpipe's balancer: Block Partitions of Sequences (Barany and Grinberg).
 
-    Costs count less the smallest, scaled to 1. Items wander from the largest block to the nearest smallest one until largest and smallest differ by at most 1.
+    Costs count less the smallest, scaled to 1. Items wander from the largest block to the nearest
+    smallest one until largest and smallest differ by at most 1.
     """
     values = np.asarray(weights, float) - min(weights)
     sums = np.concatenate(([0.0], np.cumsum(values / (values.max() or 1.0))))
