@@ -1,15 +1,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-slow clean
+.PHONY: train lint test test-slow test-torch-2.14 clean
 
 .venv/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[test]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
 train: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 examples/train_gpt.py
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
@@ -17,5 +21,14 @@ test: .venv/.installed
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
 
+# Another torch, in an environment of its own; not part of .ci/run.
+.venv-2.14/.installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv-2.14
+	.venv-2.14/bin/pip install --quiet torch==2.14.1 -e ".[test]"
+	touch $@
+
+test-torch-2.14: .venv-2.14/.installed
+	.venv-2.14/bin/python -m pytest
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-2.14 build dist *.egg-info

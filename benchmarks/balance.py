@@ -2,10 +2,10 @@
 
     python benchmarks/balance.py
 
-The GPT that `make train` trains, and a GPT-2 from Hugging Face whose embedding is also its head (tied, so both stages hold
-it); two workers of one thread each, 1F1B with 8 micro-batches. Two pipelines in the same two processes take ten steps each in
-turns: one runs the planner's cut, the other has as many blocks on each worker, embeddings first and head last. Both are priced
-by the same measured costs.
+The GPT that `make train` trains, and a GPT-2 from Hugging Face whose embedding is also its head (tied, so both stages
+hold it); two workers of one thread each, 1F1B with 8 micro-batches. Two pipelines in the same two processes take ten
+steps each in turns: one runs the planner's cut, the other has as many blocks on each worker, embeddings first and
+head last. Both are priced by the same measured costs.
 """
 import argparse
 import json
@@ -37,8 +37,8 @@ def gpt() -> tuple[nn.Module, dict[str, torch.Tensor], str]:
 def tied_gpt2() -> tuple[nn.Module, dict[str, torch.Tensor], str]:
     """A small GPT-2; wte.weight is the head's weight too."""
     from transformers import GPT2Config, GPT2LMHeadModel
-    config = GPT2Config(n_embd=384, n_layer=10, n_head=6, vocab_size=TOKENS, n_positions=LENGTH, resid_pdrop=0.0, embd_pdrop=0.0,
-                        attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(n_embd=384, n_layer=10, n_head=6, vocab_size=TOKENS, n_positions=LENGTH,
+                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
     tokens = torch.randint(TOKENS, (ROWS, LENGTH))
     return GPT2LMHeadModel(config), {"input_ids": tokens, "labels": tokens}, "transformer.h."
 
@@ -107,12 +107,14 @@ def show(name: str, found: dict) -> None:
     for label, entry in found.items():
         busy = [statistics.median(each) for each in zip(*entry["busy"])]
         heaviest = max(range(len(busy)), key=entry["predicted_busy"].__getitem__)
-        for what, expected, measured in ((f"{label}: busy, worker {heaviest}, s", entry["predicted_busy"][heaviest], busy[heaviest]),
-                                         (f"{label}: step, s", entry["predicted"], statistics.median(entry["seconds"]))):
+        rows = ((f"{label}: busy, worker {heaviest}, s", entry["predicted_busy"][heaviest], busy[heaviest]),
+                (f"{label}: step, s", entry["predicted"], statistics.median(entry["seconds"])))
+        for what, expected, measured in rows:
             print(f"  {what:34s} {expected:9.3f} {measured:9.3f} {expected / measured - 1:+10.1%}")
     expected = found["equal"]["predicted"] / found["planned"]["predicted"]
     measured = statistics.median(found["equal"]["seconds"]) / statistics.median(found["planned"]["seconds"])
-    print(f"  {'speed over equal layers':34s} {expected:9.3f} {measured:9.3f} {expected / measured - 1:+10.1%}", flush=True)
+    print(f"  {'speed over equal layers':34s} {expected:9.3f} {measured:9.3f} {expected / measured - 1:+10.1%}",
+          flush=True)
 
 
 def main() -> None:

@@ -61,8 +61,9 @@ def main() -> None:
         command = [sys.executable, __file__, "--worker", str(stages), "--length", str(options.length)]
         row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
         total = sum(row[name] for name in ("model", "capture", "costs", "plan"))
-        print(f"{stages:6d} {row['nodes']:6d} {row['model']:8.2f} {row['capture']:10.2f} {row['costs']:8.2f} {row['plan']:7.2f} "
-              f"{total:8.2f} {row['bytes'] / 1e9:12.2f} {row['imports'] / 1e9:11.2f} {row['balance']:15.3f} {row['gap']:6.2%}")
+        print(f"{stages:6d} {row['nodes']:6d} {row['model']:8.2f} {row['capture']:10.2f} {row['costs']:8.2f} "
+              f"{row['plan']:7.2f} {total:8.2f} {row['bytes'] / 1e9:12.2f} {row['imports'] / 1e9:11.2f} "
+              f"{row['balance']:15.3f} {row['gap']:6.2%}")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
     python benchmarks/execution.py table        schedules x (equal, heavy head) x micro-batches, simulated and measured
     python benchmarks/execution.py table --svg docs/execution.svg       the same, drawn
 
-The table is that of a GPT on two workers of one thread each over gloo, with costs that are measured once before; a stage takes
-5 ms and more. A heavy head is a vocabulary of 12,288 tokens, with equal numbers of blocks per stage as by hand, and as planned.
-Printed is the fastest of many steps, taken in turns: other load on the machine can only make a step slower.
+The table is that of a GPT on two workers of one thread each over gloo, with costs that are measured once before; a
+stage takes 5 ms and more. A heavy head is a vocabulary of 12,288 tokens, with equal numbers of blocks per stage as by
+hand, and as planned. Printed is the fastest of many steps, taken in turns: other load on the machine can only make a
+step slower.
 """
 from __future__ import annotations
 
@@ -134,7 +135,8 @@ def overhead_worker(options: argparse.Namespace) -> dict[str, tuple[float, float
         steps |= {schedule: step, (schedule, "split"): bare(schedule, rank, split=True),
                   (schedule, "fused"): bare(schedule, rank, split=False)}
     found = best(steps, options.seconds)
-    return {schedule: (found[schedule], found[schedule, "split"], found[schedule, "fused"], count[schedule]) for schedule in RUN}
+    return {schedule: (found[schedule], found[schedule, "split"], found[schedule, "fused"], count[schedule])
+            for schedule in RUN}
 
 
 def overhead(options: argparse.Namespace) -> None:
@@ -146,8 +148,8 @@ def overhead(options: argparse.Namespace) -> None:
         table[schedule] = [1e6 * seconds / actions for seconds in (step, step - split, split - fused, fused)]
     print("microseconds per action     all (1F1B = 1)  engine (1F1B = 1)  split  computation")
     for schedule, (step, engine, split, fused) in table.items():
-        print(f"{schedule:24s} {step:6.1f} {step / table['1f1b'][0]:11.2f} {engine:7.1f} {engine / table['1f1b'][1]:10.2f} "
-              f"{split:6.1f} {fused:12.1f}")
+        print(f"{schedule:24s} {step:6.1f} {step / table['1f1b'][0]:11.2f} {engine:7.1f} "
+              f"{engine / table['1f1b'][1]:10.2f} {split:6.1f} {fused:12.1f}")
 
 
 def _again(*arguments: str) -> object:
@@ -170,7 +172,8 @@ def gpt(kind: str) -> tuple[nn.Module, Callable[[int], dict]]:
 
     def batch(count: int) -> dict:
         generator = torch.Generator().manual_seed(0)
-        return {name: torch.randint(tokens, (count * ROWS_EACH, LENGTH), generator=generator) for name in ("tokens", "targets")}
+        return {name: torch.randint(tokens, (count * ROWS_EACH, LENGTH), generator=generator)
+                for name in ("tokens", "targets")}
     return GPT(blocks=BLOCKS, width=256, heads=8, tokens=tokens, length=LENGTH), batch
 
 
@@ -189,8 +192,8 @@ def trained(kind: str, count: int, schedule: str, graph: networkx.DiGraph) -> tu
     model, batch = gpt(kind)
     inputs, stages = batch(count), stages_of(schedule)
     plan = None if "planned" in kind else by_hand(graph, stages, count)
-    pipe = pe.Pipeline(model, inputs, num_microbatches=count, schedule=schedule, num_stages=stages, costs=graph, plan=plan,
-                       check=False)
+    pipe = pe.Pipeline(model, inputs, num_microbatches=count, schedule=schedule, num_stages=stages,
+                       costs=graph, plan=plan, check=False)
     return lambda: pipe.step(**inputs), pipe
 
 
@@ -282,12 +285,14 @@ def draw(cells: dict[tuple[str, int, str], dict], kinds: Sequence[str], counts: 
     height = len(RUN) * ROW + GAP
     width, whole = NAMES + len(counts) * PANEL + 12, TOP + len(kinds) * height
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {whole}" width="{width}" height="{whole}" '
-             'font-family="Helvetica, Arial, sans-serif" font-size="11">', '<rect width="100%" height="100%" fill="white"/>',
+             'font-family="Helvetica, Arial, sans-serif" font-size="11">',
+             '<rect width="100%" height="100%" fill="white"/>',
              _text(12, 20, "Milliseconds of a step: bars measured, black lines simulated before", size=14)]
     for row, kind in enumerate(kinds):
         for column, count in enumerate(counts):
             own = {schedule: cells[kind, count, schedule] for schedule in RUN if (kind, count, schedule) in cells}
-            parts += _panel(NAMES + column * PANEL, TOP + row * height, f"{kind}, {count} micro-batches", own, column == 0)
+            parts += _panel(NAMES + column * PANEL, TOP + row * height, f"{kind}, {count} micro-batches",
+                            own, column == 0)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -312,7 +317,8 @@ def _panel(left: int, top: int, title: str, cells: dict[str, dict], named: bool)
     return parts
 
 
-def _text(x: float, y: float, text: str, *, size: int = 11, anchor: str = "start", color: str = "black", bold: bool = False) -> str:
+def _text(x: float, y: float, text: str, *, size: int = 11, anchor: str = "start",
+          color: str = "black", bold: bool = False) -> str:
     weight = ' font-weight="bold"' if bold else ""
     return f'<text x="{x:.1f}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{color}"{weight}>{text}</text>'
 
@@ -323,7 +329,8 @@ COMMANDS = {"overhead": (overhead, overhead_worker), "table": (table, table_work
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=COMMANDS)
-    parser.add_argument("--seconds", type=float, default=None, help="how long to measure: each process, or each cell of nine")
+    parser.add_argument("--seconds", type=float, default=None,
+                        help="how long to measure: each process, or each cell of nine")
     parser.add_argument("--data", type=Path, help="JSON file to read the table's figures from, or to write them to")
     parser.add_argument("--kinds", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--counts", nargs="+", type=int, choices=COUNTS, default=list(COUNTS))

@@ -2,10 +2,10 @@
 
     python benchmarks/halves.py
 
-Per model, one stage and one micro-batch: M_B, the activations that a forward keeps; M_W, what is left of them and of gradients
-once the input gradients are done (live tensor bytes, by the allocator's events); their ratio; and the share of the seconds for
-weight gradients that waits until W. The seconds of the other weight gradients are those of I less those of a backward in which no
-weight is trained; the processor's own time, least of several.
+Per model, one stage and one micro-batch: M_B, the activations that a forward keeps; M_W, what is left of them and of
+gradients once the input gradients are done (live tensor bytes, by the allocator's events); their ratio; and the share
+of the seconds for weight gradients that waits until W. The seconds of the other weight gradients are those of I less
+those of a backward in which no weight is trained; the processor's own time, least of several.
 """
 import logging
 import warnings
@@ -48,7 +48,8 @@ def models() -> Iterator[tuple[str, nn.Module, dict]]:
     yield "GPT-2", t.GPT2LMHeadModel(t.GPT2Config(n_layer=4, n_embd=256, n_head=8, vocab_size=TOKENS, bos_token_id=0,
                                                   eos_token_id=0)), text
     size = dict(num_hidden_layers=4, hidden_size=256, num_attention_heads=8)
-    yield "Llama", t.LlamaForCausalLM(t.LlamaConfig(**size, intermediate_size=688, num_key_value_heads=4, vocab_size=TOKENS)), text
+    yield "Llama", t.LlamaForCausalLM(t.LlamaConfig(**size, intermediate_size=688, num_key_value_heads=4,
+                                                    vocab_size=TOKENS)), text
     yield "BERT", t.BertForMaskedLM(t.BertConfig(**size, intermediate_size=1024, vocab_size=TOKENS)), text
     yield "T5", t.T5ForConditionalGeneration(t.T5Config(num_layers=3, d_model=256, d_ff=1024, num_heads=8, d_kv=32,
                                                         vocab_size=TOKENS, decoder_start_token_id=0)), text
@@ -57,7 +58,8 @@ def models() -> Iterator[tuple[str, nn.Module, dict]]:
     yield "torch TransformerEncoder", Encoder(), {"x": tokens, "y": tokens}
     yield "ViT", t.ViTForImageClassification(t.ViTConfig(**size, intermediate_size=1024, image_size=IMAGE, patch_size=8,
                                                          num_labels=10)), image
-    yield "ResNet", t.ResNetForImageClassification(t.ResNetConfig(num_labels=10, depths=[2, 2, 2, 2], layer_type="basic",
+    yield "ResNet", t.ResNetForImageClassification(t.ResNetConfig(num_labels=10, depths=[2, 2, 2, 2],
+                                                                  layer_type="basic",
                                                                   hidden_sizes=[64, 128, 256, 512])), image
     yield "ConvNeXt", t.ConvNextForImageClassification(t.ConvNextConfig(num_labels=10, depths=[2, 2, 4, 2],
                                                                         hidden_sizes=[48, 96, 192, 384])), image
@@ -122,8 +124,8 @@ def main() -> None:
         inputs, weights = seconds_of_halves(pipe, batch)
         held, kept = bytes_kept(pipe, batch)
         rest = max(inputs - seconds_of_inputs(model, batch), 0.0)
-        print(f"| {name} | {held / 1e6:.1f} | {kept / 1e6:.1f} | {kept / held:.3f} | {100 * weights / (weights + rest):.0f} % |",
-              flush=True)
+        print(f"| {name} | {held / 1e6:.1f} | {kept / 1e6:.1f} | {kept / held:.3f} | "
+              f"{100 * weights / (weights + rest):.0f} % |", flush=True)
 
 
 if __name__ == "__main__":

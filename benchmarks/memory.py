@@ -3,9 +3,9 @@
     python benchmarks/memory.py                 # the GPT of throughput.py and a tied Llama, two to four workers
     python benchmarks/memory.py --workers 3 --models gpt
 
-Peak means live tensor bytes that the step adds to the weights: gradients, activations, messages and what operators need for a
-moment. Also printed: the most micro-batches whose activations a worker held at once, counted in those of a whole worker, and what
-is still alive when the step is over, beyond the gradients.
+Peak means live tensor bytes that the step adds to the weights: gradients, activations, messages and what operators
+need for a moment. Also printed: the most micro-batches whose activations a worker held at once, counted in those of a
+whole worker, and what is still alive when the step is over, beyond the gradients.
 """
 import argparse
 import gc
@@ -41,7 +41,7 @@ def peak(changes: list[int]) -> tuple[int, int]:
 
 
 def most_held(pipe: pe.Pipeline, worker: int) -> float:
-    """The most micro-batches that ``worker`` held between their forward and the end of their backward in the recorded step."""
+    """The most micro-batches that ``worker`` held between forward and the end of backward in the recorded step."""
     timeline = pipe.timeline()
     mine = timeline.worker == worker
     stages = len(set(timeline.stage[mine].tolist()))
@@ -78,8 +78,8 @@ def measure(name: str, schedule: str) -> dict:
     rank = dist.get_rank()
     made, batch = MODELS[name]()
     stages = dist.get_world_size() * (2 if schedule.startswith("interleaved") else 1)
-    pipe = pe.Pipeline(made, batch, num_microbatches=MICROBATCHES, schedule=schedule, num_stages=stages, costs="analytic",
-                       check=False)
+    pipe = pe.Pipeline(made, batch, num_microbatches=MICROBATCHES, schedule=schedule, num_stages=stages,
+                       costs="analytic", check=False)
     pipe.step(**batch)                          # sets things up
     for parameter in pipe.parameters():
         parameter.grad = None
@@ -87,8 +87,8 @@ def measure(name: str, schedule: str) -> dict:
     most, left = peak(allocations(lambda: pipe.step(**batch)))
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in pipe.parameters())
     dist.barrier()
-    found = {"model": name, "workers": dist.get_world_size(), "schedule": schedule, "worker": rank, "gradients": gradients,
-             "predicted": pipe.predicted_timeline().peak_bytes[rank], "measured": most,
+    found = {"model": name, "workers": dist.get_world_size(), "schedule": schedule, "worker": rank,
+             "gradients": gradients, "predicted": pipe.predicted_timeline().peak_bytes[rank], "measured": most,
              "left": left - gradients, "held": most_held(pipe, rank)}
     pipe.close()
     return found
@@ -117,9 +117,11 @@ def main() -> None:
         worker(options.models)
         return
     rows = [row for count in options.workers for row in run(__file__, ["--models", *options.models], num_workers=count)]
-    print("model  schedule          worker  gradients MB  predicted MB  measured MB  ratio  micro-batches held  left over, bytes")
+    print("model  schedule          worker  gradients MB  predicted MB  measured MB  ratio  "
+          "micro-batches held  left over, bytes")
     for row in sorted(rows, key=lambda row: (row["model"], row["workers"], row["schedule"], row["worker"])):
-        print(f"{row['model']:6s} {row['schedule']:16s} {row['worker']:3d} of {row['workers']} {row['gradients'] / 1e6:13.1f} "
+        print(f"{row['model']:6s} {row['schedule']:16s} {row['worker']:3d} of {row['workers']} "
+              f"{row['gradients'] / 1e6:13.1f} "
               f"{row['predicted'] / 1e6:13.1f} {row['measured'] / 1e6:12.1f} {row['measured'] / row['predicted']:6.2f} "
               f"{row['held']:19.1f} {row['left']:17,d}")
     worst = max(abs(row["measured"] / row["predicted"] - 1) for row in rows)

@@ -2,9 +2,10 @@
 
     python benchmarks/overhead.py
 
-Two stages, 1F1B, 32 micro-batches of one row; every process plays one worker alone, over transports that carry nothing. Whole
-steps are timed, as a training loop pays them, in turns with torch.distributed.pipelining (its hand-cut stage and its traced
-front end) on the same fake process group. The minimum counts: other load on the machine cannot lower it.
+Two stages, 1F1B, 32 micro-batches of one row; every process plays one worker alone, over transports that carry
+nothing. Whole steps are timed, as a training loop pays them, in turns with torch.distributed.pipelining (its hand-cut
+stage and its traced front end) on the same fake process group. The minimum counts: other load on the machine cannot
+lower it.
 """
 import argparse
 import json
@@ -60,7 +61,7 @@ class OneOfMany(ProcessGroupWorkers):
 
 
 def engine(rank: int, x: torch.Tensor, y: torch.Tensor, *, messages: bool) -> Callable[[], object]:
-    """A step of worker ``rank``; with ``messages`` they are packed, posted and unpacked as if they were there at once."""
+    """A step of worker ``rank``; ``messages``: packed, posted and unpacked as if they were there at once."""
     with mock.patch.object(pipeline, "connect", lambda *_: SingleProcess()):
         plan = pe.Pipeline(Tiny(), (x,), target=y, num_stages=STAGES, costs="analytic", **OPTIONS).plan
 
@@ -80,8 +81,8 @@ def manual(rank: int, x: torch.Tensor, y: torch.Tensor) -> Callable[[], object]:
     from torch.distributed.pipelining import PipelineStage
     model = Tiny()
     given, made = x[:1].clone().requires_grad_(rank > 0), x[:1].clone().requires_grad_()
-    step = peer(PipelineStage(model.second if rank else model.first, rank, STAGES, torch.device("cpu"), input_args=(given,),
-                              output_args=(made,)), rank, x, y)
+    step = peer(PipelineStage(model.second if rank else model.first, rank, STAGES, torch.device("cpu"),
+                              input_args=(given,), output_args=(made,)), rank, x, y)
     with mock.patch.object(dist, "recv", lambda vote, **_: vote.fill_(1)):      # the other one agrees to static shapes
         step()
     return step

@@ -58,7 +58,8 @@ def optima() -> None:
         verify(plan, read_workload(DATA / f"{name}.json"))
         total += seconds
         published += seconds if key.startswith("published") else 0.0
-        print(f"{name:24} {key:20} {best:12.6f} {plan.bottleneck * 1e3 / best - 1:20.1e} {plan.gap:8.1e} {seconds:7.3f}")
+        print(f"{name:24} {key:20} {best:12.6f} {plan.bottleneck * 1e3 / best - 1:20.1e} "
+              f"{plan.gap:8.1e} {seconds:7.3f}")
     print(f"published devices together {published:.2f} s, all {len(cases())} cases {total:.2f} s")
 
 
@@ -88,9 +89,10 @@ def least_spread(weights: Sequence[float], parts: int) -> list[int]:
 
 
 def block_partition(weights: Sequence[float], parts: int) -> list[int]:
-    """torchgpipe's balancer: Block Partitions of Sequences (Barany and Grinberg), on costs less the smallest, scaled to 1.
+    """torchgpipe's balancer: Block Partitions of Sequences (Barany and Grinberg).
 
-    Items wander from the largest block to the nearest smallest one until largest and smallest differ by at most 1.
+    Costs count less the smallest, scaled to 1. Items wander from the largest block to the nearest
+    smallest one until largest and smallest differ by at most 1.
     """
     values = np.asarray(weights, float) - min(weights)
     sums = np.concatenate(([0.0], np.cumsum(values / (values.max() or 1.0))))
@@ -129,13 +131,15 @@ def balancers() -> None:
         print(f"{name:24} {key:14} " + " ".join(f"{ratios[each][-1]:14.3f}" for each in BALANCERS)
               + f"{ratios['ours'][-1]:10.6f}")
     for word, pick in (("mean", np.mean), ("worst", np.max)):
-        print(f"{word:39} " + " ".join(f"{pick(ratios[each]):14.3f}" for each in BALANCERS) + f"{pick(ratios['ours']):10.6f}")
+        print(f"{word:39} " + " ".join(f"{pick(ratios[each]):14.3f}" for each in BALANCERS)
+              + f"{pick(ratios['ours']):10.6f}")
 
 
 def _problem(graph: nx.DiGraph, given: dict) -> Problem:
     device = Device("acc", given["num_stages"])
     return build_problem(graph, cluster=Cluster((device,), links=(Link(given.get("bandwidth")),)), objective="sum",
-                         num_stages=given["num_stages"], memory_model=MemoryModel(), num_microbatches=1, allow_empty=True)
+                         num_stages=given["num_stages"], memory_model=MemoryModel(),
+                         num_microbatches=1, allow_empty=True)
 
 
 def decoder(layers: int) -> nx.DiGraph:
@@ -144,7 +148,8 @@ def decoder(layers: int) -> nx.DiGraph:
 
     def op(seconds: float, *inputs: int, parameters: float = 0.0, size: float = 8e6, gradient: bool = True) -> int:
         node = len(graph)
-        graph.add_node(node, forward=seconds * chance.uniform(0.95, 1.05), backward=2 * seconds * chance.uniform(0.95, 1.05),
+        graph.add_node(node, forward=seconds * chance.uniform(0.95, 1.05),
+                       backward=2 * seconds * chance.uniform(0.95, 1.05),
                        output_bytes=size, gradient=gradient, param_bytes=parameters, activation_bytes=size, order=node)
         graph.add_edges_from((source, node) for source in inputs)
         return node
@@ -203,7 +208,8 @@ def nasnet() -> None:
     graph = read_workload(DATA / f"{NASNET}.json")
     for stages, limit in ((2, 60), (4, 60), (8, 60), (16, 180)):
         begin = time.monotonic()
-        plan = partition(graph, stages, bandwidth=16e9, allow_empty=True, prefer_single_tensor=0, gap=0.01, time_limit=limit)
+        plan = partition(graph, stages, bandwidth=16e9, allow_empty=True, prefer_single_tensor=0,
+                         gap=0.01, time_limit=limit)
         verify(plan, graph)
         print(f"NASNet on {stages} stages: {plan.bottleneck * 1e3:.3f} ms, gap {plan.gap:.2%} in "
               f"{time.monotonic() - begin:.0f} s", flush=True)

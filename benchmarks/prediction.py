@@ -2,9 +2,9 @@
 
     python benchmarks/prediction.py
 
-The GPT of throughput.py on two workers, 1F1B, 8 micro-batches; costs measured by the pipeline itself when it is made. The wall
-clock tells the truth on a machine that has nothing else to do; the processor's own time, printed beside it per worker, is what
-the work took whatever else was running.
+The GPT of throughput.py on two workers, 1F1B, 8 micro-batches; costs measured by the pipeline itself when it is made.
+The wall clock tells the truth on a machine that has nothing else to do; the processor's own time, printed beside it
+per worker, is what the work took whatever else was running.
 """
 import argparse
 import json
@@ -42,7 +42,8 @@ def worker(seconds: float) -> None:
     dist.all_gather_object(own, min(processor))
     if dist.get_rank() == 0:
         predicted = pipe.predicted_timeline()
-        print(json.dumps({"predicted": predicted.makespan, "busy": predicted.busy.tolist(), "wall": wall, "processor": own}))
+        print(json.dumps({"predicted": predicted.makespan, "busy": predicted.busy.tolist(),
+                          "wall": wall, "processor": own}))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -58,8 +59,10 @@ def main() -> None:
     found = run(__file__, ["--seconds", str(options.seconds)])
     predicted = found["predicted"]
     print(f"{'':24s} predicted s  measured s  difference")
-    rows = [("step, median", predicted, statistics.median(found["wall"])), ("step, fastest", predicted, min(found["wall"]))]
-    rows += [(f"worker {rank}, processor", busy, used) for rank, (busy, used) in enumerate(zip(found["busy"], found["processor"]))]
+    rows = [("step, median", predicted, statistics.median(found["wall"])),
+            ("step, fastest", predicted, min(found["wall"]))]
+    rows += [(f"worker {rank}, processor", busy, used)
+             for rank, (busy, used) in enumerate(zip(found["busy"], found["processor"]))]
     for name, expected, measured in rows:
         print(f"{name:24s} {expected:11.3f} {measured:11.3f} {expected / measured - 1:+10.1%}")
 

@@ -1,7 +1,7 @@
 """Figures for schedules, none of which needs torch or more than one core.
 
     python benchmarks/schedules.py table             schedules x (equal stages, heavy head) x micro-batches, simulated
-    python benchmarks/schedules.py scale [ACTIONS]   seconds to generate, check, simulate, lower and check again, 10^4 to 10^7
+    python benchmarks/schedules.py scale [ACTIONS]   seconds to generate, check, simulate, lower, check; 10^4 to 10^7
     python benchmarks/schedules.py auto              how far synthesised orders are above a bound that nothing beats
     python benchmarks/schedules.py channel           what one shared in-order channel costs
 """
@@ -60,7 +60,8 @@ def table() -> None:
                     raise ScheduleError("two copies of the model")
                 costs = make(topology)
                 schedule = build(schedule_name, num_workers=8, num_microbatches=m, costs=costs)
-                cells.append(f"{simulate(schedule, costs).makespan:.1f} ({peak_activations(schedule, costs).max():.3g})")
+                cells.append(f"{simulate(schedule, costs).makespan:.1f} "
+                             f"({peak_activations(schedule, costs).max():.3g})")
             except ScheduleError:
                 cells.append("-")
         print(f"| {schedule_name} | " + " | ".join(cells) + " |")
@@ -72,8 +73,9 @@ SHAPES = (("1f1b", 8, 1, 2), ("1f1b", 1024, 1, 2), ("gpipe", 8, 1, 2), ("zb-h1",
 
 
 def scale(most: int) -> None:
-    """CPU seconds of each pass, stages up to 30 % apart, a message a tenth of a forward; one line per shape and size."""
-    print(f"{'schedule':17} {'workers':>7} {'actions':>11}  generate   check  simulate   lower  check program   total  us/action  peak GB")
+    """CPU seconds of each pass, stages up to 30 % apart, a message a tenth of a forward; a line per shape and size."""
+    print(f"{'schedule':17} {'workers':>7} {'actions':>11}  generate   check  simulate   lower  "
+          "check program   total  us/action  peak GB")
     for name, workers, stages_per_worker, per in SHAPES:
         for actions in (10 ** k for k in range(4, 8)):
             microbatches = round(actions / workers / per)
@@ -97,13 +99,13 @@ def _passes(name: str, workers: int, stages_per_worker: int, microbatches: int) 
     laps.append(time.process_time())
     generate, checked, simulated, lowered, proved = (b - a for a, b in zip(laps, laps[1:]))
     total = laps[-1] - laps[0]
-    print(f"{name:17} {workers:7} {schedule.num_actions:11,}  {generate:8.3f} {checked:7.3f} {simulated:9.3f} {lowered:7.3f} "
-          f"{proved:14.3f} {total:7.2f} {total / schedule.num_actions * 1e6:10.2f} "
+    print(f"{name:17} {workers:7} {schedule.num_actions:11,}  {generate:8.3f} {checked:7.3f} {simulated:9.3f} "
+          f"{lowered:7.3f} {proved:14.3f} {total:7.2f} {total / schedule.num_actions * 1e6:10.2f} "
           f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:8.2f}", flush=True)
 
 
 def gaps() -> None:
-    """24 random pipelines: 4 to 8 workers, p to 4p micro-batches, stages 5 to 35 % apart, hops up to 10 % of a forward."""
+    """24 random pipelines: 4 to 8 workers, p to 4p micro-batches, stages 5 to 35 % apart, hops up to 0.1 forwards."""
     print("memory  kept for W   mean above bound    max   proved optimal   CPU s each")
     for memory in (1.0, 1.25, 1.5):
         for kept in (0.5, 1.0):
@@ -127,9 +129,9 @@ def _instance(seed: int, kept: float) -> tuple[int, int, Costs]:
 
 
 def channel() -> None:
-    """Percent longer on one in-order channel per worker, by hop (in forwards of a worker); 4 and 8 workers, m = 2p and 4p.
+    """Percent longer on one in-order channel per worker, by hop (in forwards of a worker).
 
-    The largest of the four for equal stages; their mean for stages up to 30 % apart.
+    4 and 8 workers, m = 2p and 4p. The largest of the four for equal stages; their mean for stages up to 30 % apart.
     """
     hops = (0.05, 0.1, 0.2)
     print("| schedule | " + " | ".join(f"{kind}, hop {hop}" for kind in ("equal", "30 % apart") for hop in hops) + " |")

@@ -1,10 +1,11 @@
-"""Training a GPT on two workers against one process, and against torch.distributed.pipelining cut by hand at every place.
+"""Training a GPT on two workers against one process, and against torch.distributed.pipelining cut by hand anywhere.
 
     python benchmarks/throughput.py
 
-A GPT of 8 blocks, width 384 and 8,192 tokens of vocabulary; 16 sequences of 128; two workers of one thread each; 1F1B with 8
-micro-batches. All contestants run in the same two processes, a step each in turns, so that they share what the machine is
-doing. Printed is the ratio of medians to one process with one thread; a step is loss and gradients, without the optimizer.
+A GPT of 8 blocks, width 384 and 8,192 tokens of vocabulary; 16 sequences of 128; two workers of one thread each; 1F1B
+with 8 micro-batches. All contestants run in the same two processes, a step each in turns, so that they share what the
+machine is doing. Printed is the ratio of medians to one process with one thread; a step is loss and gradients,
+without the optimizer.
 """
 import argparse
 import json
@@ -46,7 +47,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The contestants' model. ``targets`` make it return its loss."""
 
-    def __init__(self, blocks: int = BLOCKS, width: int = WIDTH, heads: int = HEADS, tokens: int = TOKENS, length: int = LENGTH):
+    def __init__(self, blocks: int = BLOCKS, width: int = WIDTH, heads: int = HEADS, tokens: int = TOKENS,
+                 length: int = LENGTH):
         super().__init__()
         self.token, self.position = nn.Embedding(tokens, width), nn.Embedding(length, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(blocks))
@@ -152,7 +154,8 @@ def run(script: str, arguments: list[str], num_workers: int = 2) -> dict:
     """What worker 0 prints as JSON."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_workers),
                script, "--worker", *arguments]
-    text = subprocess.run(command, check=True, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
+    text = subprocess.run(command, check=True, stdout=subprocess.PIPE,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
     return json.loads(text.splitlines()[-1])
 
 

@@ -2,9 +2,9 @@
 
     python examples/plan_offline.py
 
-Builds a Llama from its config on meta (no memory), records it, estimates what every operation would take on the device
-described below, cuts it into stages, and simulates schedules on that cut. `Pipeline(model, batch, plan="plan.json", ...)`
-trains with the plan later, on the machines.
+Builds a Llama from its config on meta (no memory), records it, estimates what every operation would take on the
+device described below, cuts it into stages, and simulates schedules on that cut. `Pipeline(model, batch,
+plan="plan.json", ...)` trains with the plan later, on the machines.
 """
 import argparse
 import time
@@ -41,7 +41,8 @@ def main() -> None:
     start = time.perf_counter()
     model = llama_70b(options.layers)
     tokens = torch.zeros(options.microbatches, options.length, dtype=torch.int64)
-    graph = pe.profile(model, dict(input_ids=tokens, labels=tokens), num_microbatches=options.microbatches, costs=DEVICE)
+    graph = pe.profile(model, dict(input_ids=tokens, labels=tokens), num_microbatches=options.microbatches,
+                       costs=DEVICE)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(graph):,} nodes "
           f"after {time.perf_counter() - start:.1f} s", flush=True)
     plan = pe.partition(graph, options.stages, bandwidth=BANDWIDTH, latency=LATENCY,
@@ -52,7 +53,8 @@ def main() -> None:
         print(f"stage {boundary.source} -> {boundary.target}: {', '.join(boundary.values)}, "
               f"{boundary.bytes:,} bytes per micro-batch")
 
-    costs = pe.Costs(forward=[stage.forward for stage in plan.stages], backward=[stage.backward for stage in plan.stages],
+    costs = pe.Costs(forward=[stage.forward for stage in plan.stages],
+                     backward=[stage.backward for stage in plan.stages],
                      hop=LATENCY, bandwidth=BANDWIDTH,
                      edge_bytes={(edge.source, edge.target): edge.bytes for edge in plan.boundaries})
     for name in ("gpipe", "1f1b", "zb-h1"):

@@ -27,9 +27,9 @@ def partition(graph: nx.DiGraph, num_stages: int | None = None, *, devices: Clus
 
     ``num_stages`` equal devices, or ``devices``: a ``Cluster``, or classes to use in any order. ``bandwidth`` in bytes
     per second (None: free links), ``latency`` in seconds, ``memory`` in bytes per device. ``objective``: ``"sum"``
-    adds computing and communication, ``"overlap"`` takes the larger, ``"1f1b"`` is the period of that schedule with link
-    latency. With several ``stages_per_worker``, stage ``s`` lives on worker ``s mod workers``, or on ``worker_of[s]`` if that
-    is given (a V: ``(0, 1, 1, 0)``), and a worker's load counts.
+    adds computing and communication, ``"overlap"`` takes the larger, ``"1f1b"`` is the period of that schedule with
+    link latency. With several ``stages_per_worker``, stage ``s`` lives on worker ``s mod workers``, or on
+    ``worker_of[s]`` if that is given (a V: ``(0, 1, 1, 0)``), and a worker's load counts.
     ``recompute`` may compute activations again where memory would not do. Unless ``allow_empty``, there are exactly
     ``num_stages`` stages and each holds parameters. Among cuts within ``prefer_single_tensor`` of the best, the one
     whose boundaries carry the fewest tensors wins. Stops at ``gap`` or after ``time_limit`` seconds.
@@ -39,7 +39,9 @@ def partition(graph: nx.DiGraph, num_stages: int | None = None, *, devices: Clus
     if worker_of is not None:
         stages_per_worker = _most_together(worker_of, num_stages)
     if objective == "1f1b" and (stages_per_worker > 1 or recompute) or (recompute and stages_per_worker > 1):
-        raise PartitionError("1f1b, several stages per worker and recompute cannot be combined yet; ask for one of them")
+        raise PartitionError(
+            "1f1b, several stages per worker and recompute cannot be combined yet; ask for one of them"
+        )
     _check_options(num_stages=num_stages, num_microbatches=num_microbatches, stages_per_worker=stages_per_worker,
                    prefer_single_tensor=prefer_single_tensor, gap=gap, time_limit=time_limit)
     check(graph)
@@ -70,8 +72,10 @@ def partition(graph: nx.DiGraph, num_stages: int | None = None, *, devices: Clus
 def _most_together(worker_of: Sequence[int], num_stages: int | None) -> int:
     """How many stages the fullest worker has; workers are numbered from 0 without gaps."""
     if len(worker_of) != num_stages or set(worker_of) != set(range(max(worker_of, default=0) + 1)):
-        raise PartitionError(f"worker_of is {tuple(worker_of)}; it must name the worker of each of the {num_stages} stages, "
-                             "workers numbered from 0")
+        raise PartitionError(
+            f"worker_of is {tuple(worker_of)}; it must name the worker of each of the {num_stages} stages, "
+            "workers numbered from 0"
+        )
     return max(map(list(worker_of).count, worker_of))
 
 
@@ -106,7 +110,9 @@ def _cluster(graph: nx.DiGraph, num_stages: int | None, devices: Cluster | Seque
     if devices.num_devices < 1:
         raise PartitionError(f"the {len(devices.devices)} device classes have no device among them; give one a count")
     if num_stages is not None and devices.num_devices != num_stages:
-        raise PartitionError(f"num_stages is {num_stages} but there are {devices.num_devices} devices; give one of them")
+        raise PartitionError(
+            f"num_stages is {num_stages} but there are {devices.num_devices} devices; give one of them"
+        )
     return devices
 
 
@@ -129,9 +135,11 @@ def _check_size(graph: nx.DiGraph, problem: Problem) -> None:
     have = int(problem.must_hold.sum())
     if have < problem.num_stages:
         kind = "with parameters " if problem.has_parameters.any() else ""
-        raise PartitionError(f"the model has {have} cuttable nodes {kind}but {problem.num_stages} stages were asked for; "
-                             + (f"try num_stages={have}" if have > 1 else "it runs whole only, with num_stages=1")
-                             + _largest_group(graph, problem))
+        raise PartitionError(
+            f"the model has {have} cuttable nodes {kind}but {problem.num_stages} stages were asked for; "
+            + (f"try num_stages={have}" if have > 1 else "it runs whole only, with num_stages=1")
+            + _largest_group(graph, problem)
+        )
 
 
 def _largest_group(graph: nx.DiGraph, problem: Problem) -> str:

@@ -1,4 +1,5 @@
-"""What an assignment costs on the raw graph: stages, boundaries, ties. The same numbers that ``verify`` finds by itself."""
+"""What an assignment costs on the raw graph: stages, boundaries, ties. The same numbers that ``verify`` finds by
+itself."""
 from __future__ import annotations
 
 import math
@@ -31,10 +32,20 @@ def build_plan(graph: nx.DiGraph, stage_of: Mapping[Node, int], setting: Setting
     gap = (bottleneck - lower_bound) / bottleneck if bottleneck else 0.0
     if gap <= 1e-9:
         gap, lower_bound = 0.0, bottleneck
-    return Plan(num_stages=num_stages, stage_of={str(node): stage_of[node] for node in order}, stages=stages,
-                boundaries=find_boundaries(graph, order, stage_of), ties=find_ties(graph, stage_of), bottleneck=bottleneck,
-                lower_bound=lower_bound, gap=gap, proof=proof, objective=setting.objective,
-                graph_digest=digest(graph), setting=setting)
+    return Plan(
+        num_stages=num_stages,
+        stage_of={str(node): stage_of[node] for node in order},
+        stages=stages,
+        boundaries=find_boundaries(graph, order, stage_of),
+        ties=find_ties(graph, stage_of),
+        bottleneck=bottleneck,
+        lower_bound=lower_bound,
+        gap=gap,
+        proof=proof,
+        objective=setting.objective,
+        graph_digest=digest(graph),
+        setting=setting,
+    )
 
 
 def worker_bottleneck(loads: list[float], setting: Setting) -> float:
@@ -86,12 +97,23 @@ def _stage_cost(graph: nx.DiGraph, nodes: list[Node], stage: int, setting: Setti
     forward += math.fsum(seconds(data[index], "forward", device) for index in again)
     load = {"sum": math.fsum((forward, backward, *traffic)), "overlap": max(forward + backward, *traffic),
             "1f1b": forward + backward}[setting.objective]
-    return StageCost(forward=forward, backward=backward, communication=math.fsum(traffic), load=load,
-                     param_bytes=parameters, activation_bytes=activations, memory_bytes=memory,
-                     sent_bytes=sent, num_nodes=len(nodes), device=device.name,
-                     recomputed=tuple(str(nodes[index]) for index in again),
-                     weight_grad=math.fsum(seconds(each, "weight_grad", device) for each in data),
-                     kept_bytes=math.fsum(each.get("kept_bytes", 0.0) for each in data), workspace_bytes=_scratch(data, grown=False), first_workspace_bytes=_scratch(data, grown=True))
+    return StageCost(
+        forward=forward,
+        backward=backward,
+        communication=math.fsum(traffic),
+        load=load,
+        param_bytes=parameters,
+        activation_bytes=activations,
+        memory_bytes=memory,
+        sent_bytes=sent,
+        num_nodes=len(nodes),
+        device=device.name,
+        recomputed=tuple(str(nodes[index]) for index in again),
+        weight_grad=math.fsum(seconds(each, "weight_grad", device) for each in data),
+        kept_bytes=math.fsum(each.get("kept_bytes", 0.0) for each in data),
+        workspace_bytes=_scratch(data, grown=False),
+        first_workspace_bytes=_scratch(data, grown=True),
+    )
 
 
 def _scratch(data: list[dict], grown: bool) -> float:
@@ -115,9 +137,11 @@ def _recomputed(data: list[dict], stage: int, setting: Setting) -> list[int]:
         return []
     depth = model.in_flight(stage, len(setting.stage_devices), setting.num_microbatches)
     shared = {name: size for each in data for name, size in (each.get("shared") or {}).items()}
-    need = (model.parameter_factor * (math.fsum(each.get("param_bytes", 0.0) for each in data) + math.fsum(shared.values()))
-            + math.fsum(each.get("memory_bytes", 0.0) + depth * each.get("activation_bytes", 0.0) for each in data)
-            + max((each.get("workspace_bytes", 0.0) for each in data), default=0.0))
+    need = (
+        model.parameter_factor * (math.fsum(each.get("param_bytes", 0.0) for each in data) + math.fsum(shared.values()))
+        + math.fsum(each.get("memory_bytes", 0.0) + depth * each.get("activation_bytes", 0.0) for each in data)
+        + max((each.get("workspace_bytes", 0.0) for each in data), default=0.0)
+    )
     return choose_recomputed(data, [seconds(each, "forward", device) for each in data], depth, need - device.memory)
 
 
@@ -133,7 +157,8 @@ def round_trips(graph: nx.DiGraph, stage_of: Mapping[Node, int], setting: Settin
 
 
 def _sent_bytes(graph: nx.DiGraph, stage_of: Mapping[Node, int], num_stages: int) -> list[float]:
-    """Per stage and micro-batch: values out, once for every stage that reads them, and one gradient back for each read."""
+    """Per stage and micro-batch: values out, once for every stage that reads them, and one gradient back for each
+    read."""
     sizes: list[list[float]] = [[] for _ in range(num_stages)]
     for node, home in stage_of.items():
         data = graph.nodes[node]

@@ -69,6 +69,7 @@ class RngStreams:
         return None if key is None else [generator.get_state() for generator in self._generators]
 
     def leave(self, states: list[torch.Tensor] | None) -> None:
+        """Go back to the states that ``enter`` returned."""
         for generator, state in zip(self._generators, states or ()):
             generator.set_state(state)
 

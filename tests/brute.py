@@ -1,4 +1,4 @@
-"""The truth for small graphs: every assignment, priced straight from the definition. Shares no code with the planner."""
+"""The truth for small graphs: every assignment, priced straight from the definition; no code of the planner's."""
 import itertools
 import math
 
@@ -65,7 +65,8 @@ def _load(graph, stage, number, device, objective, num_microbatches, factor, dep
             return math.inf
         for cost in (data.get("forward", 0.0), data.get("backward", 0.0)):
             compute += (cost[device["name"]] if isinstance(cost, dict) else cost) / device.get("speed", 1.0)
-        memory += factor * data.get("param_bytes", 0) + data.get("memory_bytes", 0) + depth * data.get("activation_bytes", 0)
+        memory += factor * data.get("param_bytes", 0) + data.get("memory_bytes", 0)
+        memory += depth * data.get("activation_bytes", 0)
         scratch = max(scratch, data.get("workspace_bytes", 0))
     memory += scratch + sum(factor * size for size, holders in ties.values() if number in holders)
     if device.get("memory") is not None and memory > device["memory"]:
@@ -77,9 +78,11 @@ def _load(graph, stage, number, device, objective, num_microbatches, factor, dep
             readers = {stage[reader] for reader in graph.successors(node)}
             times = 2 if data.get("gradient") else 1
             if stage[node] == number and readers - {number}:
-                out += data["transfer"] if "transfer" in data else times * (latency_out + data.get("output_bytes", 0) / rate_out)
+                travel = times * (latency_out + data.get("output_bytes", 0) / rate_out)
+                out += data.get("transfer", travel)
             if stage[node] != number and number in readers:
-                into += data["transfer"] if "transfer" in data else times * (latency_in + data.get("output_bytes", 0) / rate_in)
+                travel = times * (latency_in + data.get("output_bytes", 0) / rate_in)
+                into += data.get("transfer", travel)
         for size, holders in ties.values():
             if number in holders and len(holders) > 1:
                 into += (latency_in + size / rate_in) / num_microbatches
@@ -100,7 +103,8 @@ def brute_force_variant(graph, num_stages, variant, *, latency, bandwidth, memor
         need = [_bytes(graph, stage, number, num_microbatches, ()) for number in stages]
         loads = [_load(graph, stage, number, device, "sum", num_microbatches, 1.0, 1) for number in stages]
         if variant == "recompute":
-            best = min(best, max(loads[number] + _again(graph, stage, number, num_microbatches, memory) for number in stages))
+            worst = max(loads[number] + _again(graph, stage, number, num_microbatches, memory) for number in stages)
+            best = min(best, worst)
             continue
         workers = -(-num_stages // 2) if variant == "turns" else num_stages
         if memory is not None and max(sum(need[worker::workers]) for worker in range(workers)) > memory:

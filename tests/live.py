@@ -28,7 +28,8 @@ def live(what: Callable[[], object]) -> Live:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as seen:
         what()
     events = [(e.start_ns(), e.name(), e.nbytes()) for e in seen.profiler.kineto_results.events()
-              if e.name() == "[memory]" and e.device_type() == torch.autograd.DeviceType.CPU or e.name().startswith("mark ")]
+              if e.name() == "[memory]" and e.device_type() == torch.autograd.DeviceType.CPU
+              or e.name().startswith("mark ")]
     events.sort(key=lambda event: event[0])
     levels = list(accumulate(size if name == "[memory]" else 0 for _, name, size in events))
     marks = {name.removeprefix("mark "): level for (_, name, _), level in zip(events, levels) if name != "[memory]"}

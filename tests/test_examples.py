@@ -26,8 +26,8 @@ def losses(output: str) -> list[float]:
     return [float(found) for found in re.findall(r"loss +([0-9.]+)", output)]
 
 
-SMALL_GPT = ("--steps", "25", "--width", "64", "--blocks", "4", "--rows", "8", "--length", "32", "--characters", "300000",
-             "--microbatches", "4")
+SMALL_GPT = ("--steps", "25", "--width", "64", "--blocks", "4", "--rows", "8", "--length", "32",
+             "--characters", "300000", "--microbatches", "4")
 
 
 @pytest.mark.parametrize("workers", [2, 0])
@@ -73,7 +73,8 @@ def test_too_large():
 
 def test_plan_offline(tmp_path):
     """A model nobody here could hold is planned; the file is a plan."""
-    output = run(EXAMPLES / "plan_offline.py", "--layers", "16", "--stages", "4", "--output", str(tmp_path / "plan.json"))
+    output = run(EXAMPLES / "plan_offline.py", "--layers", "16", "--stages", "4",
+                 "--output", str(tmp_path / "plan.json"))
     assert "bottleneck" in output
     assert json.loads((tmp_path / "plan.json").read_text())["num_stages"] == 4
 

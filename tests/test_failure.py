@@ -81,7 +81,8 @@ def explosion(place: str, kind: type[BaseException]):
         Fuse.lit = None
         again = outcome(lambda: pipe.step(**BATCH))
         anew = pipeline()
-        equal = torch.equal(anew.step(**BATCH), first) and all(torch.equal(p.grad, held[n]) for n, p in anew.named_parameters())
+        equal = (torch.equal(anew.step(**BATCH), first)
+                 and all(torch.equal(p.grad, held[n]) for n, p in anew.named_parameters()))
         anew.close()
         return failed, again, equal
     return scenario
@@ -172,17 +173,20 @@ WRONG = {
     "unknown batch_dims": (lambda: pipeline(batch_dims={"z": 0}), "InputError", ("z", "x")),
     "empty example": (lambda: pipeline(example={n: v[:0] for n, v in BATCH.items()}), "InputError", ("empty",)),
     "file is no plan": (lambda: pipeline(plan=__file__, num_stages=NUM_WORKERS), "PlanError", ("no plan",)),
-    "no such file": (lambda: pipeline(plan="/nonexistent/plan.json", num_stages=NUM_WORKERS), "", ("/nonexistent/plan.json",)),
-    "no loss": (lambda: pipeline(zoo.AWKWARD["Classifier"].build(), example=dict(x=BATCH["x"])), "CaptureError", ("loss_fn",)),
+    "no such file": (lambda: pipeline(plan="/nonexistent/plan.json", num_stages=NUM_WORKERS),
+                     "", ("/nonexistent/plan.json",)),
+    "no loss": (lambda: pipeline(zoo.AWKWARD["Classifier"].build(), example=dict(x=BATCH["x"])),
+                "CaptureError", ("loss_fn",)),
     "all frozen": (lambda: pipeline(zoo.seeded(Fused)().requires_grad_(False)), "InputError", ("frozen",)),
 }
 WRONG_ON_ONE = {
     "other microbatches": (lambda: pipeline(num_microbatches=odd(4, 2)), "InputError", ("num_microbatches", "4", "2")),
-    "other models": (lambda: pipeline(odd(zoo.AWKWARD["LongSkips"].build(), zoo.AWKWARD["CalledTwice"].build())), "InputError",
-                     ("model",)),
+    "other models": (lambda: pipeline(odd(zoo.AWKWARD["LongSkips"].build(), zoo.AWKWARD["CalledTwice"].build())),
+                     "InputError", ("model",)),
     "other schedules": (lambda: pipeline(schedule=odd("gpipe", "1f1b")), "InputError", ("schedule", "gpipe", "1f1b")),
     "other seeds": (lambda: pipeline(seed=odd(1, 2)), "InputError", ("seed", "1", "2")),
-    "other recomputation": (lambda: pipeline(recompute=odd(True, {0})), "InputError", ("recompute", "[0, 1, 2]", "[0]")),
+    "other recomputation": (lambda: pipeline(recompute=odd(True, {0})), "InputError",
+                            ("recompute", "[0, 1, 2]", "[0]")),
     "planning breaks": (broken_planning, "WorkerError RuntimeError", ("no plan today",)),
     "bad option on one": (lambda: pipeline(num_microbatches=odd(4, 0)), "InputError", ("0",)),
     "stages not a multiple": (lambda: pipeline(num_stages=NUM_WORKERS + 1), "InputError", ("4", "3")),
@@ -280,8 +284,8 @@ def endless(report) -> None:
 
 
 @pytest.mark.parametrize(("number", "ranks"), [
-    (signal.SIGINT, (0,)), (signal.SIGINT, (2,)), (signal.SIGINT, (0, 1, 2)), (signal.SIGKILL, (1,)), (signal.SIGKILL, (0,)),
-    (signal.SIGTERM, (1,))])
+    (signal.SIGINT, (0,)), (signal.SIGINT, (2,)), (signal.SIGINT, (0, 1, 2)),
+    (signal.SIGKILL, (1,)), (signal.SIGKILL, (0,)), (signal.SIGTERM, (1,))])
 def test_a_signal_ends_all(number, ranks):
     """Ctrl-C or a kill of some workers: the others are not left waiting, and do not pretend that all went well."""
     running = Workers(NUM_WORKERS, endless, limit=60)

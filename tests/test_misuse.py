@@ -1,4 +1,4 @@
-"""What users get wrong, and what they might expect: each is refused in words, or does what they meant; nothing is silent."""
+"""What users get wrong, and what they might expect: each is refused in words, or does what they meant."""
 import dataclasses
 
 import pytest
@@ -34,7 +34,8 @@ def test_a_target_with_the_rows_of_a_microbatch_is_refused_and_loses_nothing():
 
 def test_a_target_for_every_microbatch_is_taken_when_asked_for():
     pipe, (x, y) = pipeline(batch_dims={"target": None}), batch()
-    assert float(pipe.step(x, target=y[:4])) == pytest.approx(nn.functional.mse_loss(model()(x), y[:4].repeat(4, 1)).item())
+    expected = nn.functional.mse_loss(model()(x), y[:4].repeat(4, 1)).item()
+    assert float(pipe.step(x, target=y[:4])) == pytest.approx(expected)
 
 
 def test_predictions_need_no_target():
@@ -69,8 +70,8 @@ class Mean(nn.Module):
 
 
 def test_costs_of_another_model_are_refused():
-    other = pe.profile(nn.Sequential(*model(), nn.Tanh()), (batch()[0],), loss_fn=nn.functional.mse_loss, target=batch()[1],
-                       costs="analytic")
+    other = pe.profile(nn.Sequential(*model(), nn.Tanh()), (batch()[0],),
+                       loss_fn=nn.functional.mse_loss, target=batch()[1], costs="analytic")
     with pytest.raises(pe.InputError, match="costs was made for another model: it has 6 nodes, this model has 5"):
         pipeline(costs=other)
 
@@ -102,8 +103,9 @@ def test_a_schedule_that_needs_several_stages_gets_them(schedule, stages):
     assert pipeline(schedule=schedule, num_stages=None).num_stages == stages
 
 
-@pytest.mark.parametrize("options", [{"schedule": 7}, {"loss_fn": "mse"}, {"loss_weight": 3}, {"batch_dims": "x"}, {"recompute": 3},
-                                     {"seed": "a"}, {"plan": 5}], ids=lambda options: next(iter(options)))
+@pytest.mark.parametrize("options", [
+    {"schedule": 7}, {"loss_fn": "mse"}, {"loss_weight": 3}, {"batch_dims": "x"}, {"recompute": 3}, {"seed": "a"},
+    {"plan": 5}], ids=lambda options: next(iter(options)))
 def test_an_option_of_the_wrong_type_is_named(options):
     name, value = next(iter(options.items()))
     with pytest.raises(pe.InputError, match=rf"{name} is .*; give "):
@@ -126,4 +128,5 @@ def test_saving_removes_what_another_number_of_workers_had_saved(tmp_path):
                                                                 "optimizer-00001-of-00002.safetensors"]
     other = model()
     nn.init.zeros_(other[0].weight)
-    assert torch.equal(dict(pipeline(other.to("meta"), weights=tmp_path).named_parameters())["0.weight"], model()[0].weight)
+    pipe = pipeline(other.to("meta"), weights=tmp_path)
+    assert torch.equal(dict(pipe.named_parameters())["0.weight"], model()[0].weight)

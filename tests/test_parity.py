@@ -24,10 +24,12 @@ NOISE = {"bart": 1e-3, "whisper": 1e-3}
 def pairs(num_workers: int, rest: bool = False) -> list[tuple[str, str]]:
     """(model, schedule) to try on so many workers. ``rest`` are those left for when there is time.
 
-    Two workers: every model, and both schedules for those that everybody uses. Three: every model. Four: a third of the awkward.
+    Two workers: every model, and both schedules for those that everybody uses. Three: every
+    model. Four: a third of the awkward.
     """
     usual = [(name, schedule) for number, name in enumerate(SPREAD) for schedule in SCHEDULES
-             if schedule == SCHEDULES[num_workers % 2] and (num_workers < 4 or name not in zoo.AWKWARD or number % 3 == 0)
+             if schedule == SCHEDULES[num_workers % 2]
+             and (num_workers < 4 or name not in zoo.AWKWARD or number % 3 == 0)
              or num_workers == 2 and name not in zoo.AWKWARD]
     return [pair for pair in ((name, s) for name in SPREAD for s in SCHEDULES) if pair not in usual] if rest else usual
 
@@ -82,7 +84,8 @@ def truth(name: str) -> list[tuple]:
 def graph_of(name: str):
     case = CASES[name]
     example, target = case.split_target(case.batches[0])
-    return pe.profile(case.build(), example, num_microbatches=MICROBATCHES, costs="analytic", loss_fn=case.loss_fn, target=target)
+    return pe.profile(case.build(), example, num_microbatches=MICROBATCHES, costs="analytic",
+                      loss_fn=case.loss_fn, target=target)
 
 
 def tolerance(plan: pe.Plan, name: str) -> float:
@@ -114,7 +117,8 @@ def quiet():
 
 @pytest.mark.parametrize(("rest", "num_workers", "name", "schedule"), [
     pytest.param(rest, num_workers, name, schedule, marks=[pytest.mark.slow] * rest)
-    for rest in (False, True) for num_workers in (2, 3, 4) for name, schedule in pairs(num_workers, rest) if not CASES[name].random])
+    for rest in (False, True) for num_workers in (2, 3, 4)
+    for name, schedule in pairs(num_workers, rest) if not CASES[name].random])
 def test_workers_are_invisible(rest, num_workers, name, schedule):
     found = [worker.get((name, schedule), "this worker never got here") for worker in spread(num_workers, rest)]
     assert not any(isinstance(one, str) for one in found), "\n".join(map(str, found))
@@ -144,4 +148,5 @@ def test_one_process_is_invisible(name, num_stages):
     for batch, expected in zip(CASES[name].batches, truth(name), strict=True):
         found = step(pipe, name, batch)
         assert found[1].keys() == gradients(model).keys()
-        assert_same_step(expected, found, max(tolerance(pipe.plan, name), 1e-6 if name in NOISE else 0), NOISE.get(name, 0.0))
+        assert_same_step(expected, found, max(tolerance(pipe.plan, name), 1e-6 if name in NOISE else 0),
+                         NOISE.get(name, 0.0))

@@ -26,7 +26,8 @@ def _refused(what) -> str:
 
 def _train(report, num_stages: int, case: str) -> None:
     """A few steps, then every way of saving that people know."""
-    model = zoo.hugging_face(case).build().eval()               # without dropout: an optimizer's steps are compared below
+    # without dropout: an optimizer's steps are compared below
+    model = zoo.hugging_face(case).build().eval()
     names = [name for name, _ in model.named_parameters()]
     tokens = _tokens(0)
     before = torch.optim.SGD(model.parameters(), lr=0.1)        # an optimizer made before the pipeline keeps working

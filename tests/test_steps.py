@@ -1,4 +1,4 @@
-"""What a training loop does besides plain steps: odd batches, accumulation, modes, clipping, optimizers, evaluation, options."""
+"""What a training loop does besides plain steps: odd batches, modes, clipping, optimizers, evaluation, options."""
 import traceback
 import warnings
 from functools import cache
@@ -27,23 +27,26 @@ def quiet():
 
 
 def pipeline(model: nn.Module, example, **options) -> pe.Pipeline:
-    return pe.Pipeline(model, example, **(dict(num_microbatches=4, num_stages=2, schedule="1f1b", costs="analytic") | options))
+    usual = dict(num_microbatches=4, num_stages=2, schedule="1f1b", costs="analytic")
+    return pe.Pipeline(model, example, **(usual | options))
 
 
 def rows(batch, count: int):
     """The first ``count`` rows of a batch."""
-    return {name: value[:count] if isinstance(value, torch.Tensor) and value.dim() else value for name, value in batch.items()}
+    return {name: value[:count] if isinstance(value, torch.Tensor) and value.dim() else value
+            for name, value in batch.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ batches
 
 def ten_rows(case: zoo.Case) -> dict:
-    first, second = case.batches[0], case.batches[1]
+    first = case.batches[0]
     return {name: torch.cat([value, value[:2].flip(0)]) for name, value in first.items()}
 
 
-@pytest.mark.parametrize(("case", "sizes"), [(zoo.AWKWARD["LateInput"], sizes) for sizes in ((10, 4), (8, 3), (3, 4), (1, 4), (7, 2))]
-                         + [(LLAMA, (10, 4)), (GPT2, (3, 4))], ids=lambda value: getattr(value, "name", str(value)))
+@pytest.mark.parametrize(("case", "sizes"), [
+    *((zoo.AWKWARD["LateInput"], sizes) for sizes in ((10, 4), (8, 3), (3, 4), (1, 4), (7, 2))),
+    (LLAMA, (10, 4)), (GPT2, (3, 4))], ids=lambda value: getattr(value, "name", str(value)))
 def test_uneven_batches(case, sizes):
     """``count`` rows over ``parts`` micro-batches, as tensor_split cuts them; never more micro-batches than rows."""
     count, parts = sizes
@@ -137,8 +140,9 @@ def trained(case: zoo.Case, num_stages: int, schedule: str, seed: int = 0) -> li
     return found
 
 
-@pytest.mark.parametrize("case", (zoo.AWKWARD["Dropouts"], zoo.hugging_face("llama", dropout=0.1), zoo.hugging_face("gpt2", dropout=0.1),
-                                  zoo.hugging_face("bert", dropout=0.1)), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", (
+    zoo.AWKWARD["Dropouts"], *(zoo.hugging_face(name, dropout=0.1) for name in ("llama", "gpt2", "bert"))),
+    ids=lambda case: case.name)
 def test_dropout_is_the_same_for_any_cut(case):
     """1, 2 and 4 stages and both schedules drop the same elements; another seed drops others; steps differ."""
     one = trained(case, 1, "gpipe")
@@ -165,11 +169,12 @@ def test_dropout_drops_what_it_should():
     x = torch.randn(64, 16, zoo.WIDTH)
     pipe = pipeline(Drops(), dict(x=x, y=x))
     _, kept, other = pipe.evaluate(x=x, y=x)
-    assert torch.equal(kept.unique(), torch.tensor([0.0, 1 / 0.75])) and abs(float((kept > 0).float().mean()) - 0.75) < 0.02
+    assert torch.equal(kept.unique(), torch.tensor([0.0, 1 / 0.75]))
+    assert abs(float((kept > 0).float().mean()) - 0.75) < 0.02
     assert not torch.equal(kept, other) and not torch.equal(kept[:16], kept[16:32])
 
 
-# --------------------------------------------------------------------------------------------------- evaluation and modes
+# ------------------------------------------------------------------------------------------------- evaluation and modes
 
 def test_evaluate_gives_the_models_own_output():
     model = LLAMA.build()
@@ -220,7 +225,7 @@ def test_steps_in_evaluation_mode_use_running_statistics():
     assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), model.buffers(), strict=True))
 
 
-# ------------------------------------------------------------------------------------------------- clipping and optimizers
+# ---------------------------------------------------------------------------------------------- clipping and optimizers
 
 @pytest.mark.parametrize("norm_type", (2.0, 1.0, float("inf")))
 @pytest.mark.parametrize("max_norm", (0.1, 1e9))
@@ -272,7 +277,7 @@ def test_autocast_around_the_step(num_stages):
     assert_same_step(plain_step, (pipe.step(**LLAMA.batches[0]), gradients(model)))
 
 
-# --------------------------------------------------------------------------------------------------------------- options
+# -------------------------------------------------------------------------------------------------------------- options
 
 def test_a_loss_function_and_its_target():
     case = zoo.AWKWARD["Classifier"]
@@ -342,7 +347,8 @@ def test_batch_dims():
     assert worst_difference(gradients(plain), gradients(model))[0] < 1e-5
 
 
-@pytest.mark.parametrize(("schedule", "num_microbatches"), [*((s, n) for s in SCHEDULES for n in (1, 2, 8)), ("zb-h1", 8)])
+@pytest.mark.parametrize(("schedule", "num_microbatches"), [
+    *((s, n) for s in SCHEDULES for n in (1, 2, 8)), ("zb-h1", 8)])
 def test_any_number_of_microbatches(schedule, num_microbatches):
     model = LLAMA.build()
     pipe = pipeline(model, LLAMA.batches[0], num_microbatches=num_microbatches, schedule=schedule, num_stages=3)
@@ -356,7 +362,8 @@ def test_a_saved_plan_is_used(tmp_path):
     model = LLAMA.build()
     pipe = pipeline(model, LLAMA.batches[0], num_stages=None, plan=tmp_path / "plan.json")
     assert pipe.num_stages == 3 and pipe.plan.stage_of == plan.stage_of
-    assert_same_step(reference_step(LLAMA.build(), LLAMA.batches[0], 4), (pipe.step(**LLAMA.batches[0]), gradients(model)))
+    assert_same_step(reference_step(LLAMA.build(), LLAMA.batches[0], 4),
+                     (pipe.step(**LLAMA.batches[0]), gradients(model)))
 
 
 def test_parameters_are_the_users_tensors():
@@ -383,7 +390,7 @@ def test_nothing_is_alive_after_a_step():
     assert alive() <= before
 
 
-# ---------------------------------------------------------------------------------------------------------- over workers
+# --------------------------------------------------------------------------------------------------------- over workers
 
 def clipped(report) -> None:
     """GPT-2 with its tie over the workers: clip, AdamW, evaluate with other sizes between; then the weights."""
@@ -460,7 +467,7 @@ def test_training_over_workers_is_training_in_one_process():
             else:
                 assert seen[number][3] is None, "only the last stage's worker has the whole output"
     weights = dict(plain.named_parameters())
-    for seen, held, everything in found:
+    for _, held, everything in found:
         assert torch.equal(everything, found[0][2]), "gather gives everything everywhere"
         for name, value in held.items():
             torch.testing.assert_close(value, weights[name].detach(), rtol=1e-3, atol=2e-4, msg=name)
@@ -497,7 +504,8 @@ def test_an_own_order_is_a_file_and_a_broken_one_is_refused_with_its_lines(tmp_p
     options = dict(num_microbatches=2, loss_fn=F.mse_loss, schedule=str(file))
     pipe = pipeline(model, example, **options)
     loss = pipe.step(*example, target=torch.zeros(4, 4))
-    assert loss == pytest.approx(float(F.mse_loss(model(*example), torch.zeros(4, 4)))) and "schedule mine" in str(pipe.report())
+    assert loss == pytest.approx(float(F.mse_loss(model(*example), torch.zeros(4, 4))))
+    assert "schedule mine" in str(pipe.report())
     file.write_text("0F0,0B0,0F1,0B1\n1F1,1F0,1B1,1B0\n")
     with pytest.raises(pe.ScheduleError, match="worker 0, line 2: 0B0 waits for worker 1, line 4: 1B0"):
         pipeline(model, example, **options)

@@ -1,4 +1,4 @@
-"""What travels is what the plan says and not a message more: one activation per micro-batch and boundary, one gradient back."""
+"""What travels is what the plan says and no more: one activation per micro-batch and boundary, one gradient back."""
 import warnings
 from functools import cache
 
@@ -12,7 +12,8 @@ import pipeengine as pe
 MICROBATCHES = 4
 CASES = {case.name: case for case in (
     zoo.hugging_face("gpt2"), zoo.hugging_face("gpt2", tied=False), zoo.hugging_face("llama"),
-    *(zoo.AWKWARD[name] for name in ("LongSkips", "ThreeConsumers", "IntegerBoundary", "LateInput", "EncoderDecoder", "TiedThrice")))}
+    *(zoo.AWKWARD[name] for name in (
+        "LongSkips", "ThreeConsumers", "IntegerBoundary", "LateInput", "EncoderDecoder", "TiedThrice")))}
 CHAINS = ("gpt2", "gpt2-untied", "llama")
 
 
@@ -22,7 +23,8 @@ def count(report, names) -> None:
     for name in names:
         for schedule in ("gpipe", "1f1b"):
             batch = CASES[name].batches[0]
-            pipe = pe.Pipeline(CASES[name].build(), batch, num_microbatches=MICROBATCHES, schedule=schedule, costs="analytic")
+            pipe = pe.Pipeline(CASES[name].build(), batch, num_microbatches=MICROBATCHES, schedule=schedule,
+                               costs="analytic")
             calls, seen = [lambda: pipe.step(**batch)] * 2 + [lambda: pipe.evaluate(**batch)], [(0, 0)]
             for call in calls:
                 call()

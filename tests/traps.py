@@ -337,7 +337,7 @@ def torch_random_order(host, x, extra):
     return host.linear(x[..., order])
 
 
-# --------------------------------------------------------------------------------------------------- state of the module
+# -------------------------------------------------------------------------------------------------- state of the module
 
 @construct(glue=REFUSE)
 def buffer_reassigned(host, x, extra):
@@ -683,7 +683,7 @@ def packed_sequence_through_a_module(host, x, extra):
     return x + out / lengths[:, None, None] + hidden[0][:, None]
 
 
-# -------------------------------------------------------------------------- tensors turned into Python, from activations
+# ------------------------------------------------------------------------- tensors turned into Python, from activations
 
 @construct(scale=10.0, glue=REFUSE)
 def branch_on_activations(host, x, extra):
@@ -868,7 +868,7 @@ def default_dtype(host, x, extra):
     return (x * steps).float()
 
 
-# -------------------------------------------------------------------------------------------------- aliases and in place
+# ------------------------------------------------------------------------------------------------- aliases and in place
 
 @construct()
 def changed_through_a_view(host, x, extra):

@@ -1,7 +1,7 @@
 """Real workers for tests: processes on this machine that share a gloo process group over the loopback.
 
-They come from a fork server that has imported torch and transformers once, so that a launch takes a fraction of a second. Nothing
-can hang: a worker that is not done after its limit writes down where every thread stands and exits.
+They come from a fork server that has imported torch and transformers once, so that a launch takes a fraction of a
+second. Nothing can hang: a worker that is not done after its limit writes down where every thread stands and exits.
 """
 import faulthandler
 import multiprocessing
@@ -74,8 +74,9 @@ class Workers:
         """Wait until a worker says something or ends."""
         alive = [w for w in self.workers if w.process.is_alive()]
         waiting = [w.messages for w in self.workers if not w.messages.closed]
-        if waiting or alive:            # the last one may have ended since the caller looked: nothing would ever wake us
-            connection.wait([*waiting, *(w.process.sentinel for w in alive)], max(0.0, self._deadline - time.monotonic()))
+        if waiting or alive:            # the last one may have ended since the caller looked: nothing would wake us
+            connection.wait([*waiting, *(w.process.sentinel for w in alive)],
+                            max(0.0, self._deadline - time.monotonic()))
         for worker in self.workers:
             if not worker.messages.closed:
                 worker.read()
@@ -129,7 +130,8 @@ def _context():
     return context
 
 
-def _main(rank: int, num_workers: int, port: int, messages, log: str, limit: float, work: Callable, arguments: tuple) -> None:
+def _main(rank: int, num_workers: int, port: int, messages, log: str, limit: float,
+          work: Callable, arguments: tuple) -> None:
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -141,7 +143,8 @@ def _main(rank: int, num_workers: int, port: int, messages, log: str, limit: flo
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         torch.set_num_threads(1)
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_workers, timeout=timedelta(seconds=limit))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_workers,
+                                timeout=timedelta(seconds=limit))
         work(report, *arguments)
         dist.destroy_process_group()
     except BaseException:

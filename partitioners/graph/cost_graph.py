@@ -19,8 +19,8 @@ Node attributes, all optional::
     order               position in the recorded run
     label               text for people, such as a module path
 
-``graph.graph["made_with"]``, optional, says what the costs are of: ``rows`` of shape ``row`` in ``num_microbatches``, ``costs``
-(``"measured"`` or ``"analytic"``), ``device``, ``flops_per_second`` and ``bytes_per_second``.
+``graph.graph["made_with"]``, optional, says what the costs are of: ``rows`` of shape ``row`` in ``num_microbatches``,
+``costs`` (``"measured"`` or ``"analytic"``), ``device``, ``flops_per_second`` and ``bytes_per_second``.
 """
 from __future__ import annotations
 
@@ -86,7 +86,13 @@ def _is_hashable(value: object) -> bool:
 
 
 def _names_classes(value: object) -> bool:
-    return isinstance(value, (list, tuple, set, frozenset)) and bool(value) and all(isinstance(name, str) for name in value)
+    return (
+        isinstance(value, (list, tuple, set, frozenset))
+        and bool(value)
+        and all(isinstance(name, str) for name in value)
+    )
+
+
 _KINDS = {
     "shared": (lambda value: isinstance(value, Mapping), "a dict from parameter names to bytes"),
     "allowed": (_names_classes, "a tuple of device classes"),
@@ -97,6 +103,7 @@ _KINDS = {
 
 
 def check_number(node: Node, name: str, value: object) -> None:
+    """Raise ``GraphError`` unless ``value``, attribute ``name`` of ``node``, is a finite number of 0 or more."""
     if not (_is_number(value) and value >= 0):    # type: ignore[operator]
         text = repr(value) if len(repr(value)) < 40 else f"{repr(value)[:36]}..."
         raise GraphError(f"node {str(node)!r} has {name}={text}; it must be a finite number that is not negative")

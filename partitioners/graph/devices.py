@@ -31,12 +31,16 @@ class Device:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or isinstance(self.count, bool) or not isinstance(self.count, int):
-            raise PartitionError(f"device class {self.name!r} has count {self.count!r}; the name must be a string and the "
-                                 "count a whole number")
+            raise PartitionError(
+                f"device class {self.name!r} has count {self.count!r}; the name must be a string and the "
+                "count a whole number"
+            )
         if (self.count < 0 or not _at_least(self.speed) or self.speed == 0
                 or (self.memory is not None and not _at_least(self.memory))):
-            raise PartitionError(f"device class {self.name!r} has count {self.count}, speed {self.speed!r} and memory "
-                                 f"{self.memory!r}; count and memory cannot be negative, speed must be a positive number")
+            raise PartitionError(
+                f"device class {self.name!r} has count {self.count}, speed {self.speed!r} and memory "
+                f"{self.memory!r}; count and memory cannot be negative, speed must be a positive number"
+            )
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,10 @@ class Link:
     def __post_init__(self) -> None:
         if (self.bandwidth is not None and (not _at_least(self.bandwidth) or self.bandwidth == 0)
                 or not _at_least(self.latency) or self.latency == math.inf):
-            raise PartitionError(f"a link has bandwidth {self.bandwidth!r} and latency {self.latency!r}; bandwidth must be "
-                                 "positive bytes per second (or None), latency finite seconds, not negative")
+            raise PartitionError(
+                f"a link has bandwidth {self.bandwidth!r} and latency {self.latency!r}; bandwidth must be "
+                "positive bytes per second (or None), latency finite seconds, not negative"
+            )
 
     def seconds(self, num_bytes: float, messages: float = 1.0) -> float:
         """Seconds to move ``num_bytes`` in ``messages`` messages."""
@@ -70,6 +76,7 @@ class Cluster:
 
     @property
     def num_devices(self) -> int:
+        """Devices of all classes."""
         return sum(device.count for device in self.devices)
 
     @classmethod
@@ -84,7 +91,8 @@ class Cluster:
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """Bytes a stage needs: ``parameter_factor`` x parameters + stashed activations x micro-batches in flight + workspace.
+    """Bytes a stage needs: ``parameter_factor`` x parameters + stashed activations x micro-batches in flight +
+    workspace.
 
     ``parameter_factor`` counts weights, gradients and optimizer state in units of the weights (4 is Adam in one
     precision). ``schedule`` says how many micro-batches stage ``i`` of ``K`` holds: ``"gpipe"`` all of them, ``"1f1b"``

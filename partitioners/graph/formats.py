@@ -50,8 +50,10 @@ def _devices(entries: object) -> tuple[Device, ...]:
     for entry in entries if isinstance(entries, list) else [entries]:
         if not isinstance(entry, Mapping) or "name" not in entry or "count" not in entry:
             raise GraphError(f"a device class must be an object with name and count, found {entry!r}")
-    return tuple(Device(entry["name"], entry["count"], entry.get("memory"), pays_link=bool(entry.get("pays_comm", True)))
-                 for entry in entries)
+    return tuple(
+        Device(entry["name"], entry["count"], entry.get("memory"), pays_link=bool(entry.get("pays_comm", True)))
+        for entry in entries
+    )
 
 
 def _label_groups(graph: nx.DiGraph, groups: Iterable[Iterable[Node]]) -> None:

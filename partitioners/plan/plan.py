@@ -17,8 +17,9 @@ FORMAT = "pipeline-plan/1"
 class Boundary:
     """Values that stage ``source`` hands to stage ``target`` for each micro-batch, in wire order (that of production).
 
-    ``bytes`` go forward; ``gradients`` names the values whose gradient comes back from ``target``, ``gradient_bytes`` its
-    bytes. The gradient of a value with several reading stages comes back by way of each of them, the last one first.
+    ``bytes`` go forward; ``gradients`` names the values whose gradient comes back from ``target``, ``gradient_bytes``
+    its bytes. The gradient of a value with several reading stages comes back by way of each of them, the last one
+    first.
     """
     source: int
     target: int
@@ -42,8 +43,9 @@ class StageCost:
 
     ``load`` is what the objective counts. ``weight_grad`` is the part of ``backward`` that a schedule may put off, and
     ``kept_bytes`` what stays until then; ``workspace_bytes`` is what a backward needs on top of the
-    activations that it lets go of, ``first_workspace_bytes`` the same when it also makes the gradients. ``memory_bytes`` is what the schedule needs at its peak; ``sent_bytes`` are
-    values out and gradients back. ``recomputed`` names the nodes whose activations are computed again.
+    activations that it lets go of, ``first_workspace_bytes`` the same when it also makes the gradients.
+    ``memory_bytes`` is what the schedule needs at its peak; ``sent_bytes`` are values out and gradients back.
+    ``recomputed`` names the nodes whose activations are computed again.
     """
     forward: float
     backward: float
@@ -133,6 +135,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, obj: Mapping) -> Plan:
+        """The plan that ``to_json`` made ``data`` of. Raises ``PlanError`` for anything else."""
         kind = obj.get("format") if isinstance(obj, Mapping) else None
         if kind != FORMAT:
             raise PlanError(f"expected a plan with format {FORMAT!r}, found "
@@ -163,9 +166,20 @@ class Plan:
     def __str__(self) -> str:
         rows = [("stage", "device", "nodes", "forward", "backward", "link", "load", "parameters", "memory", "sends")]
         for number, cost in enumerate(self.stages):
-            rows.append((str(number), cost.device, str(cost.num_nodes), format_seconds(cost.forward),
-                         format_seconds(cost.backward), format_seconds(cost.communication), format_seconds(cost.load),
-                         format_bytes(cost.param_bytes), format_bytes(cost.memory_bytes), format_bytes(cost.sent_bytes)))
+            rows.append(
+                (
+                    str(number),
+                    cost.device,
+                    str(cost.num_nodes),
+                    format_seconds(cost.forward),
+                    format_seconds(cost.backward),
+                    format_seconds(cost.communication),
+                    format_seconds(cost.load),
+                    format_bytes(cost.param_bytes),
+                    format_bytes(cost.memory_bytes),
+                    format_bytes(cost.sent_bytes),
+                )
+            )
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
         proof = "proved optimal" if self.proved else f"at most {self.gap:.2%} above the best"

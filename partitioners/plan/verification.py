@@ -39,8 +39,8 @@ def _same(name: str, claimed: float, found: float, scale: float = 0.0) -> None:
 
 
 def check_rules(plan: Plan, graph: nx.DiGraph) -> dict:
-    """The stage of every node. Raises ``PlanError`` where order, co-location, allowed classes or stages that hold nothing
-    forbid them, whatever the costs."""
+    """The stage of every node. Raises ``PlanError`` where order, co-location, allowed classes or stages that hold
+    nothing forbid them, whatever the costs."""
     stage = {node: plan.stage_of.get(str(node), -1) for node in graph}
     for node, place in stage.items():
         if not 0 <= place < plan.num_stages:
@@ -146,8 +146,12 @@ def _traffic(plan: Plan, graph: nx.DiGraph, stage: dict, number: int) -> tuple[f
             into += price(before)
     for holders, size in _holders(graph, stage).values():
         if number in holders and len(holders) > 1:
-            into += (before.latency + (size / before.bandwidth if before.bandwidth else 0.0)) / plan.setting.num_microbatches
-            out += (after.latency + (size / after.bandwidth if after.bandwidth else 0.0)) / plan.setting.num_microbatches
+            into += (
+                before.latency + (size / before.bandwidth if before.bandwidth else 0.0)
+            ) / plan.setting.num_microbatches
+            out += (
+                after.latency + (size / after.bandwidth if after.bandwidth else 0.0)
+            ) / plan.setting.num_microbatches
     return into, out
 
 

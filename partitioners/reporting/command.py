@@ -40,8 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latency", type=parse_seconds, default=0.0, help="of a link, such as 5us")
     parser.add_argument("--objective", choices=OBJECTIVES, default="sum",
                         help="sum: compute + communication; overlap: the larger; 1f1b: the period with link latency")
-    parser.add_argument("--microbatches", type=_count, help="per step; ties and activations count them (default: those that the "
-                        "graph was made with, else 1)")
+    parser.add_argument(
+        "--microbatches",
+        type=_count,
+        help="per step; ties and activations count them (default: those that the graph was made with, else 1)",
+    )
     parser.add_argument("--schedule", choices=("gpipe", "1f1b", "none"), default="gpipe",
                         help="how many micro-batches a stage holds")
     parser.add_argument("--parameter-factor", type=_fraction, default=4.0,
@@ -78,11 +81,22 @@ def plan_graph(graph: nx.DiGraph, args: argparse.Namespace) -> Plan:
     given = graph.graph.get("format") == WORKLOAD
     prefer = args.prefer_single_tensor if args.prefer_single_tensor is not None else 0.0 if given else 0.05
     plan = partition(
-        graph, args.stages, objective=args.objective, bandwidth=args.bandwidth, latency=args.latency,
-        memory=args.memory, memory_model=MemoryModel(args.parameter_factor, args.schedule),
-        num_microbatches=microbatches_of(graph, args.microbatches), stages_per_worker=args.stages_per_worker, allow_empty=given,
-        prefer_single_tensor=prefer, gap=args.gap, time_limit=args.time_limit,
-        progress=lambda line: print(line, file=sys.stderr), recompute=args.recompute)
+        graph,
+        args.stages,
+        objective=args.objective,
+        bandwidth=args.bandwidth,
+        latency=args.latency,
+        memory=args.memory,
+        memory_model=MemoryModel(args.parameter_factor, args.schedule),
+        num_microbatches=microbatches_of(graph, args.microbatches),
+        stages_per_worker=args.stages_per_worker,
+        allow_empty=given,
+        prefer_single_tensor=prefer,
+        gap=args.gap,
+        time_limit=args.time_limit,
+        progress=lambda line: print(line, file=sys.stderr),
+        recompute=args.recompute,
+    )
     verify(plan, graph)
     return plan
 
@@ -96,7 +110,10 @@ def microbatches_of(graph: nx.DiGraph, asked: int | None) -> int:
 def assumptions(plan: Plan, graph: nx.DiGraph) -> dict:
     """What the plan's figures rest on: the batch, where the seconds come from, and the memory model."""
     setting = plan.setting
-    held = [setting.memory_model.in_flight(stage, plan.num_stages, setting.num_microbatches) for stage in range(plan.num_stages)]
+    held = [
+        setting.memory_model.in_flight(stage, plan.num_stages, setting.num_microbatches)
+        for stage in range(plan.num_stages)
+    ]
     return {"num_microbatches": setting.num_microbatches, "made_with": graph.graph.get("made_with"),
             "memory_schedule": setting.memory_model.schedule, "microbatches_held": held,
             "parameter_factor": setting.memory_model.parameter_factor}
@@ -106,14 +123,23 @@ def _tell_assumptions(found: dict) -> str:
     made, count, held = found["made_with"] or {}, found["num_microbatches"], found["microbatches_held"]
     batch = f"{count:,} micro-batch{'es' * (count != 1)}"
     if "rows" in made:
-        batch = f"{made['rows']:,} rows" + (f" of {' x '.join(map(str, made['row']))}" if made.get("row") else "") + f" in {batch}"
+        batch = (
+            f"{made['rows']:,} rows"
+            + (f" of {' x '.join(map(str, made['row']))}" if made.get("row") else "")
+            + f" in {batch}"
+        )
     if made.get("num_microbatches", count) != count:
         batch += f", with seconds and bytes of one of {made['num_microbatches']:,}"
-    source = {"measured": "seconds measured on {device}", "analytic": "analytic seconds for {flops_per_second:.3g} FLOP/s and "
-              "{bytes_per_second:.3g} bytes/s of memory"}.get(made.get("costs"), "seconds as the file says")
+    source = {
+        "measured": "seconds measured on {device}",
+        "analytic": "analytic seconds for {flops_per_second:.3g} FLOP/s and {bytes_per_second:.3g} bytes/s of memory",
+    }.get(made.get("costs"), "seconds as the file says")
     most = str(held[0]) if len(set(held)) == 1 else f"{held[0]} to {held[-1]}"
-    return (f"planned for {batch}; {source.format(**made)}; memory as under {found['memory_schedule']}: {most} micro-batch{'es' * (held != [1] * len(held))} held, "
-            f"{found['parameter_factor']:g} x parameters")
+    return (
+        f"planned for {batch}; {source.format(**made)}; memory as under {found['memory_schedule']}: {most} "
+        f"micro-batch{'es' * (held != [1] * len(held))} held, "
+        f"{found['parameter_factor']:g} x parameters"
+    )
 
 
 def render(plan: Plan, graph: nx.DiGraph, form: str) -> str:

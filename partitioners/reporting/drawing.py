@@ -95,7 +95,10 @@ def _edges(plan: Plan, graph: nx.DiGraph, layout: _Layout) -> list[str]:
         seen.add((u, plan.stage_of[str(v)]))
         bend = min(0.12 * (a - x), LANE) if a - x > 1.5 * layout.step else 0.0
         middle = f"Q{(x + a) / 2:.1f} {(y + b) / 2 + bend:.1f} {a:.1f} {b:.1f}"
-        lines.append(f'<path d="M{x:.1f} {y:.1f} {middle}" fill="none" {ACROSS if cut else INSIDE}' + (' opacity="0.18"/>' if far else "/>"))
+        lines.append(
+            f'<path d="M{x:.1f} {y:.1f} {middle}" fill="none" {ACROSS if cut else INSIDE}'
+            + (' opacity="0.18"/>' if far else "/>")
+        )
     return lines
 
 
@@ -120,9 +123,15 @@ def _legend(graph: nx.DiGraph, layout: _Layout) -> list[str]:
     y, x, parts = layout.bottom + 18, float(MARGIN), []
     for radius, text in ((_radius(0.0), "a node that takes no time"),
                          (_radius(1.0), f"one of {format_seconds(largest)}, forward and backward")):
-        parts += [f'<circle cx="{x + 6:.0f}" cy="{y:.0f}" r="{layout.size * radius:.1f}" fill="#888"/>', _text(x + 20, y + 4, text)]
+        parts += [
+            f'<circle cx="{x + 6:.0f}" cy="{y:.0f}" r="{layout.size * radius:.1f}" fill="#888"/>',
+            _text(x + 20, y + 4, text),
+        ]
         x += 44 + LETTER * len(text)
-    for style, text in ((INSIDE, "value used in its own stage"), (ACROSS, "value that another stage needs (faint: far away)")):
+    for style, text in (
+        (INSIDE, "value used in its own stage"),
+        (ACROSS, "value that another stage needs (faint: far away)"),
+    ):
         parts += [f'<path d="M{x:.0f} {y:.0f}h26" {style}/>', _text(x + 34, y + 4, text)]
         x += 58 + LETTER * len(text)
     return ['<g class="legend">', *parts, "</g>"]
@@ -185,15 +194,20 @@ def _bars(plan: Plan, top: float) -> tuple[list[str], float]:
     x = left + plan.lower_bound * scale
     lines.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top - 6:.0f}" y2="{bottom:.0f}" stroke="#c00" '
                  'stroke-dasharray="4 3"/>')
-    lines.append(f'<text x="{left}" y="{bottom + 16:.0f}" fill="#666">forward (solid), backward (lighter), link (grey); '
-                 f'dashed: no plan is below {escape(format_seconds(plan.lower_bound))}</text>')
+    lines.append(
+        f'<text x="{left}" y="{bottom + 16:.0f}" fill="#666">forward (solid), backward (lighter), link (grey); '
+        f"dashed: no plan is below {escape(format_seconds(plan.lower_bound))}</text>"
+    )
     return lines, bottom + 34
 
 
 def _bar(cost: StageCost, stage: int, left: float, y: float, scale: float, height: int) -> list[str]:
     parts, x = [], left
-    for name, seconds, fill in (("forward", cost.forward, colour(stage)), ("backward", cost.backward, colour(stage, 72)),
-                                ("link", cost.communication, "#999")):
+    for name, seconds, fill in (
+        ("forward", cost.forward, colour(stage)),
+        ("backward", cost.backward, colour(stage, 72)),
+        ("link", cost.communication, "#999"),
+    ):
         parts.append(f'<rect x="{x:.1f}" y="{y:.0f}" width="{seconds * scale:.1f}" height="{height}" fill="{fill}">'
                      f"<title>{name} {escape(format_seconds(seconds))}</title></rect>")
         x += seconds * scale

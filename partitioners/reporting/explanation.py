@@ -53,8 +53,8 @@ class CutStory:
 class Limits:
     """Bottlenecks, in the order of this plan, if one thing were no limit; and the simple bound with its reason.
 
-    ``any_tensors``: if any number of tensors might cross the cuts; the other two likewise. ``tensors_bind``: whether no better
-    cuts of this order let as few tensors cross as the plan's. ``tensors`` cross all cuts of the plan together,
+    ``any_tensors``: if any number of tensors might cross the cuts; the other two likewise. ``tensors_bind``: whether no
+    better cuts of this order let as few tensors cross as the plan's. ``tensors`` cross all cuts of the plan together,
     ``most_tensors`` those for ``any_tensors``.
     """
     free_links: float
@@ -111,9 +111,13 @@ def _by_stage(plan: Plan) -> bool:
 def cut_stories(plan: Plan, graph: nx.DiGraph) -> tuple[CutStory, ...]:
     """One story per cut, from the inputs to the outputs."""
     problem, cuts, levels = _ordered_problem(plan, graph)
-    choices = _second_choices(problem, cuts, levels) if _by_stage(plan) else _nearby_choices(plan, problem, cuts, levels)
+    choices = (
+        _second_choices(problem, cuts, levels) if _by_stage(plan) else _nearby_choices(plan, problem, cuts, levels)
+    )
     better, count = plan.bottleneck * BELOW, crossing_tensors(problem)
-    bind = _by_stage(plan) and any(price < better for _, price in choices) and _tensors_bind(plan, problem, cuts, levels)
+    bind = (
+        _by_stage(plan) and any(price < better for _, price in choices) and _tensors_bind(plan, problem, cuts, levels)
+    )
     return tuple(CutStory(stage, _last(graph, problem.items[:cut]), str(problem.items[cut][0]),
                           _last(graph, problem.items[:place]) if np.isfinite(price) else None,
                           price if np.isfinite(price) else None,
@@ -127,7 +131,8 @@ def _fixed(problem: Problem, levels: list[int]) -> Problem:
 
 
 def _tensors_bind(plan: Plan, problem: Problem, cuts: list[int], levels: list[int]) -> bool:
-    """Whether all better cuts of this order have a wider boundary than the plan, or more tensors over all boundaries."""
+    """Whether all better cuts of this order have a wider boundary than the plan, or more tensors over all
+    boundaries."""
     count, fixed = crossing_tensors(problem), _fixed(problem, levels)
     found = fewest_cuts(fixed, loads_of(fixed), count, plan.bottleneck * BELOW,
                         np.flatnonzero(count <= count[cuts].max(initial=0)))
@@ -208,10 +213,16 @@ def limits(plan: Plan, graph: nx.DiGraph) -> Limits:
     fixed, count = _fixed(problem, levels), crossing_tensors(problem)
     best = best_cuts(fixed, loads_of(fixed))
     assert best is not None, "the plan's own cuts are there"
-    return Limits(free_links=bottleneck(replace(problem, levels=free, nets=nets)),
-                  unlimited_memory=bottleneck(replace(problem, levels=loose, times=times)), bound=bound, reason=reason,
-                  any_tensors=best.bottleneck, tensors=int(count[cuts].sum()), most_tensors=int(count[list(best.positions)].sum()),
-                  tensors_bind=best.bottleneck < plan.bottleneck * BELOW and _tensors_bind(plan, problem, cuts, levels))
+    return Limits(
+        free_links=bottleneck(replace(problem, levels=free, nets=nets)),
+        unlimited_memory=bottleneck(replace(problem, levels=loose, times=times)),
+        bound=bound,
+        reason=reason,
+        any_tensors=best.bottleneck,
+        tensors=int(count[cuts].sum()),
+        most_tensors=int(count[list(best.positions)].sum()),
+        tensors_bind=best.bottleneck < plan.bottleneck * BELOW and _tensors_bind(plan, problem, cuts, levels),
+    )
 
 
 def _title(graph: nx.DiGraph, names: dict[str, object], name: str) -> str:
@@ -269,9 +280,13 @@ def _tell_limits(plan: Plan, found: Limits) -> list[str]:
         lines.append(f"    {found.reason}: {format_seconds(found.bound)}")
     if found.any_tensors < plan.bottleneck * BELOW:
         best = format_seconds(found.any_tensors)
-        lines.append(f"    fewer tensors across the cuts cost {_change(plan.bottleneck, found.any_tensors)} ({found.tensors} in all; "
-                     f"with {found.most_tensors}, {best})" if found.tensors_bind else
-                     f"    other cuts of the same order: {best} ({_change(found.any_tensors, plan.bottleneck)})")
+        lines.append(
+            f"    fewer tensors across the cuts cost {_change(plan.bottleneck, found.any_tensors)} ({found.tensors} "
+            f"in all; "
+            f"with {found.most_tensors}, {best})"
+            if found.tensors_bind
+            else f"    other cuts of the same order: {best} ({_change(found.any_tensors, plan.bottleneck)})"
+        )
     for name, value in (("links: if they were free", found.free_links),
                         ("memory: without a limit", found.unlimited_memory)):
         if value < found.any_tensors * (1 - 1e-9):

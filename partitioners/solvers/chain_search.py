@@ -33,9 +33,13 @@ def best_chain(problem: Problem, known: float, *, limit: int, deadline: float) -
         if back.width() < ahead:
             chain = back.run()
             last = len(problem) - 1
-            return chain and Chain(tuple(tuple(last - item for item in reversed(stage)) for stage in chain.stages[::-1]),
-                                   tuple(len(problem.levels) - 1 - level if problem.counts is None else level
-                                         for level in chain.levels[::-1]), chain.bottleneck)
+            return chain and Chain(
+                tuple(tuple(last - item for item in reversed(stage)) for stage in chain.stages[::-1]),
+                tuple(
+                    len(problem.levels) - 1 - level if problem.counts is None else level for level in chain.levels[::-1]
+                ),
+                chain.bottleneck,
+            )
     return search.run()
 
 
@@ -135,6 +139,7 @@ class ChainSearch:
         return count
 
     def run(self) -> Chain | None:
+        """The best chain below the target, or None, which proves that there is none. Raises ``TooMany``."""
         ends = self.order if self.problem.allow_empty else [self.order[-1]]
         coming: dict = {}
         for state in self.order:

@@ -30,7 +30,8 @@ def crossing_tensors(problem: Problem) -> np.ndarray:
 
 
 def promising_positions(problem: Problem, num_windows: int) -> np.ndarray:
-    """Of each of ``num_windows`` windows of equal work, the position where least crosses (fewest tensors, then first)."""
+    """Of each of ``num_windows`` windows of equal work, the position where least crosses (fewest tensors, then
+    first)."""
     work = np.min([np.where(np.isfinite(times), times, 0.0) for times in problem.times.values()], axis=0)
     share = work / (work.sum() or 1.0) + 1.0 / (4 * len(problem))
     window = (np.cumsum(share) / share.sum() * num_windows * (1 - 1e-12)).astype(int)

@@ -31,8 +31,8 @@ Found = tuple[float, Problem, np.ndarray]    # largest load of a worker, the ord
 
 def interleave(problem: Problem, worker_of: Sequence[int], prefer_single_tensor: float, time_limit: float | None,
                progress: Callable[[str], None] | None) -> Solution:
-    """Stage ``s`` lives on ``worker_of[s]``. Every chain of ideals where they are few; else hill climbing over the cuts of
-    several orders, from many starts, and the bound is all work shared out perfectly, or the heaviest item.
+    """Stage ``s`` lives on ``worker_of[s]``. Every chain of ideals where they are few; else hill climbing over the cuts
+    of several orders, from many starts, and the bound is all work shared out perfectly, or the heaviest item.
     Of cuts within ``prefer_single_tensor`` of the best
     found, those whose boundaries carry the fewest tensors.
     """
@@ -64,7 +64,8 @@ def interleave(problem: Problem, worker_of: Sequence[int], prefer_single_tensor:
 
 
 def _of_all_ideals(problem: Problem, worker_of: Sequence[int], known: float) -> tuple[Found | None, bool]:
-    """The best chain of ideals below ``known``, and whether all were priced. Ways that are worse for every worker end."""
+    """The best chain of ideals below ``known``, and whether all were priced. Ways that are worse for every worker
+    end."""
     few = lattice(problem, FEW_IDEALS)
     if few is None:
         return None, False
@@ -108,7 +109,10 @@ class _Table:
             ends = np.flatnonzero(self.loads[start] < known)
             for end in ends[(ends == len(self.left) - 1) == is_last].tolist():
                 for needs, chain in own:
-                    load, held = needs[worker][0] + float(self.loads[start, end]), needs[worker][1] + float(self.memory[start, end])
+                    load, held = (
+                        needs[worker][0] + float(self.loads[start, end]),
+                        needs[worker][1] + float(self.memory[start, end]),
+                    )
                     made = (*needs[:worker], (load, held), *needs[worker + 1:])
                     spare = sum(known - each for each, _ in made) if known < np.inf else np.inf
                     if load < known * (1 - 1e-12) and held <= self.room and spare >= self.left[end] * (1 - 1e-12):
@@ -124,8 +128,8 @@ def _undominated(ways: list[Way]) -> list[Way]:
 
 
 def _even_out(found: Found, worker_of: Sequence[int], limit: float, deadline: float, *, keep_tensors: bool) -> Found:
-    """Cuts of the same order whose heaviest stage is lighter while no worker has more than ``limit``, with no more tensors over
-    all boundaries if those are to be kept.
+    """Cuts of the same order whose heaviest stage is lighter while no worker has more than ``limit``, with no more
+    tensors over all boundaries if those are to be kept.
 
     A step fills and drains in single stages: of two cuts with equal workers, the one with more equal stages is faster.
     """
@@ -146,15 +150,17 @@ def _even_out(found: Found, worker_of: Sequence[int], limit: float, deadline: fl
 def _fewest(problem: Problem, worker_of: Sequence[int], bound: float, limit: float, deadline: float) -> Found | None:
     """Cuts within ``limit`` where as few tensors cross as possible, if there are any."""
     for most in sorted(set(crossing_tensors(problem)[1:-1].tolist())):
-        best = _climb_all([each for each in _orders(problem, most) if len(each) >= problem.num_stages], worker_of, bound,
-                          deadline)
+        best = _climb_all(
+            [each for each in _orders(problem, most) if len(each) >= problem.num_stages], worker_of, bound, deadline
+        )
         if best is not None and best[0] <= limit:
             return _fewer(best, worker_of, limit)
     return None
 
 
 def _fewer(found: Found, worker_of: Sequence[int], limit: float) -> Found:
-    """One cut after the other, the widest first, moved to where fewer tensors cross, until none can be within ``limit``."""
+    """One cut after the other, the widest first, moved to where fewer tensors cross, until none can be within
+    ``limit``."""
     load, ordered, cuts = found
     climber, count = _Climber(ordered, worker_of), crossing_tensors(ordered)
     tries = sorted((cut for cut in cuts[1:-1].tolist() if count[cut] > 1), key=lambda cut: -count[cut])
@@ -224,7 +230,9 @@ class _Climber:
     def starts(self, *first: np.ndarray) -> Iterator[np.ndarray]:
         """Those given, the best cuts for one stage per worker, then random ones near shares of equal work."""
         yield from first
-        cuts = best_cuts(self.ordered, {self.ordered.levels[0]: np.where(self.table < self.forbidden, self.table, np.inf)})
+        cuts = best_cuts(
+            self.ordered, {self.ordered.levels[0]: np.where(self.table < self.forbidden, self.table, np.inf)}
+        )
         size = len(self.ordered)
         if cuts is not None and len(cuts.positions) == self.stages + 1:
             yield np.array(cuts.positions)
@@ -292,7 +300,10 @@ class _Climber:
         if together:
             parts[one] = self.table[np.ix_(first, second)]
         else:
-            parts |= {one: self.table[first, cuts[one + 1]][:, None], two - 1: self.table[cuts[two - 1], second][None, :]}
+            parts |= {
+                one: self.table[first, cuts[one + 1]][:, None],
+                two - 1: self.table[cuts[two - 1], second][None, :],
+            }
         worst = self._worst(cuts, parts)
         now = worst[cuts[one] - first[0], cuts[two] - second[0]]
         best = np.unravel_index(int(worst.argmin()), worst.shape)
@@ -316,4 +327,6 @@ class _Climber:
         """Cuts beside a stage of the fullest worker, each with every other one: nothing else can help."""
         fullest = np.flatnonzero(self.worker == self.loads(cuts, self.table).argmax())
         beside = {int(cut) for stage in fullest for cut in (stage, stage + 1)} - {0, self.stages}
-        return [(one, two) for one in range(1, self.stages) for two in range(one + 1, self.stages) if {one, two} & beside]
+        return [
+            (one, two) for one in range(1, self.stages) for two in range(one + 1, self.stages) if {one, two} & beside
+        ]

@@ -15,7 +15,8 @@ from partitioners.solvers.problem import Kind, Problem
 class Lattice:
     """All ideals of a small problem, like the positions of an order: what a stage from one to another costs.
 
-    ``loads`` per kind, inf where no stage leads; ``items`` are those of each ideal, the empty one first, the full one last.
+    ``loads`` per kind, inf where no stage leads; ``items`` are those of each ideal, the empty one first, the full one
+    last.
     """
     loads: dict[Kind, np.ndarray]
     items: tuple[frozenset[int], ...]

@@ -34,8 +34,12 @@ def with_memory(problem: Problem, size: float | None) -> Problem:
     levels = tuple(kind if kind.device.memory is None else replace(kind, device=replace(kind.device, memory=size))
                    for kind in problem.levels)
     old = [kind.device for kind in problem.levels]
-    return replace(problem, levels=levels, times={kind.device: problem.times[device] for kind, device in zip(levels, old)},
-                   forward={kind.device: problem.forward[device] for kind, device in zip(levels, old)})
+    return replace(
+        problem,
+        levels=levels,
+        times={kind.device: problem.times[device] for kind, device in zip(levels, old)},
+        forward={kind.device: problem.forward[device] for kind, device in zip(levels, old)},
+    )
 
 
 def stage_bytes(problem: Problem, stage: Iterable[Node], in_flight: int) -> float:

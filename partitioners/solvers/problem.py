@@ -43,6 +43,7 @@ class Kind:
 
     @property
     def symmetric(self) -> bool:
+        """Whether receiving costs as much per byte as sending."""
         return self.link_in == self.link_out
 
 
@@ -74,6 +75,7 @@ class Problem:
 
     @property
     def num_stages(self) -> int:
+        """Stages that are to be made."""
         return len(self.levels) if self.counts is None else sum(self.counts)
 
     @property
@@ -85,6 +87,7 @@ class Problem:
 
     @cached_property
     def successors(self) -> list[list[int]]:
+        """For each item the items that read what it makes."""
         lists: list[list[int]] = [[] for _ in self.items]
         for source, target in self.edges:
             lists[source].append(target)
@@ -92,6 +95,7 @@ class Problem:
 
     @cached_property
     def predecessors(self) -> list[list[int]]:
+        """For each item the items whose results it reads."""
         lists: list[list[int]] = [[] for _ in self.items]
         for source, target in self.edges:
             lists[target].append(source)
@@ -99,6 +103,7 @@ class Problem:
 
     @cached_property
     def paying(self) -> list[Kind]:
+        """The kinds of device that pay for what crosses a link."""
         return [kind for kind in self.levels if kind.device.pays_link]
 
     def memory_may_bind(self) -> bool:
@@ -130,12 +135,22 @@ def build_problem(graph: nx.DiGraph, *, cluster: Cluster, num_stages: int, objec
     workspace = np.array([max(graph.nodes[node].get("workspace_bytes", 0.0) for node in group) for group in groups],
                          float)
     return Problem(
-        items=groups, edges=edges, nets=_nets(graph, order, item_of, num_microbatches),
-        shared=tuple((pins, factor * size) for pins, size in _shared(graph, item_of).values()), times=times, forward=forward,
-        fixed_bytes=factor * total("param_bytes") + total("memory_bytes"), activation_bytes=total("activation_bytes"),
-        workspace_bytes=workspace, crossing=_crossing(graph, item_of),
+        items=groups,
+        edges=edges,
+        nets=_nets(graph, order, item_of, num_microbatches),
+        shared=tuple((pins, factor * size) for pins, size in _shared(graph, item_of).values()),
+        times=times,
+        forward=forward,
+        fixed_bytes=factor * total("param_bytes") + total("memory_bytes"),
+        activation_bytes=total("activation_bytes"),
+        workspace_bytes=workspace,
+        crossing=_crossing(graph, item_of),
         has_parameters=np.array([any(has_parameters(graph.nodes[node]) for node in group) for group in groups], bool),
-        levels=levels, counts=counts, objective=objective, allow_empty=allow_empty)
+        levels=levels,
+        counts=counts,
+        objective=objective,
+        allow_empty=allow_empty,
+    )
 
 
 def has_parameters(data: dict) -> bool:

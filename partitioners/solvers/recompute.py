@@ -49,7 +49,9 @@ def _of_all_ideals(problem: Problem, best: Solution | None) -> Solution | None:
     few = lattice(loose, FEW)
     if few is None or np.count_nonzero(problem.activation_bytes) > FEW_NODES or any(map(_many, problem.items)):
         return None
-    tables = {kind: few.loads[free] + _extra(problem, kind, few.items) for kind, free in zip(problem.levels, loose.levels)}
+    tables = {
+        kind: few.loads[free] + _extra(problem, kind, few.items) for kind, free in zip(problem.levels, loose.levels)
+    }
     cuts = best_cuts(problem, tables)
     if cuts is None:
         return None

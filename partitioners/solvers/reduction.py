@@ -1,9 +1,9 @@
 """Merging items without losing the optimum.
 
 If ``u`` is the only item right before ``v``, then moving ``v`` to ``u``'s stage keeps the order. It costs that stage at
-most ``w_v`` plus the nets of ``v`` that do not touch ``u``, and saves the nets ``{u, v}``. Where that is not positive the
-move never hurts (the cut is symmetric and submodular, so ``v``'s old stage gains at least as much), and some optimum has
-both together. The same holds backwards for the only item right after ``u``.
+most ``w_v`` plus the nets of ``v`` that do not touch ``u``, and saves the nets ``{u, v}``. Where that is not positive
+the move never hurts (the cut is symmetric and submodular, so ``v``'s old stage gains at least as much), and some
+optimum has both together. The same holds backwards for the only item right after ``u``.
 """
 from __future__ import annotations
 

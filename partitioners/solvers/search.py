@@ -87,6 +87,7 @@ def tables(problem: Problem) -> Iterator[tuple[Problem, dict[Kind, np.ndarray]]]
 
 
 def loads_of(problem: Problem) -> dict[Kind, np.ndarray]:
+    """Seconds of each stage of a solution."""
     return {kind: segment_loads(problem, kind) for kind in dict.fromkeys(problem.levels)}
 
 
@@ -105,6 +106,7 @@ def _focus(ordered: Problem) -> Problem:
 
 
 def runs(ordered: Problem, cuts: Cuts) -> tuple[tuple[Node, ...], ...]:
+    """The nodes of each stage of an order that is cut at these positions."""
     return tuple(sum(ordered.items[a:b], ()) for a, b in zip(cuts.positions, cuts.positions[1:]))
 
 
@@ -169,7 +171,9 @@ def _least_memory(problem: Problem, deadline: float) -> str | None:
     limited = [(stage, problem.levels[level]) for stage, level in zip(even.stages, even.levels)
                if problem.levels[level].device.memory is not None]
     need = max((stage_bytes(problem, stage, kind.in_flight) for stage, kind in limited), default=0.0)
-    return f"{math.ceil(need * (1 - 1e-12)):,} bytes per device" + (" at most" if need > even.lower_bound * (1 + 1e-9) else "")
+    return f"{math.ceil(need * (1 - 1e-12)):,} bytes per device" + (
+        " at most" if need > even.lower_bound * (1 + 1e-9) else ""
+    )
 
 
 def _by_ideals(problem: Problem, whole: Problem, best: Solution | None, gap: float, deadline: float,
@@ -209,7 +213,8 @@ def _with_free_links(problem: Problem, best: Solution, gap: float) -> Solution:
 
 def _few_ideals(problem: Problem, whole: Problem, best: Solution | None,
                 deadline: float) -> tuple[Chain | None, Solution | None, bool]:
-    """Where memory binds: the exact search if ideals are few, else bounds from both sides; and whether that settles it."""
+    """Where memory binds: the exact search if ideals are few, else bounds from both sides; and whether that settles
+    it."""
     try:
         chain = best_chain(problem, best.bottleneck if best else np.inf, limit=FEW_IDEALS, deadline=deadline)
     except TooMany:
@@ -230,7 +235,9 @@ def _around_memory(problem: Problem, best: Solution | None, deadline: float) -> 
             known = best.bottleneck if best else np.inf
             chain = best_chain(side, known, limit=_most_ideals(side), deadline=deadline)
             below = side.fixed_bytes.sum() < problem.fixed_bytes.sum()
-            stages = chain and tuple(tuple(node for item in stage for node in side.items[item]) for stage in chain.stages)
+            stages = chain and tuple(
+                tuple(node for item in stage for node in side.items[item]) for stage in chain.stages
+            )
             if chain is not None and not below:
                 best = Solution(stages, chain.levels, chain.bottleneck, best.lower_bound if best else 0.0,
                                 best.proof if best else "")
@@ -264,13 +271,20 @@ def _by_sweeps(problem: Problem, best: Solution, gap: float, deadline: float,
         found[cuts.bottleneck] = ordered, cuts
         return cuts.bottleneck
     try:
-        for bracket in narrow(problem, Bracket(best.bottleneck, best.lower_bound, _ideals(problem, best)), evaluate, gap=gap,
-                              deadline=deadline if np.isfinite(deadline) else time.monotonic() + EFFORT):
+        for bracket in narrow(
+            problem,
+            Bracket(best.bottleneck, best.lower_bound, _ideals(problem, best)),
+            evaluate,
+            gap=gap,
+            deadline=deadline if np.isfinite(deadline) else time.monotonic() + EFFORT,
+        ):
             if bracket.upper < best.bottleneck:
                 ordered, cuts = found[bracket.upper]
                 best = replace(best, stages=runs(ordered, cuts), levels=cuts.levels, bottleneck=bracket.upper)
             if bracket.lower > best.lower_bound:
-                best = replace(best, lower_bound=bracket.lower, proof="integer programmes, one per stage, find no better")
+                best = replace(
+                    best, lower_bound=bracket.lower, proof="integer programmes, one per stage, find no better"
+                )
             if progress:
                 progress(f"bottleneck {format_seconds(best.bottleneck)}, gap {_gap(best):.2%}")
     except NoSolver as error:
@@ -291,14 +305,16 @@ def _ideals(problem: Problem, solution: Solution) -> tuple[frozenset[int], ...]:
 
 
 def _fewest_tensors(tables: list, limit: float) -> tuple[Problem, Cuts] | None:
-    """Cuts within ``limit`` whose widest boundary carries as few tensors as possible, then all together, then the lowest
-    bottleneck."""
+    """Cuts within ``limit`` whose widest boundary carries as few tensors as possible, then all together, then the
+    lowest bottleneck."""
     counts = [crossing_tensors(ordered) for ordered, _ in tables]
     for most in np.unique(np.concatenate(counts)):
         best = None
         for (ordered, loads), count in zip(tables, counts):
             found = fewest_cuts(ordered, loads, count, limit, np.flatnonzero(count <= most))
-            if found is not None and (best is None or (found[0], found[1].bottleneck * SAME) < (best[0], best[2].bottleneck)):
+            if found is not None and (
+                best is None or (found[0], found[1].bottleneck * SAME) < (best[0], best[2].bottleneck)
+            ):
                 best = found[0], ordered, found[1]
         if best is not None:
             return best[1:]

@@ -25,6 +25,7 @@ class Plane:
         self.weights: list[float] = []
 
     def add(self, rectangle: Rectangle, weight: float) -> None:
+        """Add ``weight`` to every segment whose start and end lie in ``rectangle``."""
         first, last, low, high = rectangle
         if first >= last or low >= high:
             return
@@ -223,8 +224,8 @@ def _walk_back(problem: Problem, tables: dict[Kind, np.ndarray], places: np.ndar
 
 def fewest_cuts(problem: Problem, loads: dict[Kind, np.ndarray], count: np.ndarray, limit: float,
                 positions: np.ndarray) -> tuple[float, Cuts] | None:
-    """Cuts at some of ``positions`` with no load above ``limit`` whose sum of ``count`` is least, of those the ones with the
-    lowest bottleneck; and that sum. None if there are none. O(stages n^2)."""
+    """Cuts at some of ``positions`` with no load above ``limit`` whose sum of ``count`` is least, of those the ones
+    with the lowest bottleneck; and that sum. None if there are none. O(stages n^2)."""
     places = np.unique(np.concatenate(([0], positions, [len(count) - 1])))
     tables = {kind: table[np.ix_(places, places)] for kind, table in loads.items()}
     prices = {kind: _prices(table, count[places], limit) for kind, table in tables.items()}

@@ -1,10 +1,10 @@
 """Bounds and solutions by sweeps of small integer programmes, where ideals are too many to count.
 
-For a target load T, sweep over the stages. From below (dual): x_0 = 0 and x_{j+1} is the most work that an ideal can hold
-whose last stage starts at *some* ideal of work x_j or less and has load T or less; if x_k stays below all work, no k
-stages have loads of T or less (by induction on the work of the j-th ideal). From above (primal): the same from the very
-ideal found before; reaching all items is a solution. The works of the best chain known guide the dual sweep: it need not
-know how far below them x_j is, and so most items are settled before the solver (HiGHS, through scipy) starts.
+For a target load T, sweep over the stages. From below (dual): x_0 = 0 and x_{j+1} is the most work that an ideal can
+hold whose last stage starts at *some* ideal of work x_j or less and has load T or less; if x_k stays below all work, no
+k stages have loads of T or less (by induction on the work of the j-th ideal). From above (primal): the same from the
+very ideal found before; reaching all items is a solution. The works of the best chain known guide the dual sweep: it
+need not know how far below them x_j is, and so most items are settled before the solver (HiGHS, through scipy) starts.
 """
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ class Sweeper:
              seconds: float, thrift: float = 0.0) -> tuple[float, frozenset[int] | None]:
         """Most work of an ideal one stage of load ``target`` away: a bound, and an ideal if one was found.
 
-        The stage begins at the ideal ``start``, or at any whose work is in ``starts``. ``thrift`` takes that multiple of
-        the ideal's own cut off its work, for the stages to come must pay it.
+        The stage begins at the ideal ``start``, or at any whose work is in ``starts``. ``thrift`` takes that multiple
+        of the ideal's own cut off its work, for the stages to come must pay it.
         """
         size, nets = self.size, len(self.price)
         low, high = np.zeros(2 * size + 3 * nets), np.ones(2 * size + 3 * nets)
@@ -201,7 +201,9 @@ class Sweeper:
                 break
         return chain[1:]
 
-    def _advance(self, target: float, start: frozenset[int], ends: Window, thrift: float, deadline: float) -> frozenset[int]:
+    def _advance(
+        self, target: float, start: frozenset[int], ends: Window, thrift: float, deadline: float
+    ) -> frozenset[int]:
         """The ideal one stage further; with less thrift where so much of it would rather stay."""
         found = None
         while found in (None, start) and time.monotonic() < deadline and thrift > LEAST_THRIFT:
@@ -322,8 +324,9 @@ def narrow(problem: Problem, bracket: Bracket, evaluate: Callable[[list[frozense
         yield Bracket(min(load, upper), max(lower, min(bound, load, upper)), chain if load < upper else bracket.chain)
         return
     begin = time.monotonic()
-    for bracket in _from_above(sweeper, bracket, evaluate, max(gap, 2e-3) / 2, begin + 0.4 * (deadline - begin)):
-        yield bracket
+    for closer in _from_above(sweeper, bracket, evaluate, max(gap, 2e-3) / 2, begin + 0.4 * (deadline - begin)):
+        yield closer
+        bracket = closer
     yield from _from_below(sweeper, bracket, gap, deadline)
 
 
@@ -374,7 +377,8 @@ def _from_below(sweeper: Sweeper, bracket: Bracket, gap: float, deadline: float)
 
 def _refuted(near: Sweeper, far: Sweeper, target: float, guide: list[float], slack: float, deadline: float,
              step_gap: float) -> bool:
-    """Whether no chain has loads of ``target`` or less: seen from one end, or where sweeps from both ends do not meet."""
+    """Whether no chain has loads of ``target`` or less: seen from one end, or where sweeps from both ends do not
+    meet."""
     begin = time.monotonic()
     reached = near.dual(target, guide, slack, begin + 0.8 * (deadline - begin), step_gap)
     return len(reached) == len(guide) or not far.meets(target, reached, len(guide), deadline)

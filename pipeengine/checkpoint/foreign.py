@@ -1,7 +1,7 @@
 """Parameters that other workers hold: gone from this worker's model, so that nobody uses them by accident.
 
-After construction a foreign parameter's place on the user's model is on meta. A forward of the whole model, or a save that
-goes around the pipeline, then fails or cannot be loaded, where it would otherwise silently use initial values.
+After construction a foreign parameter's place on the user's model is on meta. A forward of the whole model, or a save
+that goes around the pipeline, then fails or cannot be loaded, where it would otherwise silently use initial values.
 """
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def release_foreign(model: torch.nn.Module, held: Collection[str]) -> None:
 
 
 def fetch_missing(model: torch.nn.Module, held: Collection[str], device: torch.device, workers: Workers) -> None:
-    """Get the values of held tensors that are on meta here and real on another worker, such as after an earlier pipeline.
+    """Get the values of held tensors that are on meta here and real on another worker, such as after an earlier
+    pipeline.
 
     Every worker calls it. The first worker that has a value sends it to all. What nobody has stays on meta.
     """

@@ -1,7 +1,7 @@
 """Checkpoint folders, read in the names and shapes of the model at hand.
 
-Hugging Face holds some architectures otherwise than their files do: other names, one tensor for what is one per expert on disk.
-transformers knows how to turn one into the other; that is followed here for just the tensors that are wanted.
+Hugging Face holds some architectures otherwise than their files do: other names, one tensor for what is one per expert
+on disk. transformers knows how to turn one into the other; that is followed here for just the tensors that are wanted.
 """
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def files_of(folder: Path) -> dict[str, str]:
     raise InputError(f"{folder} is no checkpoint: it has neither {INDEX} nor {SINGLE}")
 
 
-def read(folder: Path, files: Mapping[str, str], sources: Collection[Source]) -> Iterator[tuple[Source, Mapping[str, torch.Tensor]]]:
+def read(
+    folder: Path, files: Mapping[str, str], sources: Collection[Source]
+) -> Iterator[tuple[Source, Mapping[str, torch.Tensor]]]:
     """What each source gives, one after the other; nothing else is read."""
     with ExitStack() as stack:
         readers = {}

@@ -36,8 +36,8 @@ def load_state(own: Mapping[str, torch.Tensor], known: Mapping[str, str], state:
                strict: bool) -> None:
     """Copy ``state`` into the tensors of ``own``; everything is checked before anything changes.
 
-    ``known`` has every name of the model. Raises ``InputError`` for a wrong shape, and with ``strict`` for names that the
-    model does not have or entries of ``own`` that ``state`` has not.
+    ``known`` has every name of the model. Raises ``InputError`` for a wrong shape, and with ``strict`` for names that
+    the model does not have or entries of ``own`` that ``state`` has not.
     """
     unknown = sorted(set(state) - set(known))
     missing = sorted(set(own) - set(state))
@@ -51,8 +51,10 @@ def load_state(own: Mapping[str, torch.Tensor], known: Mapping[str, str], state:
             raise InputError(f"{name} is {shape} in the state dict and {tuple(own[name].shape)} in the model; give the "
                              "state of this model")
         if state[name].device.type == "meta":
-            raise InputError(f"{name} has no data in the state dict (it is on meta: of a stage that another worker holds?); "
-                             "take pipe.full_state_dict() or pipe.state_dict()")
+            raise InputError(
+                f"{name} has no data in the state dict (it is on meta: of a stage that another worker holds?); "
+                "take pipe.full_state_dict() or pipe.state_dict()"
+            )
     with torch.no_grad():
         for name in set(own) & set(state):
             own[name].copy_(state[name])

@@ -19,8 +19,9 @@ def load_stage(model: torch.nn.Module, held: Collection[str], device: torch.devi
                seed: int) -> None:
     """Put the tensors named in ``held`` on ``device``: real ones are moved, those on meta are made.
 
-    Made tensors come from the modules' own initialisers, keyed by name, so that any number of stages gives the same weights, and
-    then from the Hugging Face checkpoint folder ``weights``, if given. Nothing else of the model is touched.
+    Made tensors come from the modules' own initialisers, keyed by name, so that any number of stages gives the same
+    weights, and then from the Hugging Face checkpoint folder ``weights``, if given. Nothing else of the model is
+    touched.
     """
     slots = tensor_slots(model)
     made: set[str] = set()
@@ -91,7 +92,7 @@ def _initialise(model: torch.nn.Module, slots, made: set[str], read: set[str], d
     mode = _Seeded(names, seed, device)
     try:
         with mode, torch.no_grad():
-            for path, module, initialise in _initialisers(model, {id(m) for n in made for m, _ in slots[n]}):
+            for path, _, initialise in _initialisers(model, {id(m) for n in made for m, _ in slots[n]}):
                 mode.path = path
                 initialise()
     finally:
@@ -104,9 +105,12 @@ def _initialise(model: torch.nn.Module, slots, made: set[str], read: set[str], d
     if missing:
         module = slots[missing[0]][0][0]
         raise InputError(
-            f"{len(missing)} of {len(made)} tensors on meta have no initial value, first {missing[0]}: no reset_parameters or "
-            f"_init_weights of {type(module).__name__} or of a module around it writes it. Give the class a reset_parameters, "
-            "pass weights=, or build the model for real")
+            f"{len(missing)} of {len(made)} tensors on meta have no initial value, first {missing[0]}: no "
+            f"reset_parameters or "
+            f"_init_weights of {type(module).__name__} or of a module around it writes it. Give the class a "
+            f"reset_parameters, "
+            "pass weights=, or build the model for real"
+        )
 
 
 def _initialisers(model: torch.nn.Module, owners: set[int]) -> Iterator[tuple[str, torch.nn.Module, object]]:
@@ -116,8 +120,10 @@ def _initialisers(model: torch.nn.Module, owners: set[int]) -> Iterator[tuple[st
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
         if id(module) in owners and callable(reset):
             yield path, module, reset
-    around = {path: next((modules[p] for p in _upwards(path) if callable(getattr(modules[p], "_init_weights", None))), None)
-              for path in modules}
+    around = {
+        path: next((modules[p] for p in _upwards(path) if callable(getattr(modules[p], "_init_weights", None))), None)
+        for path in modules
+    }
     for path in sorted(modules, key=lambda p: -p.count(".") - (p != "")):
         if around[path] is not None:
             module = modules[path]
@@ -146,16 +152,20 @@ def _read_weights(model: torch.nn.Module, slots, held: Collection[str], folder: 
         elif any(alias in persistent for alias in aliases[name]):
             missing.append(name)
     if missing:
-        raise InputError(f"{folder} lacks {len(missing)} of {len(missing) + sum(map(len, wanted.values()))} tensors of this "
-                         f"worker's stages, first {missing[0]}; it holds {len(files)}, such as {next(iter(files), 'none')}. Is it "
-                         "a checkpoint of this architecture?")
+        raise InputError(
+            f"{folder} lacks {len(missing)} of {len(missing) + sum(map(len, wanted.values()))} tensors of this "
+            f"worker's stages, first {missing[0]}; it holds {len(files)}, such as {next(iter(files), 'none')}. Is it "
+            "a checkpoint of this architecture?"
+        )
     with torch.no_grad():
         for source, found in read(folder, files, wanted):
             for name, alias in wanted[source]:
                 target, value = get_tensor(*slots[name][0]), found[alias]
                 if target.shape != value.shape:
-                    raise InputError(f"{folder}: {source.keys[0]} has shape {tuple(value.shape)}, the model's {name} has "
-                                     f"{tuple(target.shape)}")
+                    raise InputError(
+                        f"{folder}: {source.keys[0]} has shape {tuple(value.shape)}, the model's {name} has "
+                        f"{tuple(target.shape)}"
+                    )
                 target.copy_(value)
     return {name for entries in wanted.values() for name, _ in entries}
 
@@ -169,7 +179,8 @@ def _aliases(model: torch.nn.Module) -> dict[str, list[str]]:
 
 
 def save_weights(model: torch.nn.Module, owned: Collection[str], folder: Path, workers) -> None:
-    """Every worker writes the tensors it owns; the first one writes the index, last, and the model's config if it has one."""
+    """Every worker writes the tensors it owns; the first one writes the index, last, and the model's config if it has
+    one."""
     persistent = set(model.state_dict(keep_vars=True))
     slots = tensor_slots(model)
     aliases = _aliases(model)

@@ -1,7 +1,7 @@
 """``pipeengine``: plan, profile, simulate and report from the command line.
 
-With ``--format json`` the answer is one JSON object on stdout, an error included; the exit status is 2 when there is no valid
-answer. torch is imported only for commands that are given a model.
+With ``--format json`` the answer is one JSON object on stdout, an error included; the exit status is 2 when there is no
+valid answer. torch is imported only for commands that are given a model.
 """
 from __future__ import annotations
 
@@ -93,13 +93,17 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
                         help="for a model: from FLOPs and bytes, or measured here")
     parser.add_argument("--flops", type=command.parse_rate, metavar="RATE",
                         help="a device's FLOP/s, such as 300T, for analytic costs")
-    parser.add_argument("--memory-bandwidth", type=command.parse_rate, metavar="RATE", help="its bytes per second, such as 2TB/s")
+    parser.add_argument(
+        "--memory-bandwidth", type=command.parse_rate, metavar="RATE", help="its bytes per second, such as 2TB/s"
+    )
     _model_arguments(parser)
     for action in parser._actions:
         if action.dest == "graph":
             action.metavar = "MODEL"
-            action.help = ("a cost graph (JSON or a PipeDream profile), a Hugging Face config.json, package.module:factory or "
-                           "path/to/file.py:factory")
+            action.help = (
+                "a cost graph (JSON or a PipeDream profile), a Hugging Face config.json, package.module:factory or "
+                "path/to/file.py:factory"
+            )
 
 
 def _plan(args: argparse.Namespace) -> tuple[int, str]:
@@ -148,8 +152,17 @@ def _profiled(args: argparse.Namespace, costs: str) -> networkx.DiGraph:
     if costs == "analytic":
         described = DeviceDescription(getattr(args, "flops", None) or described.flops_per_second,
                                       getattr(args, "memory_bandwidth", None) or described.bytes_per_second)
-    return profile(made.model, made.example, num_microbatches=args.microbatches or 1, loss_fn=made.loss_fn, target=made.target,
-                   costs=described if costs == "analytic" else costs, device=args.device, cache=args.cache, progress=_progress())
+    return profile(
+        made.model,
+        made.example,
+        num_microbatches=args.microbatches or 1,
+        loss_fn=made.loss_fn,
+        target=made.target,
+        costs=described if costs == "analytic" else costs,
+        device=args.device,
+        cache=args.cache,
+        progress=_progress(),
+    )
 
 
 def _profile_arguments(parser: argparse.ArgumentParser) -> None:
@@ -158,7 +171,9 @@ def _profile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--microbatches", type=int, default=1, help="micro-batches that the batch is cut into")
     parser.add_argument("--depth", type=int, default=2, help="how deep into the module tree the table goes")
     parser.add_argument("--format", choices=("text", "json"), default="text")
-    parser.add_argument("-o", "--output", metavar="GRAPH", help="write the cost graph here; `pipeengine plan GRAPH` reads it")
+    parser.add_argument(
+        "-o", "--output", metavar="GRAPH", help="write the cost graph here; `pipeengine plan GRAPH` reads it"
+    )
     _model_arguments(parser)
 
 

@@ -29,8 +29,10 @@ def load(name: str, *, rows: int, length: int | None) -> Named:
     if name.endswith(".json"):
         return Named(*from_config(Path(name), rows=rows, length=length))
     if ":" not in name:
-        raise InputError(f"{name!r} names no model; give package.module:factory, path/to/file.py:factory (the factory returns "
-                         f"{_FORMS}) or a Hugging Face config.json")
+        raise InputError(
+            f"{name!r} names no model; give package.module:factory, path/to/file.py:factory (the factory returns "
+            f"{_FORMS}) or a Hugging Face config.json"
+        )
     made = named(name)()
     if not (isinstance(made, tuple) and 2 <= len(made) <= 4 and isinstance(made[0], torch.nn.Module)):
         kind = f"{len(made)} things, the first a {type(made[0]).__name__}" if isinstance(made, tuple) and made else \
@@ -38,7 +40,9 @@ def load(name: str, *, rows: int, length: int | None) -> Named:
         raise InputError(f"{name} returned {kind}; it must return {_FORMS}")
     found = Named(*made)
     if found.loss_fn is not None and not callable(found.loss_fn):
-        raise InputError(f"{name} returned something of type {type(found.loss_fn).__name__} as loss_fn; it must return {_FORMS}")
+        raise InputError(
+            f"{name} returned something of type {type(found.loss_fn).__name__} as loss_fn; it must return {_FORMS}"
+        )
     return found
 
 
@@ -66,7 +70,12 @@ def _class_of(transformers, config):
 
 
 def _automatic(transformers, config) -> torch.nn.Module:
-    for name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForImageClassification"):
+    for name in (
+        "AutoModelForCausalLM",
+        "AutoModelForSeq2SeqLM",
+        "AutoModelForMaskedLM",
+        "AutoModelForImageClassification",
+    ):
         try:
             return getattr(transformers, name).from_config(config)
         except ValueError:
@@ -80,8 +89,10 @@ def _example(config, model, rows: int, length: int | None) -> dict[str, torch.Te
         return {"pixel_values": torch.zeros(rows, getattr(config, "num_channels", 3), size, size),
                 "labels": torch.zeros(rows, dtype=torch.int64)}
     if model.main_input_name != "input_ids":
-        raise InputError(f"{type(model).__name__} takes {model.main_input_name}, for which no example can be made from a config "
-                         "alone; give a factory that returns model, example")
+        raise InputError(
+            f"{type(model).__name__} takes {model.main_input_name}, for which no example can be made from a config "
+            "alone; give a factory that returns model, example"
+        )
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 512
     tokens = torch.zeros(rows, length or min(longest, 2048), dtype=torch.int64)

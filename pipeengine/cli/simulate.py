@@ -28,19 +28,30 @@ from pipeengine.synthesis import SCHEDULES, build, find
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``pipeengine simulate``."""
-    parser.add_argument("--schedule", default="all", metavar="NAME",
-                        help=f"all (a table that compares them), one of {', '.join(SCHEDULES)}, or your own: a .csv file of "
-                        "torch's text form, or module:function or path/to/file.py:function; default all")
+    parser.add_argument(
+        "--schedule",
+        default="all",
+        metavar="NAME",
+        help=f"all (a table that compares them), one of {', '.join(SCHEDULES)}, or your own: a .csv file of "
+        "torch's text form, or module:function or path/to/file.py:function; default all",
+    )
     parser.add_argument("--workers", type=int, metavar="P", help="number of workers; with --plan, those of the plan")
-    parser.add_argument("--microbatches", type=int, metavar="M", help="number of micro-batches; with --plan, the plan's")
+    parser.add_argument(
+        "--microbatches", type=int, metavar="M", help="number of micro-batches; with --plan, the plan's"
+    )
     parser.add_argument("--stages-per-worker", type=int, metavar="V", help="for schedules that take any number")
     parser.add_argument("--forward", type=float, metavar="F",
                         help="time of one micro-batch's forward on one worker, shared by its stages; default 1")
     parser.add_argument("--input-grad", type=float, metavar="I", help="time of its input gradient; default 1")
     parser.add_argument("--weight-grad", type=float, metavar="W", help="time of its weight gradient; default 1")
     parser.add_argument("--hop", type=float, metavar="C", help="time of one message; default 0")
-    parser.add_argument("--max-peak", type=float, metavar="A", help="activations a worker may keep, in micro-batches (with "
-                        "--plan, in bytes); auto is made for it (default those of 1F1B), others that need more are refused")
+    parser.add_argument(
+        "--max-peak",
+        type=float,
+        metavar="A",
+        help="activations a worker may keep, in micro-batches (with "
+        "--plan, in bytes); auto is made for it (default those of 1F1B), others that need more are refused",
+    )
     parser.add_argument("--objective", choices=("makespan", "span"),
                         help="for auto: what to make short; default makespan")
     parser.add_argument("--weight-activation", type=float, metavar="S",
@@ -144,8 +155,10 @@ def _from_plan(args: argparse.Namespace) -> Callable[[str], _Result]:
         per_worker = args.stages_per_worker or _stages_per_worker(name, args, plan)
         if args.workers is not None and args.workers * per_worker != plan.num_stages:
             fitting = ", ".join(str(count) for count in range(1, plan.num_stages + 1) if plan.num_stages % count == 0)
-            raise ScheduleError(f"--workers is {args.workers}, with {per_worker} stages each; the plan has {plan.num_stages} stages: "
-                                f"leave --workers out, or give one of {fitting}")
+            raise ScheduleError(
+                f"--workers is {args.workers}, with {per_worker} stages each; the plan has {plan.num_stages} stages: "
+                f"leave --workers out, or give one of {fitting}"
+            )
         workers = plan.num_stages // per_worker
         schedule = build(name, num_workers=workers, num_microbatches=microbatches, stages_per_worker=per_worker,
                          costs=costs, max_peak=args.max_peak, objective=args.objective)
@@ -214,11 +227,35 @@ def _chrome(args: argparse.Namespace, results: list[_Result], refused: object) -
 
 
 def _table(args: argparse.Namespace, results: list[_Result], refused: list[tuple[str, PipeEngineError]]) -> str:
-    heads = ("schedule", "workers", "stages", "makespan", "span", "bubble", "fill/drain", "imbalance", "comm.", "peak", "messages")
-    rows = [(r.schedule.name, str(r.timeline.num_workers), str(r.schedule.topology.num_stages), seconds_text(r.timeline.makespan),
-             seconds_text(r.timeline.span), f"{100 * r.bubble:.2f} %", seconds_text(r.parts.fill_drain),
-             _signed(r.parts.imbalance), _signed(r.parts.communication), f"{max(r.peaks):,.4g}", f"{r.messages:,}")
-            for r in sorted(results, key=lambda r: r.timeline.makespan)]
+    heads = (
+        "schedule",
+        "workers",
+        "stages",
+        "makespan",
+        "span",
+        "bubble",
+        "fill/drain",
+        "imbalance",
+        "comm.",
+        "peak",
+        "messages",
+    )
+    rows = [
+        (
+            r.schedule.name,
+            str(r.timeline.num_workers),
+            str(r.schedule.topology.num_stages),
+            seconds_text(r.timeline.makespan),
+            seconds_text(r.timeline.span),
+            f"{100 * r.bubble:.2f} %",
+            seconds_text(r.parts.fill_drain),
+            _signed(r.parts.imbalance),
+            _signed(r.parts.communication),
+            f"{max(r.peaks):,.4g}",
+            f"{r.messages:,}",
+        )
+        for r in sorted(results, key=lambda r: r.timeline.makespan)
+    ]
     widths = [max(map(len, column)) for column in zip(heads, *rows)]
     lines = ["  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths)))
              for row in [heads, ["-" * w for w in widths], *rows]]

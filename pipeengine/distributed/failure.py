@@ -31,6 +31,7 @@ class Description(NamedTuple):
 
     @classmethod
     def of(cls, error: BaseException) -> Description:
+        """The three texts of ``error``."""
         return cls(type(error).__name__, str(error), "".join(traceback.format_exception(error)))
 
     def error(self, rank: int) -> Exception:

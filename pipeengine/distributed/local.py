@@ -46,22 +46,26 @@ class LocalTransport:
         self.bytes = 0
 
     def begin(self, step: int, digest: int) -> None:
+        """A new step: what an earlier one left behind is dropped."""
         self._held.clear()
 
     def irecv(self, kind: int, source: int, target: int, microbatch: int, layout: Layout) -> None:
-        pass
+        """Nothing to prepare: nothing travels."""
 
     def send(self, kind: int, source: int, target: int, microbatch: int, tensors: list[torch.Tensor],
              layout: Layout) -> None:
+        """Hold the tensors, as they are, for ``recv``."""
         self._held[kind, source, target, microbatch] = tensors
 
     def recv(self, kind: int, source: int, target: int, microbatch: int, layout: Layout) -> list[torch.Tensor]:
+        """The very tensors that ``send`` was given."""
         return self._held.pop((kind, source, target, microbatch))
 
     def finish(self) -> None:
-        pass
+        """Nothing is on its way."""
 
     def close(self) -> None:
+        """Drop what nobody asked for."""
         self._held.clear()
 
 
@@ -74,9 +78,10 @@ class NullTransport(LocalTransport):
 
     def send(self, kind: int, source: int, target: int, microbatch: int, tensors: list[torch.Tensor],
              layout: Layout) -> None:
-        pass
+        """Send nothing."""
 
     def recv(self, kind: int, source: int, target: int, microbatch: int, layout: Layout) -> list[torch.Tensor]:
+        """Zeros of the right shapes."""
         found = self._zeros.get(id(layout))
         if found is None:
             found = self._zeros[id(layout)] = unpack(torch.zeros(layout.bytes, dtype=torch.uint8), layout)

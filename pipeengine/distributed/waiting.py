@@ -49,6 +49,7 @@ class Waiter:
             raise error
 
     def close(self) -> None:
+        """Let the helper thread end."""
         if self._thread is not None:
             self._todo.put(None)
             self._thread = None

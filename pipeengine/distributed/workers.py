@@ -86,44 +86,56 @@ class SingleProcess:
         self._published: dict[int, str] = {}
 
     def run_synchronized(self, what: Callable[[], object]) -> object:
+        """Do it."""
         return what()
 
     def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str]) -> None:
+        """Raise the ``problem``, if there is one."""
         if problem is not None:
             raise problem
 
     def broadcast_object(self, value: object, source: int = 0) -> object:
+        """The value itself."""
         return value
 
     def all_gather_object(self, value: object) -> list:
+        """A list of the one value."""
         return [value]
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """The tensor itself."""
         return tensor
 
     def send_to_first(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """The tensor itself."""
         return tensor
 
     def all_reduce(self, tensor: torch.Tensor, largest: bool = False) -> torch.Tensor:
+        """The tensor itself."""
         return tensor
 
     def connect_stages(self, worker_of: Sequence[int], device: torch.device) -> Transport:
+        """Stages hand values over as they are."""
         return LocalTransport()
 
     def tie(self, ties: Sequence[Tie], tensors: Mapping[str, torch.Tensor], device: torch.device) -> NoTies:
+        """Aliases are one tensor here: nothing to keep equal."""
         return NoTies()
 
     def fail(self, error: BaseException, where: str) -> BaseException:
+        """Nobody to tell: the error as it is."""
         return error
 
     def publish(self, text: str) -> None:
+        """Keep the text."""
         self._published = {0: text}
 
     def published(self) -> dict[int, str]:
+        """The text kept last, if any, as that of worker 0."""
         return self._published
 
     def close(self) -> None:
-        pass
+        """No connections to give up."""
 
 
 class ProcessGroupWorkers:
@@ -140,9 +152,11 @@ class ProcessGroupWorkers:
         self._name = self.broadcast_object(uuid.uuid4().hex)
 
     def connect_stages(self, worker_of: Sequence[int], device: torch.device) -> Transport:
+        """A transport with groups of its own; every worker calls it."""
         return DistributedTransport(worker_of, self.rank, self.ranks, device, self.backend, self.timeout, self.waiter)
 
     def tie(self, ties: Sequence[Tie], tensors: Mapping[str, torch.Tensor], device: torch.device) -> TiedParameters:
+        """The copies of shared tensors, on groups of their own, equal from the start; every worker calls it."""
         tied = TiedParameters(ties, {tie.name: tensors[tie.name] for tie in ties if self.rank in tie.workers},
                               self.rank, self.ranks, self.backend, self.timeout, self.waiter)
         tied.equalise()
@@ -296,6 +310,7 @@ class ProcessGroupWorkers:
         return WorkerError(f"worker {self.rank} failed {where}: {type(error).__name__}: {error}")
 
     def close(self) -> None:
+        """Give up the control group. Dropping the last reference closes the connections."""
         self.waiter.close()
         group, self._group = self._group, None
         if group is not None:

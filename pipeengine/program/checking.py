@@ -38,7 +38,8 @@ def check_schedule(schedule: Schedule, edges: Sequence[Edge], max_peak: float | 
 
 def check_program(program: Program, edges: Sequence[Edge], max_peak: float | Sequence[float] | None,
                   costs: Costs | None) -> None:
-    """Those rules, and each message sent and received once where it belongs, first in first out per pair, no deadlock."""
+    """Those rules, and each message sent and received once where it belongs, first in first out per pair, no
+    deadlock."""
     schedule = program.schedule
     _each_where_it_belongs(schedule, edges)
     send, receive = _matched(program, edges)
@@ -77,9 +78,11 @@ def _in_range(schedule: Schedule) -> None:
         microbatch >= schedule.num_microbatches)
     if outside.any():
         i = int(outside.argmax())
-        raise ScheduleError(f"entry {i} has operation {op[i]}, stage {stage[i]} and micro-batch {microbatch[i]}, outside "
-                            f"the {len(LETTERS)} letters, {topology.num_stages} stages and {schedule.num_microbatches} "
-                            "micro-batches; number all from 0")
+        raise ScheduleError(
+            f"entry {i} has operation {op[i]}, stage {stage[i]} and micro-batch {microbatch[i]}, outside "
+            f"the {len(LETTERS)} letters, {topology.num_stages} stages and {schedule.num_microbatches} "
+            "micro-batches; number all from 0"
+        )
     worker = np.repeat(np.arange(topology.num_workers), np.diff(schedule.starts))
     wrong = np.asarray(topology.worker_of)[stage] != worker
     if wrong.any():
@@ -113,7 +116,9 @@ def _none_missing(count: dict[int, np.ndarray], visits: np.ndarray, forward_only
     refuse(count[F] < visits, "no F; every stage runs every micro-batch of its route forward once")
     if forward_only:
         return
-    refuse((count[B] > 0) & (count[I] + count[W] > 0), "both B and I or W; B stands for I and W together, keep one form")
+    refuse(
+        (count[B] > 0) & (count[I] + count[W] > 0), "both B and I or W; B stands for I and W together, keep one form"
+    )
     refuse((count[B] + count[I] < visits), "no B and no I; give one B, or one I and one W")
     refuse((count[I] != count[W]), "I without W or W without I; the two halves of backward come in pairs")
 
@@ -181,7 +186,8 @@ def match_messages(program: Program) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def _matched(program: Program, edges: Sequence[Edge]) -> tuple[np.ndarray, np.ndarray]:
-    """The line of each message's send and of its receive: first activations, then gradients, by edge and micro-batch."""
+    """The line of each message's send and of its receive: first activations, then gradients, by edge and
+    micro-batch."""
     op = program.columns.op
     codes, wanted = _wanted(program, edges)
     found = []
@@ -200,7 +206,8 @@ def _matched(program: Program, edges: Sequence[Edge]) -> tuple[np.ndarray, np.nd
 
 
 def _wanted(program: Program, edges: Sequence[Edge]) -> tuple[np.ndarray, np.ndarray]:
-    """Codes of the edges between workers, ascending, and per slot (kind, edge, micro-batch) whether a message must be."""
+    """Codes of the edges between workers, ascending, and per slot (kind, edge, micro-batch) whether a message must
+    be."""
     stages, owner = program.topology.num_stages, program.topology.worker_of
     visits = program.topology.visits(program.num_microbatches)
     crossing = {edge.source * stages + edge.target: edge for edge in edges if owner[edge.source] != owner[edge.target]}
@@ -278,7 +285,9 @@ def _between(program: Program, send: np.ndarray, receive: np.ndarray) -> np.ndar
         raise ScheduleError(f"{_at(program, send[i])} sends before {_at(program, producer[i])} has made it; swap them")
     if (consumer < receive).any():
         i = int((consumer < receive).argmax())
-        raise ScheduleError(f"{_at(program, receive[i])} is posted after {_at(program, consumer[i])} needs it; swap them")
+        raise ScheduleError(
+            f"{_at(program, receive[i])} is posted after {_at(program, consumer[i])} needs it; swap them"
+        )
     return consumer
 
 
@@ -286,8 +295,8 @@ def _in_order_of_time(program: Program, send: np.ndarray, receive: np.ndarray) -
     """Whether ``program.planned`` proves both remaining rules, in a few array operations.
 
     It does when each message has one time, and every worker's messages ascend in (time, number): the least message
-    that is not through has on both sides only smaller ones before it, and what is computed before it needs only these. So
-    it can go through, whatever blocks.
+    that is not through has on both sides only smaller ones before it, and what is computed before it needs only these.
+    So it can go through, whatever blocks.
     """
     if program.planned is None:
         return False
@@ -328,8 +337,8 @@ def _first_in_first_out(program: Program, send: np.ndarray, receive: np.ndarray)
 def _no_deadlock(program: Program, send: np.ndarray, receive: np.ndarray, consumer: np.ndarray) -> None:
     """Sends block until received, receives are posted without blocking, all messages of a worker share one channel.
 
-    A send starts when its receive is posted and both workers' earlier messages are through; a computation when the sends
-    of all it receives are.
+    A send starts when its receive is posted and both workers' earlier messages are through; a computation when the
+    sends of all it receives are.
     """
     n = program.num_actions
     none = np.full(n, -1, np.int64)

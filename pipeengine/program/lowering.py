@@ -19,8 +19,8 @@ from pipeengine.simulation import RA, RG, SA, SG, Costs, Timeline, simulate
 
 
 class _Messages(NamedTuple):
-    """The messages of one edge and direction, one entry per micro-batch: made and used by which actions, and after which
-    other one (-1: none); seconds when each can go, and of its event."""
+    """The messages of one edge and direction, one entry per micro-batch: made and used by which actions, and after
+    which other one (-1: none); seconds when each can go, and of its event."""
     grad: bool
     edge: Edge
     sender: int
@@ -45,8 +45,8 @@ def lower(schedule: Schedule, edges: Sequence[Edge] | None = None, costs: Costs 
     worker carries one at a time; beyond ``QUEUED`` messages, or where they take no time, its producer's end. A receive
     stands one computation ahead of its event, so that it is posted while that computation runs. With ``window``, a
     message waits until the ``window``-th earlier one of its edge begins to be consumed: fewer buffers at the receiver
-    where a schedule runs far ahead (GPipe), more at the sender. Blocks are dissolved: a worker runs one action at a time
-    and sends each result when it is there.
+    where a schedule runs far ahead (GPipe), more at the sender. Blocks are dissolved: a worker runs one action at a
+    time and sends each result when it is there.
     """
     edges = tuple(schedule.topology.chain() if edges is None else edges)
     topology, costs = schedule.topology, _never_free(costs or Costs.uniform(schedule.topology))
@@ -121,7 +121,9 @@ def _unqueued(schedule: Schedule, edges: Sequence[Edge], timeline: Timeline, win
                 after = _held_back(timeline.start[used], used, window)
                 time = np.where(after >= 0, np.maximum(timeline.end[made], timeline.start[after]), timeline.end[made])
                 time = (np.floor(time / grain + 0.01) - 0.1) * grain
-                yield _Messages(grad, edge, worker_of[giver], worker_of[taker], microbatch, made, used, after, time, time)
+                yield _Messages(
+                    grad, edge, worker_of[giver], worker_of[taker], microbatch, made, used, after, time, time
+                )
 
 
 def _held_back(consumed: np.ndarray, used: np.ndarray, window: int | None) -> np.ndarray:
@@ -163,7 +165,9 @@ def _lines(messages: Sequence[_Messages], worker: int) -> tuple[np.ndarray, ...]
         ends = part.edge.source, part.edge.target
         stage, peer = ends if op in (SA, RG) else ends[::-1]
         size = len(part.time)
-        parts.append((np.full(size, op), np.full(size, stage), part.microbatch, np.full(size, peer), part.ready, part.time))
+        parts.append(
+            (np.full(size, op), np.full(size, stage), part.microbatch, np.full(size, peer), part.ready, part.time)
+        )
     if not parts:
         return tuple(np.zeros(0, kind) for kind in (int, int, int, int, float, float))
     columns = [np.concatenate(column) for column in zip(*parts)]

@@ -37,7 +37,8 @@ class ProgramLane(NamedTuple):
 class Program:
     """A schedule with its messages: per worker, what to compute, send and post a receive for, in order.
 
-    ``planned`` may hold a time per line that puts all messages in one order; ``check`` verifies that and is then faster.
+    ``planned`` may hold a time per line that puts all messages in one order; ``check`` verifies that and is then
+    faster.
     """
     name: str
     topology: Topology
@@ -56,6 +57,7 @@ class Program:
 
     @property
     def num_actions(self) -> int:
+        """Lines of all workers."""
         return sum(len(lane.op) for lane in self.lanes)
 
     @cached_property
@@ -95,8 +97,10 @@ _TORCH = {"SEND_F": (SA, 1), "RECV_F": (RA, -1), "SEND_B": (SG, -1), "RECV_B": (
 def _cell(cell: str) -> tuple[int, int, int, int]:
     match = re.fullmatch(r"\s*(\d+)(SA|RA|SG|RG|[FBIW]|SEND_[FB]|RECV_[FB])(\d+)(?:@(\d+))?\s*", cell)
     if match is None:
-        raise ScheduleError(f"{cell.strip()!r} is no line of a program; one is a stage, an operation and a micro-batch, "
-                            "such as 0F3, with the other stage for a message, such as 0SA3@1")
+        raise ScheduleError(
+            f"{cell.strip()!r} is no line of a program; one is a stage, an operation and a micro-batch, "
+            "such as 0F3, with the other stage for a message, such as 0SA3@1"
+        )
     stage, op, microbatch, peer = int(match[1]), match[2], int(match[3]), match[4]
     if op in _TORCH:
         code, step = _TORCH[op]

@@ -7,8 +7,8 @@ from pipeengine.report.numbers import seconds_text
 from pipeengine.report.run_report import RunReport
 from pipeengine.simulation import Timeline
 
-# What handing a result to another process of the same machine takes, with what both of them spend on it, in seconds. Stages
-# that differ by less per micro-batch are even.
+# What handing a result to another process of the same machine takes, with what both of them spend on it, in seconds.
+# Stages that differ by less per micro-batch are even.
 _HANDOVER = 5e-4
 _UNEVEN, _IDLE, _HELD_UP = 1.1, 0.15, 2.0
 
@@ -26,8 +26,11 @@ def _advice_in_turns(report: RunReport, name: str) -> list[str]:
     seconds = [getattr(row, f"{name}_seconds") or 0.0 for row in report.rows]
     busy = np.bincount([row.worker for row in report.rows], seconds)
     worst, least = int(busy.argmax()), int(busy.argmin())
-    lines = [f"most work: stages of worker {worst} with {seconds_text(busy[worst])} s {name}; least: those of worker {least} with "
-             f"{seconds_text(busy[least])} s"]
+    lines = [
+        f"most work: stages of worker {worst} with {seconds_text(busy[worst])} s {name}; least: those of worker "
+        f"{least} with "
+        f"{seconds_text(busy[least])} s"
+    ]
     if busy[worst] - busy.mean() > max((_UNEVEN - 1) * busy.mean(), _HANDOVER * report.num_microbatches):
         lines.append(_uneven(worst, busy).replace("has", "would have", 1))
     return lines + ["only a run with one process per worker (torchrun) shows how long workers wait for each other"]
@@ -51,8 +54,11 @@ def _advice_apart(report: RunReport, name: str, timeline: Timeline) -> list[str]
 
 
 def _uneven(worst: int, busy: np.ndarray) -> str:
-    return (f"worker {worst} has {busy[worst] / busy.mean():.2f} times the mean work: plan again with measured costs, or open the "
-            "modules of its stage")
+    return (
+        f"worker {worst} has {busy[worst] / busy.mean():.2f} times the mean work: plan again with measured costs, or "
+        f"open the "
+        "modules of its stage"
+    )
 
 
 def _held_up(report: RunReport, timeline: Timeline, explained: float) -> str:
@@ -61,8 +67,12 @@ def _held_up(report: RunReport, timeline: Timeline, explained: float) -> str:
     text = (f"messages and overhead dominate: work and schedule explain {seconds_text(explained)} s of the "
             f"{seconds_text(timeline.makespan)} s; ")
     if action > 2 * _HANDOVER:
-        return text + (f"an action takes {seconds_text(action)} s, much more than handing over its result should: look at the "
-                       "links, and at what else the machines do")
-    fewer = f"micro-batches of more rows (fewer than {report.num_microbatches}), " if report.num_microbatches > 1 else ""
+        return text + (
+            f"an action takes {seconds_text(action)} s, much more than handing over its result should: look at the "
+            "links, and at what else the machines do"
+        )
+    fewer = (
+        f"micro-batches of more rows (fewer than {report.num_microbatches}), " if report.num_microbatches > 1 else ""
+    )
     return text + (f"the stages are too small: an action takes {seconds_text(action)} s, handing over its result some "
                    f"{_HANDOVER} s; {fewer}larger batches or fewer stages would help")

@@ -10,14 +10,18 @@ from pipeengine.report.svg import Panel, timeline_svg
 from pipeengine.report.table import Column, headline, lengths_in_turns, table_columns
 
 _STYLE = """
-body { font: 15px/1.5 Helvetica, Arial, sans-serif; color: #222; background: #fff; max-width: 1040px; margin: 2.5em auto; padding: 0 1.5em; }
+body { font: 15px/1.5 Helvetica, Arial, sans-serif; color: #222; background: #fff; max-width: 1040px;
+margin: 2.5em auto; padding: 0 1.5em; }
 h1 { font-size: 1.5em; margin: 0 0 .2em; } h2 { font-size: 1.1em; margin: 2em 0 .6em; }
 p { margin: .2em 0; } .quiet { color: #666; }
 .figures { display: flex; gap: 2.2em; margin: 1.2em 0; flex-wrap: wrap; }
-.figures div { border-left: 3px solid #3f72b0; padding-left: .7em; } .figures b { display: block; font-size: 1.35em; font-weight: 600; }
+.figures div { border-left: 3px solid #3f72b0; padding-left: .7em; }
+.figures b { display: block; font-size: 1.35em; font-weight: 600; }
 table { border-collapse: collapse; font-size: .87em; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .35em .65em; white-space: nowrap; } th.left, td.left { text-align: left; white-space: normal; }
-thead th { font-weight: 600; color: #444; } thead tr.groups th { text-align: center; padding-bottom: 0; color: #777; font-weight: 400; }
+th, td { text-align: right; padding: .35em .65em; white-space: nowrap; }
+th.left, td.left { text-align: left; white-space: normal; }
+thead th { font-weight: 600; color: #444; }
+thead tr.groups th { text-align: center; padding-bottom: 0; color: #777; font-weight: 400; }
 thead tr:last-child th { border-bottom: 1.5px solid #444; } tbody td { border-bottom: 1px solid #e3e5e8; }
 td.left { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .92em; }
 svg { max-width: 100%; height: auto; display: block; } .wide { overflow-x: auto; }

@@ -9,7 +9,8 @@ from pipeengine.schedules import Schedule
 
 
 def step_bytes(plan: Plan, schedule: Schedule) -> tuple[float, ...]:
-    """The most that a step adds to each worker's memory: activations, gradients (there are none at first), scratch, messages."""
+    """The most that a step adds to each worker's memory: activations, gradients (there are none at first), scratch,
+    messages."""
     worker_of = schedule.topology.worker_of
     constant = [room - twice for room, twice in zip(_message_bytes(plan, worker_of), _counted_twice(plan, worker_of))]
     return tuple(most_added(plan, schedule.actions(worker)) + constant[worker] for worker in range(len(constant)))

@@ -45,16 +45,27 @@ def measured_timeline(published: Mapping[int, str], *, schedule: str, num_worker
                                  num_workers=num_workers if num_workers > 1 else num_stages)
 
 
-def stage_rows(plan: Plan, schedule: Schedule, parameters: Mapping[int, int], num_microbatches: int) -> Iterator[StageRow]:
+def stage_rows(
+    plan: Plan, schedule: Schedule, parameters: Mapping[int, int], num_microbatches: int
+) -> Iterator[StageRow]:
     """One row per stage: what it holds, and what it sends in a step."""
     memory, worker_of = stage_bytes(plan, schedule), schedule.topology.worker_of
     for stage in range(plan.num_stages):
-        sends = [b for b in plan.boundaries if b.source == stage and b.values and worker_of[b.target] != worker_of[stage]]
-        returns = [b for b in plan.boundaries if b.target == stage and b.gradients and worker_of[b.source] != worker_of[stage]]
-        yield StageRow(stage, worker_of[stage], modules=ends(plan, stage), parameters=parameters[stage],
-                       predicted_bytes=memory[stage],
-                       sent_bytes=float(num_microbatches * (sum(b.bytes for b in sends) + sum(b.gradient_bytes for b in returns))),
-                       sent_messages=num_microbatches * (len(sends) + len(returns)))
+        sends = [
+            b for b in plan.boundaries if b.source == stage and b.values and worker_of[b.target] != worker_of[stage]
+        ]
+        returns = [
+            b for b in plan.boundaries if b.target == stage and b.gradients and worker_of[b.source] != worker_of[stage]
+        ]
+        yield StageRow(
+            stage,
+            worker_of[stage],
+            modules=ends(plan, stage),
+            parameters=parameters[stage],
+            predicted_bytes=memory[stage],
+            sent_bytes=float(num_microbatches * (sum(b.bytes for b in sends) + sum(b.gradient_bytes for b in returns))),
+            sent_messages=num_microbatches * (len(sends) + len(returns)),
+        )
 
 
 def save_report(report: RunReport, folder: Path) -> None:

@@ -32,8 +32,9 @@ class StageRow:
 class RunReport:
     """A run: its stages, the timeline that was predicted for a step and the one that was measured.
 
-    Seconds of ``StageRow`` are those of a step; where a row has none, they are summed from the timelines. ``in_turns``: all
-    stages ran in one process, one after the other, while workers and the predicted timeline are those of separate workers.
+    Seconds of ``StageRow`` are those of a step; where a row has none, they are summed from the timelines. ``in_turns``:
+    all stages ran in one process, one after the other, while workers and the predicted timeline are those of separate
+    workers.
     """
     name: str
     schedule: str
@@ -58,6 +59,7 @@ class RunReport:
         return StageRow(**values)
 
     def to_json(self) -> str:
+        """The report as JSON text."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         plain |= {"kind": "pipeengine run", "rows": [asdict(row) for row in self.rows], "notes": list(self.notes)}
         plain |= {name: plain[name] and plain[name].to_dict() for name in ("predicted", "measured")}
@@ -65,6 +67,7 @@ class RunReport:
 
     @classmethod
     def from_json(cls, text: str) -> RunReport:
+        """The report that ``to_json`` wrote. Raises ``InputError`` for any other text."""
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
@@ -83,6 +86,7 @@ class RunReport:
                              "give a file that save() wrote") from error
 
     def save(self, path: str | Path) -> None:
+        """Write the JSON to ``path``; folders are made."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(self.to_json())
 

@@ -83,7 +83,9 @@ def _legend(panels: Sequence[Panel], left: float, width: float) -> tuple[str, fl
             x, y = left, y + 18
         if colour:
             parts.append(f'<rect x="{x:g}" y="{y - 10:g}" width="12" height="12" rx="2" fill="{colour}"/>')
-        parts.append(f'<text x="{x + (17 if colour else 0):g}" y="{y:g}" fill="{"#222" if colour else "#666"}">{text}</text>')
+        parts.append(
+            f'<text x="{x + (17 if colour else 0):g}" y="{y:g}" fill="{"#222" if colour else "#666"}">{text}</text>'
+        )
         x += room + 20
     return "".join(parts), y + 16
 
@@ -102,7 +104,9 @@ def _panel(panel: Panel, frame: _Frame, width: float, unit: str, hover: bool) ->
             middle = y + frame.lane / 2 + 4
             lines.append(f'<text x="{frame.left - 8:g}" y="{middle:g}" text-anchor="end">{panel.lane} {worker}</text>')
             if idles:
-                lines.append(f'<text x="{width - 4:g}" y="{middle:g}" text-anchor="end" fill="#666">{100 * idle:.1f} %</text>')
+                lines.append(
+                    f'<text x="{width - 4:g}" y="{middle:g}" text-anchor="end" fill="#666">{100 * idle:.1f} %</text>'
+                )
     return "".join(lines) + _blocks(timeline, frame, hover) + _axis(panel, frame, unit)
 
 

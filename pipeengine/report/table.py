@@ -46,6 +46,7 @@ def table_columns(report: RunReport) -> list[Column]:
 
 
 def headline(report: RunReport) -> list[str]:
+    """The lines above the table: model, schedule, length of a step, loss, notes."""
     workers = len({row.worker for row in report.rows})
     where = "in one process" if report.in_turns else f"on {workers} workers"
     lines = [f"{report.name}: {len(report.rows)} stages {where}, schedule {report.schedule}, "
@@ -66,7 +67,8 @@ def _lengths(report: RunReport) -> list[str]:
 
 
 def lengths_in_turns(report: RunReport) -> list[str]:
-    """What can be compared when the stages took turns: the seconds in which they were busy, not the length of the step."""
+    """What can be compared when the stages took turns: the seconds in which they were busy, not the length of the
+    step."""
     lines, measured, predicted = [], report.measured, report.predicted
     if measured:
         lines.append(f"step: measured {seconds_text(measured.makespan)} s, all stages in turns")
@@ -76,8 +78,10 @@ def lengths_in_turns(report: RunReport) -> list[str]:
                      + _deviation(measured.busy.sum(), predicted.busy.sum()))
         lines.append(busy)
     if predicted and predicted.num_workers > 1:
-        lines.append(f"on {predicted.num_workers} workers: predicted {seconds_text(predicted.makespan)} s per step, if messages "
-                     "took no time")
+        lines.append(
+            f"on {predicted.num_workers} workers: predicted {seconds_text(predicted.makespan)} s per step, if messages "
+            "took no time"
+        )
     return lines
 
 

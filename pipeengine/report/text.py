@@ -10,9 +10,9 @@ from pipeengine.simulation import OPS, Timeline
 def timeline_text(timeline: Timeline, width: int = 120) -> str:
     """The grid of a timeline, one row per worker and at most ``width`` columns.
 
-    Actions carry their micro-batch where a cell per smallest action leaves room (``F0 F1 .  B0---``); else every column shows
-    the letter that fills most of it, and the micro-batch where an action is wide enough (``F0F1B0--``). Lower case is a
-    later stage of the worker, a dot idle time.
+    Actions carry their micro-batch where a cell per smallest action leaves room (``F0 F1 .  B0---``); else every column
+    shows the letter that fills most of it, and the micro-batch where an action is wide enough (``F0F1B0--``). Lower
+    case is a later stage of the worker, a dot idle time.
     """
     mask = timeline.computes & (timeline.end > timeline.start)
     if not mask.any():
@@ -47,7 +47,8 @@ def _name(timeline: Timeline, i: int, later: int) -> str:
 
 
 def _letters(timeline: Timeline, mask: np.ndarray, begin: float, span: float, room: int) -> list[str]:
-    """One letter per column: the operation that is busy for most of that column, if for half of it; wider actions by name."""
+    """One letter per column: the operation that is busy for most of that column, if for half of it; wider actions by
+    name."""
     columns, later = _busiest(timeline, mask, begin, span, room), shades(timeline)
     for i in np.flatnonzero(mask).tolist():
         name, wide = _name(timeline, i, later[i]), (timeline.end[i] - timeline.start[i]) / span * room

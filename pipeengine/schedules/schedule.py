@@ -89,10 +89,12 @@ class Topology:
 
     @property
     def num_stages(self) -> int:
+        """Stages of one copy of the model."""
         return len(self.worker_of)
 
     @cached_property
     def num_workers(self) -> int:
+        """Workers, idle ones included."""
         return max(self.worker_of) + 1
 
     def stages_of(self, worker: int) -> tuple[int, ...]:
@@ -101,6 +103,7 @@ class Topology:
 
     @property
     def num_routes(self) -> int:
+        """Copies of the model that micro-batches go through: 2 where they go both ways."""
         return max(len(self.routes), 1)
 
     @cached_property
@@ -136,6 +139,7 @@ class Lane(NamedTuple):
 
     @classmethod
     def of(cls, op: Iterable[int], stage: Iterable[int], microbatch: Iterable[int]) -> Lane:
+        """A lane from any sequences of the three columns."""
         return cls(np.asarray(op, np.uint8), np.asarray(stage, np.int32), np.asarray(microbatch, np.int32))
 
 
@@ -168,6 +172,7 @@ class Schedule:
 
     @property
     def num_actions(self) -> int:
+        """Actions of all workers."""
         return sum(len(lane.op) for lane in self.lanes)
 
     @cached_property
@@ -199,6 +204,7 @@ class Schedule:
 
     @cached_property
     def forward_only(self) -> bool:
+        """Whether there is no backward at all, as in evaluation."""
         return all(not lane.op.any() for lane in self.lanes)
 
     def actions(self, worker: int) -> list[tuple[str, int, int]]:

@@ -65,8 +65,10 @@ class Costs:
                 put(name, getattr(self, name))
         _per_stage("edge_bytes", list(self.edge_bytes.values()), len(self.edge_bytes))
         if not 0 <= self.hop < float("inf") or (self.bandwidth is not None and not self.bandwidth > 0):
-            raise ScheduleError(f"hop is {self.hop} seconds and bandwidth {self.bandwidth} bytes per second; a hop takes 0 "
-                                "or more, a bandwidth is over 0 or left out")
+            raise ScheduleError(
+                f"hop is {self.hop} seconds and bandwidth {self.bandwidth} bytes per second; a hop takes 0 "
+                "or more, a bandwidth is over 0 or left out"
+            )
 
     @classmethod
     def uniform(cls, topology: Topology, *, forward: float = 1.0, input_grad: float = 1.0, weight_grad: float = 1.0,

@@ -22,9 +22,11 @@ class LinkTimes:
         rate = self.bytes_per_second
         if not all(0 <= seconds < math.inf for seconds in (self.latency_seconds, self.send_overhead_seconds)) or (
                 rate is not None and not rate > 0):
-            raise ScheduleError(f"a message takes {self.latency_seconds} s and {self.send_overhead_seconds} s of its "
-                                f"sender, at {rate} bytes per second; give finite seconds of 0 or more, and a rate over "
-                                "0 or None")
+            raise ScheduleError(
+                f"a message takes {self.latency_seconds} s and {self.send_overhead_seconds} s of its "
+                f"sender, at {rate} bytes per second; give finite seconds of 0 or more, and a rate over "
+                "0 or None"
+            )
 
     @classmethod
     def free(cls) -> LinkTimes:

@@ -31,8 +31,11 @@ def simulate(order: object, costs: Costs | None = None, edges: Sequence[Edge] | 
     try:
         start, end = solve(schedule.starts, costs.duration(op, stage), waits(schedule, edges, costs))
     except Stuck as stuck:
-        raise ScheduleError(f"schedule {schedule.name} stops after "
-                            f"{int((stuck.position - schedule.starts[:-1]).sum())} of {schedule.num_actions} actions; check() shows the cycle") from None
+        raise ScheduleError(
+            f"schedule {schedule.name} stops after "
+            f"{int((stuck.position - schedule.starts[:-1]).sum())} of {schedule.num_actions} actions; check() shows "
+            f"the cycle"
+        ) from None
     worker = np.repeat(np.arange(schedule.topology.num_workers, dtype=np.int32), np.diff(schedule.starts))
     peaks = tuple(peak_activations(schedule, costs)) if costs.activation is not None else None
     timeline = Timeline(schedule.name, schedule.topology.num_workers, schedule.num_microbatches, worker, op, stage,

@@ -102,6 +102,7 @@ class Timeline:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, object]) -> Timeline:
+        """The timeline that ``to_dict`` made. Raises ``ScheduleError`` where columns are missing."""
         known = {f.name for f in fields(cls)}
         missing = set(COLUMNS) - set(data)
         if missing:
@@ -110,9 +111,11 @@ class Timeline:
         return cls.from_columns(**{name: value for name, value in data.items() if name in known})
 
     def to_json(self) -> str:
+        """The timeline as JSON text."""
         return json.dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> Timeline:
+        """The timeline that ``to_json`` wrote."""
         return cls.from_dict(json.loads(text))
 COLUMNS = ("worker", "op", "stage", "microbatch", "start", "end")

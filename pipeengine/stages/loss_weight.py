@@ -9,8 +9,27 @@ from pipeengine.rng import RngStreams
 from pipeengine.stages.guards import needed_nodes, value_function
 from pipeengine.tracing import Dataflow, Node, Recording, Ref, node_refs
 
-_PASSED_ON = {"to", "float", "double", "view", "reshape", "squeeze", "mul", "__mul__", "__rmul__", "add", "__add__", "__radd__",
-              "__truediv__", "div", "clone", "type", "contiguous", "mean", "sum"}
+_PASSED_ON = {
+    "to",
+    "float",
+    "double",
+    "view",
+    "reshape",
+    "squeeze",
+    "mul",
+    "__mul__",
+    "__rmul__",
+    "add",
+    "__add__",
+    "__radd__",
+    "__truediv__",
+    "div",
+    "clone",
+    "type",
+    "contiguous",
+    "mean",
+    "sum",
+}
 
 
 def target_count(flow: Dataflow, model: torch.nn.Module):

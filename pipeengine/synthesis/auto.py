@@ -1,7 +1,7 @@
 """Orders made for the costs at hand: ``auto``, and a bound that no order can beat.
 
-Three steps. Build orders greedily in time, input gradients first, weight gradients into gaps, for a grid of warm-ups and
-patiences, one worker's at a time after that; add what the built-in schedules do; then swap neighbours
+Three steps. Build orders greedily in time, input gradients first, weight gradients into gaps, for a grid of warm-ups
+and patiences, one worker's at a time after that; add what the built-in schedules do; then swap neighbours
 on the critical path (tabu search, as for job shops: Nowicki and Smutnicki, Management Science 1996). The gap filling
 goes back to Qi et al., Zero Bubble, ICLR 2024, section 3. Deterministic: every worker of a job finds the same order.
 """

@@ -10,13 +10,17 @@ from pipeengine.simulation import Costs
 from pipeengine.synthesis.problem import SLACK, Problem, pose_problem
 
 
-def lower_bound(topology: Topology, num_microbatches: int, costs: Costs, max_peak: float | Sequence[float] | None = None,
-                ) -> float:
+def lower_bound(
+    topology: Topology,
+    num_microbatches: int,
+    costs: Costs,
+    max_peak: float | Sequence[float] | None = None,
+) -> float:
     """Seconds that no order on this topology can beat (makespan, activations under ``max_peak``).
 
     Each action gets a time before which it cannot start and a time that must follow its end, from the actions before
-    and after it on its way, from memory, and from its worker's own work. Then each worker alone, allowed to interrupt its
-    actions, needs so long (Jackson's preemptive schedule; Carlier, European Journal of Operational Research 1982).
+    and after it on its way, from memory, and from its worker's own work. Then each worker alone, allowed to interrupt
+    its actions, needs so long (Jackson's preemptive schedule; Carlier, European Journal of Operational Research 1982).
     """
     task = pose_problem(topology, num_microbatches, costs, max_peak, "makespan")
     heads, tails = _earliest(task), _following(task)
@@ -79,7 +83,8 @@ def _room(task: Problem, s: int, k: int, busy: float, inputs: Sequence[float]) -
 
 
 def _following(task: Problem) -> list[list[list[float]]]:
-    """Per F, I, W, stage and k: the least time from the end of the k-th of them on that stage to the last end of all."""
+    """Per F, I, W, stage and k: the least time from the end of the k-th of them on that stage to the last end of
+    all."""
     m, stages, (f, i, w) = task.microbatches, task.num_stages, task.seconds
     tails = [[[0.0] * m for _ in range(stages)] for _ in range(3)]
     forward, inputs, _ = tails

@@ -1,7 +1,7 @@
 """Orders made greedily in time: at each free moment I, else F, else W, else wait.
 
-List scheduling: input gradients first, weight gradients into gaps, for a grid of warm-ups and patiences, one worker's at
-a time after that. The gap filling goes back to Qi et al., Zero Bubble, ICLR 2024, section 3.
+List scheduling: input gradients first, weight gradients into gaps, for a grid of warm-ups and patiences, one worker's
+at a time after that. The gap filling goes back to Qi et al., Zero Bubble, ICLR 2024, section 3.
 """
 from __future__ import annotations
 
@@ -108,7 +108,8 @@ def warmup_candidates(task: Problem) -> Iterable[list[int]]:
 def _until_gradient(task: Problem, patience: float) -> list[int]:
     """Forwards that each worker has time for until its first gradient comes.
 
-    One more where the rest is over ``patience`` of a forward; such a one makes the gradient late for all workers before.
+    One more where the rest is over ``patience`` of a forward; such a one makes the gradient late for all workers
+    before.
     """
     forward, inputs, _ = task.seconds
     chosen, trip, late = [], 0.0, 0.0

@@ -29,17 +29,21 @@ class Problem:
 
     @cached_property
     def num_stages(self) -> int:
+        """Stages of the topology."""
         return self.topology.num_stages
 
     @cached_property
     def num_workers(self) -> int:
+        """Workers of the topology."""
         return self.topology.num_workers
 
     def action(self, op: int, stage: int, k: int) -> int:
+        """The number of an action; ``op`` is 0, 1, 2 for F, I, W."""
         return (op * self.num_stages + stage) * self.microbatches + k
 
     @cached_property
     def size(self) -> int:
+        """How many actions there are."""
         return 3 * self.num_stages * self.microbatches
 
     def fits(self, worker: int) -> int:
@@ -51,20 +55,38 @@ class Problem:
 
 def pose_problem(topology: Topology, microbatches: int, costs: Costs, max_peak: float | Sequence[float] | None,
           objective: str) -> Problem:
+    """The problem in numbers.
+
+    Raises ``ScheduleError`` for an unknown objective, or memory for less than one micro-batch.
+    """
     if objective not in OBJECTIVES:
-        raise ScheduleError(f"objective {objective!r} is none of {len(OBJECTIVES)} known; try {' or '.join(OBJECTIVES)}")
+        raise ScheduleError(
+            f"objective {objective!r} is none of {len(OBJECTIVES)} known; try {' or '.join(OBJECTIVES)}"
+        )
     if len(costs.forward) != topology.num_stages:
         raise ScheduleError(f"costs are for {len(costs.forward)} stages, {topology.num_workers} workers hold "
                             f"{topology.num_stages}; give one entry per stage")
     held = np.array(costs.activation) if costs.activation is not None else topology.shares()
     kept = held if costs.weight_activation is None else np.array(costs.weight_activation)
     whole = np.bincount(topology.worker_of, held, topology.num_workers)
-    cap = topology.num_workers * whole if max_peak is None else np.broadcast_to(np.asarray(max_peak, float), whole.shape)
+    cap = (
+        topology.num_workers * whole if max_peak is None else np.broadcast_to(np.asarray(max_peak, float), whole.shape)
+    )
     if (cap < whole * (1 - SLACK)).any():
         worker = int((whole - cap).argmax())
         raise ScheduleError(f"worker {worker} may keep {cap[worker]:,.6g} of activations, one micro-batch needs "
                             f"{whole[worker]:,.6g}; try micro-batches of fewer rows, or recomputation")
     owner = topology.worker_of
-    hop = [0.0] + [costs.latency(edge) if owner[edge.source] != owner[edge.target] else 0.0 for edge in topology.chain()]
-    return Problem(topology, microbatches, (costs.forward, costs.input_grad, costs.weight_grad), tuple(hop), tuple(held),
-                 tuple(kept), tuple(cap), objective)
+    hop = [0.0] + [
+        costs.latency(edge) if owner[edge.source] != owner[edge.target] else 0.0 for edge in topology.chain()
+    ]
+    return Problem(
+        topology,
+        microbatches,
+        (costs.forward, costs.input_grad, costs.weight_grad),
+        tuple(hop),
+        tuple(held),
+        tuple(kept),
+        tuple(cap),
+        objective,
+    )

@@ -42,8 +42,10 @@ def build(schedule: str | Callable[..., Schedule] | Schedule, *, num_workers: in
     ``objective`` where it takes them. What is not of ``SCHEDULES`` is checked.
     """
     if num_workers < 1 or num_microbatches < 1 or (stages_per_worker or 1) < 1:
-        raise ScheduleError(f"{num_workers} workers, {num_microbatches} micro-batches and {stages_per_worker or 1} stages "
-                            "per worker; give at least one of each")
+        raise ScheduleError(
+            f"{num_workers} workers, {num_microbatches} micro-batches and {stages_per_worker or 1} stages "
+            "per worker; give at least one of each"
+        )
     meant = find(schedule) if isinstance(schedule, str) else schedule
     if isinstance(meant, Schedule):
         return _checked(_same_numbers(meant, num_workers, num_microbatches))
@@ -54,9 +56,11 @@ def build(schedule: str | Callable[..., Schedule] | Schedule, *, num_workers: in
     has = built.topology.num_stages // (built.topology.num_workers * built.topology.num_routes)
     if stages_per_worker not in (None, has):
         several = [name for name, known in SCHEDULES.items() if "stages_per_worker" in signature(known).parameters]
-        raise ScheduleError(f"schedule {built.name} has {has} stages per worker, {stages_per_worker} were asked for; use "
-                            f"{has * num_workers} stages on {num_workers} workers, or one that takes any number: "
-                            f"{', '.join(several)}")
+        raise ScheduleError(
+            f"schedule {built.name} has {has} stages per worker, {stages_per_worker} were asked for; use "
+            f"{has * num_workers} stages on {num_workers} workers, or one that takes any number: "
+            f"{', '.join(several)}"
+        )
     return built
 
 
@@ -91,8 +95,10 @@ def find(text: str) -> Callable[..., Schedule] | Schedule:
         return own
     nearest = get_close_matches(text.lower(), SCHEDULES, 1, 0.5)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    raise ScheduleError(f"unknown schedule {text!r}; {hint}known: {', '.join(SCHEDULES)}; or give your own as a .csv file or as "
-                        "module:function")
+    raise ScheduleError(
+        f"unknown schedule {text!r}; {hint}known: {', '.join(SCHEDULES)}; or give your own as a .csv file or as "
+        "module:function"
+    )
 
 
 def _from_file(path: Path) -> Schedule:

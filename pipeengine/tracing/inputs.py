@@ -23,6 +23,7 @@ class Inputs:
         return cls(tuple(example) if isinstance(example, (tuple, list)) else (example,), {}, target)
 
     def everything(self) -> tuple:
+        """Positional arguments, keyword arguments and the target, as one pytree."""
         return self.args, self.kwargs, self.target
 
 

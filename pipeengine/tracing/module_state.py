@@ -69,6 +69,7 @@ def _is_number(value: object) -> bool:
 
 
 def restore(module: torch.nn.Module, before: dict[str, tuple]) -> None:
+    """Put all attributes of ``module`` back to what ``python_state`` saw."""
     for name in [name for name in vars(module) if name not in TENSOR_TABLES]:
         restore_attribute(module, name, before)
     for name in before:
@@ -77,6 +78,7 @@ def restore(module: torch.nn.Module, before: dict[str, tuple]) -> None:
 
 
 def restore_attribute(module: torch.nn.Module, name: str, before: dict[str, tuple]) -> None:
+    """Put one attribute back, the contents of plain containers included."""
     if name not in before:
         del vars(module)[name]
         return
@@ -89,15 +91,18 @@ def restore_attribute(module: torch.nn.Module, name: str, before: dict[str, tupl
 
 
 def python_random() -> tuple:
+    """The states of Python's and NumPy's random numbers."""
     kind, keys, position, has_gauss, cached = numpy.random.get_state()
     return random.getstate(), (kind, keys.tobytes(), position, has_gauss, cached)
 
 
 def look_or_set(state: tuple | None = None) -> tuple | None:
+    """The present random state without an argument; with one, set it."""
     return python_random() if state is None else set_python_random(state)
 
 
 def set_python_random(state: tuple) -> None:
+    """Go back to a state that ``python_random`` returned."""
     random.setstate(state[0])
     kind, keys, position, has_gauss, cached = state[1]
     numpy.random.set_state((kind, numpy.frombuffer(keys, dtype=numpy.uint32), position, has_gauss, cached))

@@ -51,23 +51,41 @@ LAYERS = {
     "linear of a vector": Layer(Deferral.linear, F.linear, (5,), ((3, 5), (3,))),
     "linear of four axes": Layer(Deferral.linear, F.linear, (2, 3, 4, 5), ((3, 5), (3,))),
     "addmm": Layer(lambda d, x, w, b: d.addmm(b, x, w), lambda x, w, b: torch.addmm(b, x, w), (7, 5), ((5, 3), (3,))),
-    "convolution": Layer(lambda d, x, w, b: d.convolution(x, w, b, *STRIDED[1]),
-                         lambda x, w, b: F.conv2d(x, w, b, (2, 1), (1, 2), 1, 2), (3, 4, 8, 6), ((6, 2, 3, 3), (6,))),
-    "transposed convolution": Layer(lambda d, x, w, b: d.convolution(x, w, b, (2,), (1,), (1,), True, (1,), 2),
-                                    lambda x, w, b: F.conv_transpose1d(x, w, b, 2, 1, 1, 2), (3, 4, 9), ((4, 3, 3), (6,))),
-    "convolution without bias": Layer(lambda d, x, w: d.convolution(x, w, None, (1,), (0,), (2,), False, (0,), 1),
-                                      lambda x, w: F.conv1d(x, w, dilation=2), (3, 4, 9), ((5, 4, 3),)),
+    "convolution": Layer(
+        lambda d, x, w, b: d.convolution(x, w, b, *STRIDED[1]),
+        lambda x, w, b: F.conv2d(x, w, b, (2, 1), (1, 2), 1, 2),
+        (3, 4, 8, 6),
+        ((6, 2, 3, 3), (6,)),
+    ),
+    "transposed convolution": Layer(
+        lambda d, x, w, b: d.convolution(x, w, b, (2,), (1,), (1,), True, (1,), 2),
+        lambda x, w, b: F.conv_transpose1d(x, w, b, 2, 1, 1, 2),
+        (3, 4, 9),
+        ((4, 3, 3), (6,)),
+    ),
+    "convolution without bias": Layer(
+        lambda d, x, w: d.convolution(x, w, None, (1,), (0,), (2,), False, (0,), 1),
+        lambda x, w: F.conv1d(x, w, dilation=2),
+        (3, 4, 9),
+        ((5, 4, 3),),
+    ),
     "embedding": Layer(lambda d, x, w: d.embedding(x, w, -1, False), F.embedding, INDICES, ((11, 5),)),
-    "embedding with padding": Layer(lambda d, x, w: d.embedding(x, w, 2, False), lambda x, w: F.embedding(x, w, 2), INDICES,
-                                    ((11, 5),)),
-    "embedding by frequency": Layer(lambda d, x, w: d.embedding(x, w, -1, True),
-                                    lambda x, w: F.embedding(x, w, scale_grad_by_freq=True), INDICES, ((11, 5),)),
+    "embedding with padding": Layer(
+        lambda d, x, w: d.embedding(x, w, 2, False), lambda x, w: F.embedding(x, w, 2), INDICES, ((11, 5),)
+    ),
+    "embedding by frequency": Layer(
+        lambda d, x, w: d.embedding(x, w, -1, True),
+        lambda x, w: F.embedding(x, w, scale_grad_by_freq=True),
+        INDICES,
+        ((11, 5),),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_halves_are_the_whole(name):
-    """I gives the input's gradient and no weight's; W gives those, micro-batch after micro-batch; every bit as fused."""
+    """I gives the input's gradient and no weight's; W gives those, micro-batch after micro-batch; every bit as
+    fused."""
     layer, deferral = LAYERS[name], Deferral()
     mine = [torch.randn(shape, requires_grad=True) for shape in layer.parameters]
     theirs = [p.detach().clone().requires_grad_() for p in mine]
@@ -152,9 +170,15 @@ class Convolutions(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2, bias=False, groups=2),
-                                    nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.Conv2d(4, 4, 4, padding="same"),
-                                    nn.Conv2d(4, 4, 3, padding="same", dilation=2), nn.ConvTranspose2d(4, 2, 4, 2, 1))
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 3, stride=2, bias=False, groups=2),
+            nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+            nn.Conv2d(4, 4, 4, padding="same"),
+            nn.Conv2d(4, 4, 3, padding="same", dilation=2),
+            nn.ConvTranspose2d(4, 2, 4, 2, 1),
+        )
 
     def forward(self, x):
         return self.layers(x).square().mean()
@@ -213,7 +237,10 @@ def test_frozen_layers_do_not():
     model.blocks[0].requires_grad_(False)
     model.blocks[1].up.bias.requires_grad_(False)
     model.blocks[2].up.weight.requires_grad_(False)
-    assert waiting(model, X, Y) == linears(1, 2, 3) - {f"blocks.{i}.up.{k}" for i in (1, 2) for k in ("weight", "bias")} | HEAD
+    assert (
+        waiting(model, X, Y)
+        == linears(1, 2, 3) - {f"blocks.{i}.up.{k}" for i in (1, 2) for k in ("weight", "bias")} | HEAD
+    )
 
 
 def test_hooks_on_a_module_keep_it_whole():
@@ -221,8 +248,10 @@ def test_hooks_on_a_module_keep_it_whole():
     model.blocks[1].up.register_full_backward_hook(lambda module, inputs, outputs: None)
     model.blocks[2].up.register_forward_hook(lambda module, inputs, output: output * 2)
     model.blocks[3].up.forward = lambda x: F.linear(x, model.blocks[3].up.weight * 2)
-    assert waiting(model, X, Y) == linears(0, 1, 2, 3) - {f"blocks.{i}.up.{k}" for i in (1, 2, 3) for k in ("weight", "bias")} \
-        | HEAD
+    assert (
+        waiting(model, X, Y)
+        == linears(0, 1, 2, 3) - {f"blocks.{i}.up.{k}" for i in (1, 2, 3) for k in ("weight", "bias")} | HEAD
+    )
 
 
 def test_glue_convolutions_and_embeddings():
@@ -275,8 +304,10 @@ def test_checkpoints_are_left_alone():
 
 
 def test_a_parameter_read_in_another_way_does_not_wait():
-    assert waiting(Penalised(), X, Y) == linears(0, 1, 2, 3) - {f"blocks.{i}.up.{k}" for i in (0, 3) for k in ("weight", "bias")} \
-        | HEAD
+    assert (
+        waiting(Penalised(), X, Y)
+        == linears(0, 1, 2, 3) - {f"blocks.{i}.up.{k}" for i in (0, 3) for k in ("weight", "bias")} | HEAD
+    )
     assert waiting(TiedByAnotherName(), X, Y) == linears(0, 1, 2, 3) | {"table", "head.bias"}
 
 
@@ -287,13 +318,37 @@ def plain(factory: Callable[[], nn.Module], inputs: Callable[[int], tuple] = lam
     return zoo.Case(factory.__name__, zoo.seeded(factory), tuple(inputs(seed) for seed in range(2)))
 
 
-MODELS = {case.name: case for case in (
-    plain(Penalised), plain(UsedTwice), plain(TiedByAnotherName), plain(Autocast), plain(Glue, lambda seed: (X + seed,)),
-    plain(Convolutions, lambda seed: (torch.randn(ROWS, 3, 9, 9, generator=zoo.draws(seed)),)),
-    *(zoo.AWKWARD[name] for name in ("TiedHead", "TiedNeighbours", "FrozenAndUnused", "GradientReversal", "Checkpointed",
-                                     "CheckpointedReentrant", "GlueParameters", "MixedPrecision", "Recurrent", "Transformer",
-                                     "UNet", "Classifier")),
-    zoo.hugging_face("gpt2"), zoo.hugging_face("llama"), zoo.hugging_face("mixtral"))}
+MODELS = {
+    case.name: case
+    for case in (
+        plain(Penalised),
+        plain(UsedTwice),
+        plain(TiedByAnotherName),
+        plain(Autocast),
+        plain(Glue, lambda seed: (X + seed,)),
+        plain(Convolutions, lambda seed: (torch.randn(ROWS, 3, 9, 9, generator=zoo.draws(seed)),)),
+        *(
+            zoo.AWKWARD[name]
+            for name in (
+                "TiedHead",
+                "TiedNeighbours",
+                "FrozenAndUnused",
+                "GradientReversal",
+                "Checkpointed",
+                "CheckpointedReentrant",
+                "GlueParameters",
+                "MixedPrecision",
+                "Recurrent",
+                "Transformer",
+                "UNet",
+                "Classifier",
+            )
+        ),
+        zoo.hugging_face("gpt2"),
+        zoo.hugging_face("llama"),
+        zoo.hugging_face("mixtral"),
+    )
+}
 
 
 def pipeline(case: zoo.Case, model: nn.Module, **options: object) -> pe.Pipeline:
@@ -329,7 +384,8 @@ def test_putting_off_is_invisible(name):
 
 @pytest.mark.parametrize("name", ["UsedTwice", "Penalised", "TiedHead", "TiedByAnotherName", "gpt2"])
 def test_gradients_of_one_parameter_are_added_first(name):
-    """As torch does when a parameter is used several times: added up, and only then accumulated. Otherwise bits differ."""
+    """As torch does when a parameter is used several times: added up, and only then accumulated. Otherwise bits
+    differ."""
     assert_invisible(MODELS[name], 1, exact=True)
 
 
@@ -426,8 +482,16 @@ def test_recomputing_saves_memory():
     batch = dict(input_ids=tokens, labels=tokens)
     peaks = []
     for recompute in (False, [0], [0, 1], True):
-        pipe = pe.Pipeline(case.build(), batch, num_microbatches=8, num_stages=3, schedule="gpipe", costs="analytic", check=False,
-                           recompute=recompute)
+        pipe = pe.Pipeline(
+            case.build(),
+            batch,
+            num_microbatches=8,
+            num_stages=3,
+            schedule="gpipe",
+            costs="analytic",
+            check=False,
+            recompute=recompute,
+        )
         for _ in range(2):
             pipe.step(**batch)
         peaks.append(live(lambda: pipe.step(**batch)).peak)
@@ -435,21 +499,31 @@ def test_recomputing_saves_memory():
 
 
 def test_recomputing_blocks_saves_memory_as_predicted():
-    """Block by block the peak falls as predicted, lower than for the whole stage, whose activations all come back at once."""
+    """Block by block the peak falls as predicted, lower than for the whole stage, whose activations all come back at
+    once."""
     case = zoo.hugging_face("gpt2")
     tokens = torch.randint(3, zoo.VOCAB, (8, 48))
     batch = dict(input_ids=tokens, labels=tokens)
     blocks = [path for path, module in case.build().named_modules() if path.count(".") == 2 and ".h." in path]
+    peaks, spans = [], []
     for recompute in ([], blocks[:1], blocks, True):
-        pipe = pe.Pipeline(case.build(), batch, num_microbatches=8, num_stages=1, schedule="gpipe", costs="analytic", check=False,
-                           recompute=recompute)
+        pipe = pe.Pipeline(
+            case.build(),
+            batch,
+            num_microbatches=8,
+            num_stages=1,
+            schedule="gpipe",
+            costs="analytic",
+            check=False,
+            recompute=recompute,
+        )
         pipe.step(**batch)
         for parameter in pipe.parameters():
             parameter.grad = None
         measured, predicted = live(lambda: pipe.step(**batch)).peak, pipe.predicted_timeline()
         assert measured == pytest.approx(predicted.peak_bytes[0], rel=0.1), recompute
-        peaks = [*peaks, measured] if recompute != [] else [measured]
-        spans = [*spans, predicted.makespan] if recompute != [] else [predicted.makespan]
+        peaks.append(measured)
+        spans.append(predicted.makespan)
     assert peaks[0] > peaks[1] > peaks[3] > peaks[2] and spans == sorted(set(spans)), (peaks, spans)
 
 
@@ -473,7 +547,9 @@ def test_what_would_change_twice_is_refused(recompute, what):
 
 def test_recompute_names_stages_and_modules_that_exist():
     case = zoo.AWKWARD["Positional"]
-    with pytest.raises(pe.InputError, match="recompute names 'blocks.9', which is no module of the model; its modules are"):
+    with pytest.raises(
+        pe.InputError, match="recompute names 'blocks.9', which is no module of the model; its modules are"
+    ):
         pipeline(case, case.build(), recompute=["blocks.9"])
     with pytest.raises(pe.InputError, match=r"recompute names stages \[2\]; there are stages 0 to 1"):
         pipeline(case, case.build(), recompute=[0, 2])

@@ -146,7 +146,9 @@ def test_each_worker_reads_its_part_of_a_folder(num_workers, name):
 @pytest.mark.parametrize("num_workers", (2, 3))
 def test_saved_weights_are_read_by_from_pretrained(num_workers, name):
     told(num_workers, name, from_meta)
-    model, info = type(CASES[name].build()).from_pretrained(folder() / str(num_workers) / name, output_loading_info=True)
+    model, info = type(CASES[name].build()).from_pretrained(
+        folder() / str(num_workers) / name, output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
     expected, _ = alone(name)
     assert all(torch.equal(tensor, expected[n]) for n, tensor in model.named_parameters())

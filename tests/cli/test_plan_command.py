@@ -15,7 +15,9 @@ from partitioners.units import parse_rate, parse_seconds, parse_size
 DATA = Path(__file__).parents[1] / "data"
 
 
-@pytest.mark.parametrize("text, value", [("80GB", 80e9), ("16 GiB", 16 * 2**30), ("1e9", 1e9), ("5.5MB", 5.5e6), ("3b", 3)])
+@pytest.mark.parametrize(
+    "text, value", [("80GB", 80e9), ("16 GiB", 16 * 2**30), ("1e9", 1e9), ("5.5MB", 5.5e6), ("3b", 3)]
+)
 def test_sizes(text, value):
     assert parse_size(text) == value
 

@@ -30,7 +30,8 @@ def with_loss():
     return *parts(), nn.functional.mse_loss
 
 def with_target():
-    return *parts(), lambda output, target: nn.functional.cross_entropy(output, target["kind"]), {"kind": torch.zeros(12, dtype=torch.int64)}
+    target = {"kind": torch.zeros(12, dtype=torch.int64)}
+    return *parts(), lambda output, target: nn.functional.cross_entropy(output, target["kind"]), target
 
 def model_only():
     return parts()[0]
@@ -65,13 +66,32 @@ def test_other_factories_are_told_what_to_return(factories, capsys, name, messag
 
 
 def test_what_the_figures_rest_on_is_told(factories, capsys):
-    words = ("plan", f"{factories}:bare", "--stages", 3, "--microbatches", 4, "--flops", "400T", "--memory-bandwidth", "2TB/s")
+    words = (
+        "plan",
+        f"{factories}:bare",
+        "--stages",
+        3,
+        "--microbatches",
+        4,
+        "--flops",
+        "400T",
+        "--memory-bandwidth",
+        "2TB/s",
+    )
     status, text = answer(capsys, *words, "--schedule", "1f1b")
-    assert status == 0 and text.startswith("planned for 12 rows of 8 in 4 micro-batches; analytic seconds for 4e+14 FLOP/s and "
-                                           "2e+12 bytes/s of memory; memory as under 1f1b: 3 to 1 micro-batches held")
+    assert status == 0 and text.startswith(
+        "planned for 12 rows of 8 in 4 micro-batches; analytic seconds for 4e+14 FLOP/s and "
+        "2e+12 bytes/s of memory; memory as under 1f1b: 3 to 1 micro-batches held"
+    )
     found = json.loads(answer(capsys, *words, "--format", "json")[1])["assumptions"]
-    assert found["made_with"] == {"rows": 12, "row": [8], "num_microbatches": 4, "costs": "analytic", "flops_per_second": 4e14,
-                                  "bytes_per_second": 2e12}
+    assert found["made_with"] == {
+        "rows": 12,
+        "row": [8],
+        "num_microbatches": 4,
+        "costs": "analytic",
+        "flops_per_second": 4e14,
+        "bytes_per_second": 2e12,
+    }
     assert (found["num_microbatches"], found["memory_schedule"], found["microbatches_held"]) == (4, "gpipe", [4, 4, 4])
     assert "the device is a guess" in answer(capsys, *words[:4])[1]
 
@@ -94,13 +114,16 @@ def test_no_more_micro_batches_than_rows(factories, capsys):
 
 def test_the_picture_and_the_plan_each_have_a_file(factories, capsys, tmp_path):
     picture, plan = tmp_path / "plan.svg", tmp_path / "plan.json"
-    status, text = answer(capsys, "plan", f"{factories}:bare", "--stages", 2, "--format", "svg", "-o", picture, "--save", plan)
+    status, text = answer(
+        capsys, "plan", f"{factories}:bare", "--stages", 2, "--format", "svg", "-o", picture, "--save", plan
+    )
     assert status == 0 and text == f"wrote {picture}\n"
     assert ElementTree.parse(picture).getroot().tag.endswith("svg") and Plan.load(plan).num_stages == 2
 
 
 def test_a_reader_that_leaves_is_no_error():
-    code = f"from pipeengine.cli import main; raise SystemExit(main({['simulate', '--workers', '4', '--microbatches', '8']}))"
+    words = ["simulate", "--workers", "4", "--microbatches", "8"]
+    code = f"from pipeengine.cli import main; raise SystemExit(main({words}))"
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as gone:
@@ -118,7 +141,9 @@ def test_the_memory_that_is_told_does(factories, capsys, stages, room, schedule)
 
 
 def test_a_model_that_cannot_be_cut_is_told_so(factories, capsys):
-    factories.write_text(FACTORIES + "\ndef one():\n    return nn.Sequential(nn.Linear(8, 8), Mean()), (torch.randn(12, 8),)\n")
+    factories.write_text(
+        FACTORIES + "\ndef one():\n    return nn.Sequential(nn.Linear(8, 8), Mean()), (torch.randn(12, 8),)\n"
+    )
     status, text = answer(capsys, "plan", f"{factories}:one", "--stages", 2)
     assert status == 2 and "it runs whole only, with num_stages=1" in text and "allow_empty" not in text
     assert answer(capsys, "plan", f"{factories}:one", "--stages", 1)[0] == 0

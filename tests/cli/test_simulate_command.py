@@ -18,8 +18,24 @@ def simulate(*words):
 
 
 def test_json_holds_the_papers_numbers():
-    code, text = simulate("--schedule", "zb-h1", "--workers", 8, "--microbatches", 24, "--forward", 18.522, "--input-grad",
-                          18.086, "--weight-grad", 9.337, "--hop", 0.601, "--format", "json")
+    code, text = simulate(
+        "--schedule",
+        "zb-h1",
+        "--workers",
+        8,
+        "--microbatches",
+        24,
+        "--forward",
+        18.522,
+        "--input-grad",
+        18.086,
+        "--weight-grad",
+        9.337,
+        "--hop",
+        0.601,
+        "--format",
+        "json",
+    )
     answer = json.loads(text)
     assert code == 0 and answer["bubble"] == pytest.approx(0.1585, abs=6e-5)
     assert answer["peak_activations"] == [8] * 8 and answer["makespan"] >= answer["span"]
@@ -54,20 +70,39 @@ def test_svg_and_chrome(tmp_path):
     assert code == 0 and len([e for e in json.loads(text)["traceEvents"] if e["ph"] == "X"]) == 4 * 8 * 6
 
 
-@pytest.mark.parametrize("words, message", [
-    (("--schedule", "zbh1", "--workers", 2, "--microbatches", 4), "did you mean 'zb-h1'"),
-    (("--schedule", "zb-h2", "--workers", 4, "--microbatches", 4), "nearest that works is 7"),
-    (("--schedule", "1f1b", "--workers", 4), "--microbatches is None"),
-    (("--schedule", "zb-v", "--workers", 4, "--microbatches", 8, "--stages-per-worker", 3), "has 2 stages per worker, 3 were"),
-    (("--schedule", "1f1b", "--plan", "no-such-plan.json"), "no-such-plan.json"),
-    (("--schedule", "1f1b", "--plan", "plan.json", "--forward", 2), "--plan and --forward both give times"),
-    (("--schedule", "1f1b", "--workers", 4, "--microbatches", 0), "--microbatches is 0"),
-    (("--schedule", "1f1b", "--workers", 4, "--microbatches", 8, "--forward", -1), "forward is -1 to -1"),
-    (("--schedule", "1f1b", "--workers", 4, "--microbatches", 8, "--hop", -1), "hop is -1.0 seconds"),
-    (("--schedule", "bfs", "--workers", 4, "--microbatches", 8, "--stages-per-worker", -1), "--stages-per-worker is -1"),
-    (("--schedule", "gpipe", "--workers", 4, "--microbatches", 8, "--max-peak", 4), "keeps 8 of activations, the cap is 4"),
-    (("--schedule", "nowhere.csv",), "cannot read the schedule nowhere.csv"),
-    (("--schedule", "no_such_module:made", "--workers", 2, "--microbatches", 2), "cannot import no_such_module")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--schedule", "zbh1", "--workers", 2, "--microbatches", 4), "did you mean 'zb-h1'"),
+        (("--schedule", "zb-h2", "--workers", 4, "--microbatches", 4), "nearest that works is 7"),
+        (("--schedule", "1f1b", "--workers", 4), "--microbatches is None"),
+        (
+            ("--schedule", "zb-v", "--workers", 4, "--microbatches", 8, "--stages-per-worker", 3),
+            "has 2 stages per worker, 3 were",
+        ),
+        (("--schedule", "1f1b", "--plan", "no-such-plan.json"), "no-such-plan.json"),
+        (("--schedule", "1f1b", "--plan", "plan.json", "--forward", 2), "--plan and --forward both give times"),
+        (("--schedule", "1f1b", "--workers", 4, "--microbatches", 0), "--microbatches is 0"),
+        (("--schedule", "1f1b", "--workers", 4, "--microbatches", 8, "--forward", -1), "forward is -1 to -1"),
+        (("--schedule", "1f1b", "--workers", 4, "--microbatches", 8, "--hop", -1), "hop is -1.0 seconds"),
+        (
+            ("--schedule", "bfs", "--workers", 4, "--microbatches", 8, "--stages-per-worker", -1),
+            "--stages-per-worker is -1",
+        ),
+        (
+            ("--schedule", "gpipe", "--workers", 4, "--microbatches", 8, "--max-peak", 4),
+            "keeps 8 of activations, the cap is 4",
+        ),
+        (
+            (
+                "--schedule",
+                "nowhere.csv",
+            ),
+            "cannot read the schedule nowhere.csv",
+        ),
+        (("--schedule", "no_such_module:made", "--workers", 2, "--microbatches", 2), "cannot import no_such_module"),
+    ],
+)
 def test_no_answer_is_exit_status_2(words, message):
     code, text = simulate(*words)
     assert code == 2 and message in text
@@ -94,13 +129,22 @@ def test_a_plan_gives_stages_times_and_messages(tmp_path):
     from partitioners.partitioning import partition
     graph = nx.DiGraph()
     for number in range(8):
-        graph.add_node(f"n{number}", forward=1.0 + number % 3, backward=2.0, output_bytes=10, param_bytes=4, gradient=True,
-                       activation_bytes=100)
+        graph.add_node(
+            f"n{number}",
+            forward=1.0 + number % 3,
+            backward=2.0,
+            output_bytes=10,
+            param_bytes=4,
+            gradient=True,
+            activation_bytes=100,
+        )
         if number:
             graph.add_edge(f"n{number - 1}", f"n{number}")
     plan = partition(graph, 4)
     plan.save(tmp_path / "plan.json")
-    code, text = simulate("--schedule", "1f1b", "--plan", tmp_path / "plan.json", "--microbatches", 6, "--format", "json")
+    code, text = simulate(
+        "--schedule", "1f1b", "--plan", tmp_path / "plan.json", "--microbatches", 6, "--format", "json"
+    )
     answer = json.loads(text)
     assert code == 0, text
     assert answer["workers"] == 4 and answer["messages"] == 2 * 3 * 6
@@ -121,8 +165,20 @@ def test_workers_that_a_plan_does_not_suit_are_refused(tmp_path, workers):
     for node in graph:
         graph.nodes[node].update(forward=1.0, backward=2.0, param_bytes=4)
     partition(graph, 4).save(tmp_path / "plan.json")
-    code, text = simulate("--schedule", "1f1b", "--plan", tmp_path / "plan.json", "--microbatches", 6, "--workers", workers)
+    code, text = simulate(
+        "--schedule", "1f1b", "--plan", tmp_path / "plan.json", "--microbatches", 6, "--workers", workers
+    )
     assert code == 2 and f"--workers is {workers}" in text and "the plan has 4 stages" in text
-    code, text = simulate("--schedule", "interleaved-1f1b", "--plan", tmp_path / "plan.json", "--microbatches", 6, "--workers", 2,
-                          "--format", "json")
+    code, text = simulate(
+        "--schedule",
+        "interleaved-1f1b",
+        "--plan",
+        tmp_path / "plan.json",
+        "--microbatches",
+        6,
+        "--workers",
+        2,
+        "--format",
+        "json",
+    )
     assert code == 0 and json.loads(text)["workers"] == 2

@@ -59,7 +59,9 @@ def test_starting_on_a_broken_group_is_a_lost_connection():
         start(lambda: None, "too many")
 
 
-@pytest.mark.parametrize("error", [AssertionError(), KeyboardInterrupt(), MemoryError(), ValueError("a\nb"), ValueError("\n")])
+@pytest.mark.parametrize(
+    "error", [AssertionError(), KeyboardInterrupt(), MemoryError(), ValueError("a\nb"), ValueError("\n")]
+)
 def test_every_error_has_a_headline(error):
     """A bare assert, Ctrl-C or MemoryError() in a stage became ``IndexError: list index out of range``."""
     line = headline(error)

@@ -15,7 +15,9 @@ DATA = Path(__file__).parents[1] / "data"
 def chain(length: int = 3) -> nx.DiGraph:
     graph = nx.DiGraph()
     for index in range(length):
-        graph.add_node(f"n{index}", forward=1.0, backward=2.0, output_bytes=8, param_bytes=4, gradient=True, order=index)
+        graph.add_node(
+            f"n{index}", forward=1.0, backward=2.0, output_bytes=8, param_bytes=4, gradient=True, order=index
+        )
     nx.add_path(graph, list(graph))
     return graph
 
@@ -112,9 +114,13 @@ def test_workload_counts_milliseconds():
 
 
 def test_pipedream_profile():
-    text = ("node1 -- Input0 -- forward_compute_time=0.000, backward_compute_time=0.000, activation_size=0.0, parameter_size=0.000\n"
-            "node2 -- Conv -- forward_compute_time=2.000, backward_compute_time=4.000, activation_size=[8.0; 2.0], parameter_size=3.000\n"
-            "\tnode1 -- node2\n")
+    text = (
+        "node1 -- Input0 -- forward_compute_time=0.000, backward_compute_time=0.000, activation_size=0.0, "
+        "parameter_size=0.000\n"
+        "node2 -- Conv -- forward_compute_time=2.000, backward_compute_time=4.000, activation_size=[8.0; 2.0], "
+        "parameter_size=3.000\n"
+        "\tnode1 -- node2\n"
+    )
     graph = read_pipedream(text)
     assert graph.nodes["node2"] | {"label": ""} == {
         "forward": 0.002, "backward": 0.004, "output_bytes": 10.0, "activation_bytes": 10.0, "param_bytes": 3.0,

@@ -10,8 +10,11 @@ import pytest
 from partitioners import Device, InfeasibleError, PartitionError, partition, read_workload, split_sequence, verify
 
 DATA = Path(__file__).parents[1] / "data"
-OPTIMA = {(name, key): value for name, cases in json.loads((DATA / "partition_optima.json").read_text())["optimum"].items()
-          for key, value in cases.items()}
+OPTIMA = {
+    (name, key): value
+    for name, cases in json.loads((DATA / "partition_optima.json").read_text())["optimum"].items()
+    for key, value in cases.items()
+}
 
 
 def options(key):
@@ -69,7 +72,9 @@ def test_answer_never_depends_on_chance():
     assert partition(graph, 8, prefer_single_tensor=0) == partition(graph, 8, prefer_single_tensor=0)
 
 
-@pytest.mark.parametrize("name, stages", [("L_gnmt_training", 2), ("O_bert_l-12_inference", 4), ("L_resnet50_inference", 3)])
+@pytest.mark.parametrize(
+    "name, stages", [("L_gnmt_training", 2), ("O_bert_l-12_inference", 4), ("L_resnet50_inference", 3)]
+)
 def test_infeasible_tells_the_least_memory_that_would_do(name, stages):
     graph = read_workload(DATA / f"{name}.json")
     total = sum(data["memory_bytes"] for _, data in graph.nodes(data=True))
@@ -85,7 +90,9 @@ def test_infeasible_tells_how_many_stages_would_do():
     graph = nx.path_graph(6, create_using=nx.DiGraph)
     for node in graph:
         graph.nodes[node].update(forward=1.0, memory_bytes=10)
-    with pytest.raises(InfeasibleError, match="60 bytes in all and a device has 20; try memory of 30 bytes.*or 3 stages"):
+    with pytest.raises(
+        InfeasibleError, match="60 bytes in all and a device has 20; try memory of 30 bytes.*or 3 stages"
+    ):
         partition(graph, 2, memory=20)
     assert partition(graph, 3, memory=20).bottleneck == 2.0
 
@@ -97,10 +104,25 @@ def test_one_item_too_large_is_named():
         partition(graph, 1, memory=50)
 
 
-@pytest.mark.parametrize("option", [{"num_stages": 0}, {"num_stages": 2.5}, {"num_stages": "2"}, {"num_microbatches": 0},
-                                    {"stages_per_worker": 0}, {"gap": -1}, {"time_limit": -1}, {"memory": -1},
-                                    {"memory": "80GB"}, {"bandwidth": 0}, {"bandwidth": float("nan")}, {"latency": -1},
-                                    {"prefer_single_tensor": "0.05"}], ids=str)
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"num_stages": 0},
+        {"num_stages": 2.5},
+        {"num_stages": "2"},
+        {"num_microbatches": 0},
+        {"stages_per_worker": 0},
+        {"gap": -1},
+        {"time_limit": -1},
+        {"memory": -1},
+        {"memory": "80GB"},
+        {"bandwidth": 0},
+        {"bandwidth": float("nan")},
+        {"latency": -1},
+        {"prefer_single_tensor": "0.05"},
+    ],
+    ids=str,
+)
 def test_impossible_options_are_named(option):
     graph = nx.path_graph(4, create_using=nx.DiGraph)
     with pytest.raises(PartitionError, match=next(iter(option))):

@@ -28,7 +28,11 @@ def graphs(draw, largest=6):
     count, pick = draw(st.integers(2, largest)), lambda *values: draw(st.sampled_from(values))
     graph = nx.DiGraph()
     for node in range(count):
-        data = {"forward": pick(0, 1, 2, 3, 5, 0.37, 1.9), "output_bytes": pick(0, 1, 2, 5, 20), "gradient": pick(True, False)}
+        data = {
+            "forward": pick(0, 1, 2, 3, 5, 0.37, 1.9),
+            "output_bytes": pick(0, 1, 2, 5, 20),
+            "gradient": pick(True, False),
+        }
         for name, values in {"transfer": (0.5, 2.0), "param_bytes": (1, 3), "activation_bytes": (1, 4),
                              "workspace_bytes": (1, 6), "memory_bytes": (1, 6), "shared": ({"a": 3}, {"b": 3}),
                              "allowed": (("acc",), ("cpu",), ("acc", "cpu")), "colocate": (0, 1)}.items():
@@ -48,7 +52,9 @@ def graphs(draw, largest=6):
 def add_backward(graph, nodes, reads_forward):
     for node in nodes:
         graph.nodes[node].setdefault("colocate", f"pair {node}")
-        graph.add_node(f"b{node}", forward=1.0, output_bytes=2, is_backward=True, colocate=graph.nodes[node]["colocate"])
+        graph.add_node(
+            f"b{node}", forward=1.0, output_bytes=2, is_backward=True, colocate=graph.nodes[node]["colocate"]
+        )
         if reads_forward:
             graph.add_edge(node, f"b{node}")
     graph.add_edges_from([(f"b{v}", f"b{u}") for u, v in list(graph.edges) if u in nodes and v in nodes])
@@ -91,7 +97,7 @@ def test_classes_of_devices(graph, cpu, objective, count, microbatches, memory, 
        links=st.tuples(*[st.sampled_from([(0.0, 1.0), (0.2, 4.0), (0.0, 1e30)])] * 2), **RULES)
 def test_ordered_devices(graph, speeds, links, objective, count, microbatches, memory, link, model, allow_empty):
     schedule = model[1] if allow_empty else "1f1b"
-    count, last = len(speeds), max(0, len(speeds) - 2)
+    last = max(0, len(speeds) - 2)
     cluster = Cluster(tuple(Device("acc", 1, memory, speed) for speed in speeds), ordered=True,
                       links=tuple(Link(rate, latency) for latency, rate in links[:last + 1]))
     truth = [dict(ordered=True, name="acc", memory=memory, speed=speed, link_in=links[min(max(stage - 1, 0), last)],

@@ -48,7 +48,9 @@ def chain_of(problem, known):
     return found.bottleneck, tuple(ideals)
 
 
-@pytest.mark.parametrize("seed, stages, memory", [(0, 2, None), (1, 3, None), (2, 4, None), (3, 3, 14), (4, 4, 12), (5, 5, None)])
+@pytest.mark.parametrize(
+    "seed, stages, memory", [(0, 2, None), (1, 3, None), (2, 4, None), (3, 3, 14), (4, 4, 12), (5, 5, None)]
+)
 def test_the_optimum_is_always_inside_the_bracket(seed, stages, memory):
     problem = branching(seed, stages, memory)
     best, _ = chain_of(problem, float("inf"))

@@ -54,7 +54,10 @@ def test_several_stages_per_worker_on_chains(seed, worker_of):
 
     def worst(cuts):
         loads = [sum(times[a:b]) + 0.2 * ((a > 0) + (b < len(times))) for a, b in zip(cuts, cuts[1:])]
-        return max(sum(load for load, home in zip(loads, worker_of or (0, 1, 0, 1)) if home == worker) for worker in range(3))
+        return max(
+            sum(load for load, home in zip(loads, worker_of or (0, 1, 0, 1)) if home == worker) for worker in range(3)
+        )
+
     assert plan.bottleneck == pytest.approx(min(map(worst, cuts_of(len(times), 4))))
 
 
@@ -105,7 +108,9 @@ def branching(chance, colocated):
                        param_bytes=chance.choice([1, 1, 2]), activation_bytes=chance.choice([0, 2, 4]))
         graph.nodes[node].update({"colocate": 0} if colocated and chance.random() < 0.2 else {})
         graph.nodes[node].update({"shared": {"w": 2}} if chance.random() < 0.1 else {})
-        graph.add_edges_from((before, node) for before in chance.sample(range(node), min(node, chance.choice([1, 1, 2]))))
+        graph.add_edges_from(
+            (before, node) for before in chance.sample(range(node), min(node, chance.choice([1, 1, 2])))
+        )
     return graph
 
 
@@ -158,7 +163,8 @@ def test_what_cannot_be_combined_is_refused():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_several_stages_per_worker_where_few_cuts_are_allowed(seed):
-    """Skips and nodes without parameters forbid most cuts; climbing starts among those, and must not turn a stage round."""
+    """Skips and nodes without parameters forbid most cuts; climbing starts among those, and must not turn a stage
+    round."""
     chance = random.Random(seed)
     graph = chain([chance.random() for _ in range(24)])
     names = list(graph)
@@ -184,4 +190,6 @@ def test_of_cuts_that_suit_the_workers_alike_the_most_even_stages_are_taken(seed
     found = [(max(own[0] + own[2], own[1] + own[3]), max(own)) for own in map(stages, cuts_of(12, 4))]
     best = min(found)[0]
     assert plan.lower_bound <= best <= plan.bottleneck <= best * 1.1
-    assert max(stage.load for stage in plan.stages) <= 1.02 * min(heaviest for load, heaviest in found if load <= best * 1.1)
+    assert max(stage.load for stage in plan.stages) <= 1.02 * min(
+        heaviest for load, heaviest in found if load <= best * 1.1
+    )

@@ -4,13 +4,16 @@ from dataclasses import replace
 import networkx as nx
 import pytest
 
-from partitioners import PartitionError, Plan, PlanError, Tie, partition, verify
+from partitioners import PartitionError, PlanError, partition
+from partitioners.plan import Plan, Tie, verify
 
 
 def chain(times, **more) -> nx.DiGraph:
     graph = nx.DiGraph()
     for index, time in enumerate(times):
-        graph.add_node(f"n{index}", forward=float(time), output_bytes=100, param_bytes=4, gradient=True, order=index, **more)
+        graph.add_node(
+            f"n{index}", forward=float(time), output_bytes=100, param_bytes=4, gradient=True, order=index, **more
+        )
     nx.add_path(graph, list(graph))
     return graph
 

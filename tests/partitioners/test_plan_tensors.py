@@ -1,4 +1,5 @@
-"""Among cuts within a few per cent of the best, those whose boundaries carry the fewest tensors; against every way to cut."""
+"""Among cuts within a few per cent of the best, those whose boundaries carry the fewest tensors; against every way to
+cut."""
 import itertools
 import random
 
@@ -14,7 +15,9 @@ LATENCY = 0.05
 def chain_with_skips(chance, length):
     graph = nx.path_graph(length, create_using=nx.DiGraph)
     for node in graph:
-        graph.nodes[node].update(forward=chance.choice([1.0, 2.0, 3.0, 0.5]), param_bytes=1, output_bytes=1, gradient=True, order=node)
+        graph.nodes[node].update(
+            forward=chance.choice([1.0, 2.0, 3.0, 0.5]), param_bytes=1, output_bytes=1, gradient=True, order=node
+        )
     graph.add_edges_from(sorted(chance.sample(range(length), 2)) for _ in range(chance.randint(2, length)))
     return graph
 
@@ -98,8 +101,12 @@ def test_no_cut_of_a_recorded_llama_can_be_moved_to_fewer_tensors():
     recorded = pipeengine.profile(model, {"input_ids": tokens, "labels": tokens}, costs="analytic")
     plan = partition(recorded, 3)
     limit = 1.05 * partition(recorded, 3, prefer_single_tensor=0).bottleneck
-    place = {name: number for number, name in enumerate(sorted(recorded, key=lambda name: (plan.stage_of[name],
-                                                                                          recorded.nodes[name]["order"])))}
+    place = {
+        name: number
+        for number, name in enumerate(
+            sorted(recorded, key=lambda name: (plan.stage_of[name], recorded.nodes[name]["order"]))
+        )
+    }
     graph = nx.relabel_nodes(recorded, place)
     work = [sum(graph.nodes[node][half] for half in ("forward", "backward")) for node in range(len(graph))]
     cuts, counts = cuts_of(plan, place), [crossing(graph, cut) for cut in range(len(graph))]

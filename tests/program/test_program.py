@@ -95,7 +95,9 @@ def test_stages_of_one_worker_hand_over_without_messages():
 
 def test_receives_in_flight_are_bounded():
     """A fast first stage must not make the second one hold every micro-batch's buffer."""
-    program = lower(build("gpipe", num_workers=2, num_microbatches=64), costs=Costs([1, 10], backward=[1, 10]), window=2)
+    program = lower(
+        build("gpipe", num_workers=2, num_microbatches=64), costs=Costs([1, 10], backward=[1, 10]), window=2
+    )
     check(program)
     open_now = most = 0
     for action in program.actions(1):
@@ -154,7 +156,9 @@ def test_peak_over_the_cap_is_refused():
 def test_a_message_more_or_less_is_found():
     program = lower(build("gpipe", num_workers=2, num_microbatches=3))
     at = [i for i, a in enumerate(program.actions(1)) if a.op == "RA"][1]
-    for keep, message in ((np.arange(len(program.lanes[1].op)) != at, "no receive of the activation between stages 0 and 1"),):
+    for keep, message in (
+        (np.arange(len(program.lanes[1].op)) != at, "no receive of the activation between stages 0 and 1"),
+    ):
         lane = ProgramLane(*(column[keep] for column in program.lanes[1]))
         with pytest.raises(ScheduleError, match=message):
             check(Program("x", program.topology, 3, program.edges, (program.lanes[0], lane)))
@@ -190,7 +194,8 @@ def test_one_shared_channel_with_unequal_stages(name):
 
 
 def test_a_busy_channel_is_played_through_also_where_messages_are_many():
-    """8 stages per worker: messages fill half of a channel's time; by the times of free ones alone 17 % would be lost."""
+    """8 stages per worker: messages fill half of a channel's time; by the times of free ones alone 17 % would be
+    lost."""
     schedule = build("interleaved-1f1b", num_workers=8, num_microbatches=64, stages_per_worker=8)
     costs = Costs.uniform(schedule.topology, hop=0.05)
     program = lower(schedule, costs=costs)
@@ -239,16 +244,21 @@ def moved(draw, program):
             time = draw.choice([old, sum(near) / len(near), near[0] + 1e-3, near[-1] - 1e-3])
         lane.insert(at, taken)
         times[worker].insert(at, time)
-    lanes = tuple(ProgramLane(*(np.array(column, kind) for column, kind in zip(zip(*lane), (np.uint8, *(np.int32,) * 3))))
-                  for lane in lanes)
+    lanes = tuple(
+        ProgramLane(*(np.array(column, kind) for column, kind in zip(zip(*lane), (np.uint8, *(np.int32,) * 3))))
+        for lane in lanes
+    )
     return replace(program, lanes=lanes, planned=tuple(map(np.array, times)))
 
 
 def test_planned_times_prove_nothing_false():
     """Wherever messages are moved to and whatever times are claimed: what the quick proof accepts, stepping accepts."""
     draw, accepted, refused = random.Random(0), 0, 0
-    programs = [lower(build(name, num_workers=p, num_microbatches=6)) for name in ("1f1b", "interleaved-1f1b", "zb-v", "gpipe")
-                for p in (2, 3)]
+    programs = [
+        lower(build(name, num_workers=p, num_microbatches=6))
+        for name in ("1f1b", "interleaved-1f1b", "zb-v", "gpipe")
+        for p in (2, 3)
+    ]
     for _ in range(4000):
         program = draw.choice(programs)
         for _ in range(draw.choice((1, 2))):

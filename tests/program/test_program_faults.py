@@ -1,4 +1,5 @@
-"""Ten thousand seeded faults, each wrong by construction, and the checker finds every one; no false alarm on the rest."""
+"""Ten thousand seeded faults, each wrong by construction, and the checker finds every one; no false alarm on the
+rest."""
 import random
 from collections import Counter
 from functools import cache
@@ -136,7 +137,9 @@ def test_every_seeded_fault_is_found():
         except ScheduleError:
             found[fault.__name__] += 1
         else:
-            pytest.fail(f"{fault.__name__} in {program.name}: {program.topology} not found\n{remade(program, rows).to_text()}")
+            pytest.fail(
+                f"{fault.__name__} in {program.name}: {program.topology} not found\n{remade(program, rows).to_text()}"
+            )
     assert sum(found.values()) == NUM_FAULTS and len(found) == len(FAULTS)
 
 

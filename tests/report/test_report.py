@@ -28,13 +28,35 @@ def run():
     schedule = build("1f1b", num_workers=2, num_microbatches=4)
     predicted = simulate(schedule, Costs([1.0, 1.0], backward=[2.0, 2.0]))
     measured = simulate(schedule, Costs([1.0, 1.5], backward=[2.0, 3.0], hop=0.1))
-    rows = (StageRow(0, 0, "embed, blocks.0", 1_500_000, predicted_bytes=2e9, measured_bytes=2.1e9, sent_bytes=4096, sent_messages=4),
-            StageRow(1, 1, "blocks.1, <head>", 2_500_000, predicted_bytes=1e9, measured_bytes=9e8, sent_bytes=4096, sent_messages=4))
+    rows = (
+        StageRow(
+            0,
+            0,
+            "embed, blocks.0",
+            1_500_000,
+            predicted_bytes=2e9,
+            measured_bytes=2.1e9,
+            sent_bytes=4096,
+            sent_messages=4,
+        ),
+        StageRow(
+            1,
+            1,
+            "blocks.1, <head>",
+            2_500_000,
+            predicted_bytes=1e9,
+            measured_bytes=9e8,
+            sent_bytes=4096,
+            sent_messages=4,
+        ),
+    )
     return RunReport("tiny", "1f1b", 4, rows, predicted, measured, loss=2.5)
 
 
 def test_report_picture(run):
-    assert report_text(run) == """\
+    assert (
+        report_text(run)
+        == """\
 tiny: 2 stages on 2 workers, schedule 1f1b, 4 micro-batches
 step: measured 21.2 s, predicted 15.0 s, 41.3 % over the prediction
 loss: 2.5
@@ -48,6 +70,7 @@ stage  worker  parameters  predicted  measured  predicted  measured  predicted  
 busiest: worker 1 with 18.0 s of the measured 21.2 s; least busy: worker 0 with 12.0 s
 worker 1 has 1.20 times the mean work: plan again with measured costs, or open the modules of its stage
 """
+    )
 
 
 def test_stages_of_one_process_are_compared_by_their_work(run):
@@ -176,7 +199,9 @@ def test_pictures_tell_idle_time_of_workers_only(lane, told):
     """The length stands beside the title, never on it; the legend wraps."""
     timeline = simulate(build("zb-v", num_workers=2, num_microbatches=4))
     short = simulate(build("zb-v", num_workers=2, num_microbatches=4), Costs([0.01] * 4, input_grad=[0.01] * 4))
-    root = ElementTree.fromstring(timeline_svg([Panel("a short one", short, lane), Panel("a long one", timeline, lane)], width=500))
+    root = ElementTree.fromstring(
+        timeline_svg([Panel("a short one", short, lane), Panel("a long one", timeline, lane)], width=500)
+    )
     texts = {e.text: e for e in root.iter("{http://www.w3.org/2000/svg}text")}
     assert ("idle" in texts) == told and f"{lane} 1" in texts
     assert "lighter: later stages of a worker" in texts

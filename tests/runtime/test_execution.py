@@ -1,4 +1,5 @@
-"""Every schedule, run: the order it says, the numbers of one process, the messages of the plan, and nothing left behind."""
+"""Every schedule, run: the order it says, the numbers of one process, the messages of the plan, and nothing left
+behind."""
 import traceback
 import warnings
 from functools import cache
@@ -21,7 +22,10 @@ LOSS_BYTES = 4                          # all that a step may leave behind
 RUN = tuple(name for name in SCHEDULES if name != "dualpipe")
 VEE = ("zb-v", "v-half", "v-min", "dualpipe-v")
 SEVERAL = ("interleaved-1f1b", "bfs", "interleaved-zb", *VEE)
-CASES = {case.name: case for case in (zoo.hugging_face("gpt2"), *map(zoo.AWKWARD.get, ("LongSkips", "TiedThrice", "Classifier")))}
+CASES = {
+    case.name: case
+    for case in (zoo.hugging_face("gpt2"), *map(zoo.AWKWARD.get, ("LongSkips", "TiedThrice", "Classifier")))
+}
 NAMES = tuple(CASES)
 
 
@@ -34,7 +38,9 @@ def batch_of(name: str, rows: int) -> dict[str, torch.Tensor]:
 def order(schedule: str, num_workers: int, stages_per_worker: int, num_microbatches: int) -> Schedule | None:
     """What the workers are to do; None for numbers of micro-batches that the schedule is not made for."""
     try:
-        return build(schedule, num_workers=num_workers, num_microbatches=num_microbatches, stages_per_worker=stages_per_worker)
+        return build(
+            schedule, num_workers=num_workers, num_microbatches=num_microbatches, stages_per_worker=stages_per_worker
+        )
     except pe.ScheduleError:
         return None
 
@@ -50,8 +56,18 @@ def make(name: str, schedule: str, num_stages: int, plan: pe.Plan | None = None)
     case = CASES[name]
     model = case.build()
     example, target = case.split_target(batch_of(name, MOST))
-    return model, pe.Pipeline(model, example, target=target, loss_fn=case.loss_fn, num_microbatches=MOST, schedule=schedule,
-                              num_stages=num_stages, costs="analytic", check=False, plan=plan)
+    return model, pe.Pipeline(
+        model,
+        example,
+        target=target,
+        loss_fn=case.loss_fn,
+        num_microbatches=MOST,
+        schedule=schedule,
+        num_stages=num_stages,
+        costs="analytic",
+        check=False,
+        plan=plan,
+    )
 
 
 def step(pipe: pe.Pipeline, name: str, rows: int) -> torch.Tensor:
@@ -70,7 +86,8 @@ def run(pipe: pe.Pipeline, name: str, rows: int) -> tuple:
 
 
 def tolerance(name: str, plan: pe.Plan) -> float:
-    """Bit for bit, unless gradients of one value or one parameter meet from several stages and are added in another order."""
+    """Bit for bit, unless gradients of one value or one parameter meet from several stages and are added in another
+    order."""
     values = [value for boundary in plan.boundaries for value in boundary.gradients]
     skips = any(boundary.target != boundary.source + 1 for boundary in plan.boundaries)
     return 1e-6 if plan.ties or skips or len(values) != len(set(values)) or name == "LongSkips" else 0.0
@@ -101,11 +118,19 @@ def local_plan(name: str) -> pe.Plan:
     return make(name, "gpipe", STAGES)[1].plan
 
 
-@pytest.mark.parametrize(("schedule", "name"), [
-    pytest.param(schedule, name, marks=[] if name in ("gpt2", NAMES[1 + i % 3]) and schedule != "auto" else pytest.mark.slow)
-    for i, schedule in enumerate(RUN) for name in CASES])
+@pytest.mark.parametrize(
+    ("schedule", "name"),
+    [
+        pytest.param(
+            schedule, name, marks=[] if name in ("gpt2", NAMES[1 + i % 3]) and schedule != "auto" else pytest.mark.slow
+        )
+        for i, schedule in enumerate(RUN)
+        for name in CASES
+    ],
+)
 def test_one_process(schedule, name):
-    """Four stages and every number of micro-batches, in the order of four workers, or of two where the stages lie in a V."""
+    """Four stages and every number of micro-batches, in the order of four workers, or of two where the stages lie in a
+    V."""
     workers = STAGES // 2 if schedule in VEE else STAGES
     model, pipe = make(name, schedule, STAGES, local_plan(name))
     made_for = 0
@@ -125,7 +150,9 @@ def test_auto_in_one_process():
     """Made for the plan's costs, at a few numbers of micro-batches (making it takes its time)."""
     model, pipe = make("TiedThrice", "auto", STAGES, local_plan("TiedThrice"))
     for rows in (1, 7, MOST):
-        assert_same_step(truth("TiedThrice", rows), run(pipe, "TiedThrice", rows)[:2], tolerance("TiedThrice", pipe.plan))
+        assert_same_step(
+            truth("TiedThrice", rows), run(pipe, "TiedThrice", rows)[:2], tolerance("TiedThrice", pipe.plan)
+        )
 
 
 # -- workers ----------------------------------------------------------------------------------------------------------
@@ -152,7 +179,10 @@ def train(report, work) -> None:
     for schedule, name, counts in work:
         try:
             model, pipe = make(name, schedule, dist.get_world_size() * per_worker(schedule))
-            report((schedule, name), (pipe.plan.to_json(), {rows: run(pipe, name, rows) for rows in counts}, left_over(pipe, name)))
+            report(
+                (schedule, name),
+                (pipe.plan.to_json(), {rows: run(pipe, name, rows) for rows in counts}, left_over(pipe, name)),
+            )
             pipe.close()
         except Exception:
             report((schedule, name), traceback.format_exc())

@@ -25,7 +25,9 @@ def test_workers_do_everything_once(name, count):
     assert halves == forwards and all(stage == worker for worker, lane in enumerate(lanes) for _, stage, _, _ in lane)
     for send, receive in (("SA", "RA"), ("SG", "RG")):
         sent = sorted((stage, peer, k) for op, stage, k, peer in done if op == send)
-        assert sent == sorted((peer, stage, k) for op, stage, k, peer in done if op == receive) and len(sent) == 3 * count
+        assert (
+            sent == sorted((peer, stage, k) for op, stage, k, peer in done if op == receive) and len(sent) == 3 * count
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -49,7 +49,9 @@ def test_one_f_one_b_picture():
         "2F0,2B0,2F1,2B1,2F2,2B2,2F3,2B3\n")
 
 
-@pytest.mark.parametrize("topology", [Topology.linear(3), Topology.looped(2, 3), Topology.v(3), Topology.bidirectional(2)])
+@pytest.mark.parametrize(
+    "topology", [Topology.linear(3), Topology.looped(2, 3), Topology.v(3), Topology.bidirectional(2)]
+)
 def test_forward_only_completes(topology):
     check(forward_schedule(topology.num_workers, 4, topology))
 
@@ -98,8 +100,20 @@ def test_text_that_is_no_schedule(text, message):
         Schedule.from_text(text)
 
 
-DRAWN = {"gpipe": (3, 3), "1f1b": (3, 4), "interleaved-1f1b": (2, 3), "bfs": (2, 3), "zb-h1": (3, 4), "zb-h2": (3, 5),
-         "interleaved-zb": (2, 4), "zb-v": (2, 3), "v-half": (3, 3), "v-min": (3, 3), "dualpipe": (4, 8), "dualpipe-v": (2, 4)}
+DRAWN = {
+    "gpipe": (3, 3),
+    "1f1b": (3, 4),
+    "interleaved-1f1b": (2, 3),
+    "bfs": (2, 3),
+    "zb-h1": (3, 4),
+    "zb-h2": (3, 5),
+    "interleaved-zb": (2, 4),
+    "zb-v": (2, 3),
+    "v-half": (3, 3),
+    "v-min": (3, 3),
+    "dualpipe": (4, 8),
+    "dualpipe-v": (2, 4),
+}
 
 
 @pytest.mark.parametrize("name", DRAWN)
@@ -112,7 +126,9 @@ def test_docstrings_show_the_schedule(name):
 
 
 def test_stages_per_worker_are_those_asked_for_or_an_error():
-    assert build("interleaved-1f1b", num_workers=3, num_microbatches=4, stages_per_worker=1).topology == Topology.linear(3)
+    assert build(
+        "interleaved-1f1b", num_workers=3, num_microbatches=4, stages_per_worker=1
+    ).topology == Topology.linear(3)
     assert build("zb-v", num_workers=3, num_microbatches=6, stages_per_worker=2).topology == Topology.v(3)
     for name, asked in (("zb-v", 1), ("zb-v", 3), ("1f1b", 2)):
         with pytest.raises(ScheduleError, match=f"{asked} were asked for; use (6|3) stages on 3 workers"):

@@ -83,7 +83,10 @@ def test_latency_forms():
         m, c, work = p * (2 + seed % 3), 0.01 * (f + i + w), f + i + w
         def makespan(name, **more):
             schedule = build(name, num_workers=p, num_microbatches=m, **more)
-            return simulate(schedule, Costs.uniform(schedule.topology, forward=f, input_grad=i, weight_grad=w, hop=c)).makespan
+            return simulate(
+                schedule, Costs.uniform(schedule.topology, forward=f, input_grad=i, weight_grad=w, hop=c)
+            ).makespan
+
         assert makespan("gpipe") == pytest.approx((m + p - 1) * work + 2 * (p - 1) * c)
         if p > 1:
             assert makespan("1f1b") == pytest.approx((m + p - 1) * work + 2 * c * ((p - 1) * m / p + p - 2))
@@ -102,7 +105,9 @@ PEAKS = {"gpipe": lambda p, m: m, "1f1b": lambda p, m: p, "bfs": lambda p, m: m,
 def test_peak_memory_is_the_published_one(name):
     for p in (2, 4, 6, 8, 10):
         m = 6 * p
-        assert peak_activations(build(name, num_workers=p, num_microbatches=m)).max() == pytest.approx(PEAKS[name](p, m))
+        assert peak_activations(build(name, num_workers=p, num_microbatches=m)).max() == pytest.approx(
+            PEAKS[name](p, m)
+        )
 
 
 # Every F, I and W of a stage takes one second: (p, m) -> span, makespan.
@@ -153,7 +158,9 @@ def torch_text(name, p, m, v, **options):
     ("InterleavedZeroBubble", "interleaved-zb", 2), ("ZBVZeroBubble", "zb-v", 2), ("DualPipeV", "dualpipe-v", 2)])
 def test_torch_has_the_same_lists(theirs, ours, v):
     for p, m in [(2, 4), (2, 6), (4, 8), (4, 12), (8, 16), (3, 6), (3, 9)]:
-        schedule = build(ours, num_workers=p, num_microbatches=m, stages_per_worker=v if "interleaved" in ours else None)
+        schedule = build(
+            ours, num_workers=p, num_microbatches=m, stages_per_worker=v if "interleaved" in ours else None
+        )
         assert Schedule.from_text(torch_text(theirs, p, m, v), topology=schedule.topology) == schedule
 
 
@@ -163,8 +170,14 @@ def test_torchs_one_f_one_b_table_is_refused():
         check(Schedule.from_text(torch_text("1F1B", 4, 8, 1), num_microbatches=8))
 
 
-@pytest.mark.parametrize("name, topology, p", [
-    ("ZBVZeroBubble", Topology.v(4), 4), ("DualPipeV", Topology.v(4), 4), ("InterleavedZeroBubble", Topology.looped(2, 2), 2)])
+@pytest.mark.parametrize(
+    "name, topology, p",
+    [
+        ("ZBVZeroBubble", Topology.v(4), 4),
+        ("DualPipeV", Topology.v(4), 4),
+        ("InterleavedZeroBubble", Topology.looped(2, 2), 2),
+    ],
+)
 def test_torchs_deferred_receives_are_refused(name, topology, p):
     """They reorder receives against sends: an activation lands in a gradient's buffer, and nobody notices."""
     check(Program.from_text(torch_text(name, p, 2 * p, 2, with_comms=True), topology=topology))

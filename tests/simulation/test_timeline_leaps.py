@@ -60,7 +60,9 @@ def test_a_circle_far_into_a_regular_order_is_found():
     # The last stage runs forward 6000 before backward 6000; this one now wants it the other way round.
     for column in (op, microbatch):
         column[forward:backward + 1] = np.roll(column[forward:backward + 1], 1)
-    broken = Schedule("broken", schedule.topology, 9000, (schedule.lanes[0], Lane(op, stage, microbatch), schedule.lanes[2]))
+    broken = Schedule(
+        "broken", schedule.topology, 9000, (schedule.lanes[0], Lane(op, stage, microbatch), schedule.lanes[2])
+    )
     columns, duration = waits(broken, broken.topology.chain()), np.ones(broken.num_actions)
     stuck = []
     for engine in (critical_path._worklist, lambda *given: critical_path._Leaps(*given).solve()):
@@ -104,7 +106,9 @@ def test_a_million_actions():
 def test_free_actions_are_solved_too():
     schedule = build("zb-h1", num_workers=4, num_microbatches=4000)
     costs = Costs([1.0] * 4, [1.0] * 4, [0.0] * 4)
-    start, end = solve(schedule.starts, costs.duration(*schedule.columns[:2]), waits(schedule, schedule.topology.chain(), costs))
+    start, end = solve(
+        schedule.starts, costs.duration(*schedule.columns[:2]), waits(schedule, schedule.topology.chain(), costs)
+    )
     assert end.max() == pytest.approx(4000 * 2 + 3 * 2)
 
 

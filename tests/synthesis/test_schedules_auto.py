@@ -149,7 +149,9 @@ def test_several_stages_per_worker():
     for p, m in ((3, 6), (4, 8)):
         schedule = auto(p, m, 2)
         assert schedule.topology.num_stages == 2 * p
-        assert simulate(schedule).makespan <= simulate(build("interleaved-zb", num_workers=p, num_microbatches=m)).makespan
+        assert (
+            simulate(schedule).makespan <= simulate(build("interleaved-zb", num_workers=p, num_microbatches=m)).makespan
+        )
 
 
 @pytest.mark.parametrize("stages_per_worker", [1, 2, 3])
@@ -157,8 +159,12 @@ def test_any_numbers_under_any_cap_of_one_microbatch_or_more(stages_per_worker):
     draw = random.Random(stages_per_worker)
     for p, m, cap in product((1, 2, 5), (1, 3, 7), (1, 1.5, 3)):
         count = p * stages_per_worker
-        costs = Costs(*([draw.uniform(0.5, 1.5) for _ in range(count)] for _ in range(3)), hop=0.05,
-                      activation=[1 / stages_per_worker] * count, weight_activation=[draw.choice((0.5, 1)) / stages_per_worker] * count)
+        costs = Costs(
+            *([draw.uniform(0.5, 1.5) for _ in range(count)] for _ in range(3)),
+            hop=0.05,
+            activation=[1 / stages_per_worker] * count,
+            weight_activation=[draw.choice((0.5, 1)) / stages_per_worker] * count,
+        )
         check(auto(p, m, stages_per_worker, costs=costs, max_peak=cap), max_peak=cap, costs=costs)
 
 

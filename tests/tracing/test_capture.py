@@ -61,7 +61,9 @@ def pipelined(trap: Trap, model: nn.Module, check: bool):
         torch.optim.SGD(model.parameters(), lr=0.1).step()
 
 
-@pytest.mark.parametrize("check", (pytest.param(True, id="checked"), pytest.param(False, id="unchecked", marks=pytest.mark.slow)))
+@pytest.mark.parametrize(
+    "check", (pytest.param(True, id="checked"), pytest.param(False, id="unchecked", marks=pytest.mark.slow))
+)
 @pytest.mark.parametrize("name", [name for name, trap in TRAPS.items() if trap.expect != "varies_or_refuse"])
 def test_a_trap_is_exact_or_refused(name, check):
     """Never silently wrong: also not on the second batch, and also when the recording is not checked against eager."""
@@ -71,7 +73,9 @@ def test_a_trap_is_exact_or_refused(name, check):
         try:
             found = next(steps)
         except REFUSALS:
-            assert trap.expect == "exact_or_refuse" or name.startswith(REFUSED_ALL_THE_SAME), f"{name} must not be refused"
+            assert trap.expect == "exact_or_refuse" or name.startswith(REFUSED_ALL_THE_SAME), (
+                f"{name} must not be refused"
+            )
             return
         assert_same_step((loss, grads), found[:2], 1e-6)
         assert buffers.keys() == found[2].keys()
@@ -105,7 +109,8 @@ def picture(model: nn.Module) -> dict:
         found[name, "bits"] = tensor.detach().clone()
         found[name, "grad"] = None if tensor.grad is None else tensor.grad.clone()
         found[name, "identity"] = id(tensor), tensor.data_ptr(), tensor.requires_grad
-        found[name, "version"] = tensor._version if isinstance(tensor, nn.Parameter) else None      # buffers are put back
+        # buffers are put back
+        found[name, "version"] = tensor._version if isinstance(tensor, nn.Parameter) else None
     return found
 
 
@@ -119,10 +124,19 @@ def same(a, b) -> bool:
 
 def global_state() -> dict:
     numpy_state = np.random.get_state()
-    return {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": (numpy_state[1].tobytes(), *numpy_state[2:]),
-            "grad": torch.is_grad_enabled(), "dtype": torch.get_default_dtype(), "autocast": torch.is_autocast_enabled("cpu"),
-            "threads": torch.get_num_threads(), "module call": nn.Module.__call__, "linear": torch.nn.functional.linear,
-            "hooks": len(nn.modules.module._global_forward_hooks), "function": vars(torch.autograd.Function).get("apply")}
+    return {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (numpy_state[1].tobytes(), *numpy_state[2:]),
+        "grad": torch.is_grad_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "threads": torch.get_num_threads(),
+        "module call": nn.Module.__call__,
+        "linear": torch.nn.functional.linear,
+        "hooks": len(nn.modules.module._global_forward_hooks),
+        "function": vars(torch.autograd.Function).get("apply"),
+    }
 
 
 def decorated(case: zoo.Case) -> nn.Module:
@@ -136,8 +150,21 @@ def decorated(case: zoo.Case) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", ("BatchNorms", "Dropouts", "DetachedStatistics", "NestedOutputs", "Recurrent", "UNet", "Checkpointed",
-                                  "gpt2", "llama", "bert"))
+@pytest.mark.parametrize(
+    "name",
+    (
+        "BatchNorms",
+        "Dropouts",
+        "DetachedStatistics",
+        "NestedOutputs",
+        "Recurrent",
+        "UNet",
+        "Checkpointed",
+        "gpt2",
+        "llama",
+        "bert",
+    ),
+)
 def test_construction_leaves_no_trace(name):
     """Modes, hooks, buffers, gradients, attributes, tensors and global state are what they were."""
     case = zoo.AWKWARD.get(name) or zoo.hugging_face(name, dropout=0.1)
@@ -146,7 +173,9 @@ def test_construction_leaves_no_trace(name):
     with torch.no_grad():
         pe.Pipeline(model, case.batches[0], num_microbatches=2, num_stages=2, costs="analytic")
     after, now = picture(model), {**global_state()}
-    assert all(same(before[key], after.get(key)) for key in before), [k for k in before if not same(before[k], after.get(k))]
+    assert all(same(before[key], after.get(key)) for key in before), [
+        k for k in before if not same(before[k], after.get(k))
+    ]
     assert before.keys() == after.keys(), set(after) ^ set(before)
     with torch.no_grad():
         assert not torch.is_grad_enabled()
