@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,8 +156,10 @@ def lay_out(options: Options, plan: Plan | None, num_workers: int) -> Layout:
 
 def _count_stages(options: Options, plan: Plan | None, num_workers: int) -> int:
     """As asked, else the plan's, else one per worker; more where the schedule cannot do with one."""
-    if options.num_stages is not None or plan is not None:
-        return options.num_stages if options.num_stages is not None else plan.num_stages
+    if options.num_stages is not None:
+        return options.num_stages
+    if plan is not None:
+        return plan.num_stages
     microbatches = options.num_microbatches
     with contextlib.suppress(ScheduleError):
         return ScheduleChoice(options.schedule, num_workers, microbatches, num_workers).build().topology.num_stages
@@ -235,7 +237,7 @@ def price(flow: Dataflow, options: Options, layout: Layout, device: torch.device
     return cost_graph(flow, seconds, deferrable)
 
 
-def _progress(rank: int):
+def _progress(rank: int) -> Callable[[str], None]:
     """Tells what takes more than two seconds, on one worker."""
     def tell(line: str) -> None:
         if rank == 0:
@@ -251,13 +253,15 @@ def link_times(workers: Workers) -> LinkTimes:
 def make_plan(graph: networkx.DiGraph, given: Plan | None, options: Options, layout: Layout,
               link: LinkTimes, workers: Workers) -> Plan:
     """Rank 0 plans, everybody gets that plan: measured costs differ from worker to worker."""
-    def plan_here() -> dict | None:
+    def plan_here() -> Mapping | None:
         if workers.rank:
             return None
         made = partition(graph, options, layout, link, workers.size) if given is None else \
             fitting_plan(given, graph, layout.num_stages)
         return made.to_json()
-    return Plan.from_json(workers.broadcast_object(workers.run_synchronized(plan_here)))
+    data = workers.broadcast_object(workers.run_synchronized(plan_here))
+    assert data is not None, "worker 0 has planned"
+    return Plan.from_json(data)
 
 
 def partition(graph: networkx.DiGraph, options: Options, layout: Layout, link: LinkTimes,

@@ -23,13 +23,15 @@ def tensor_slots(model: torch.nn.Module) -> dict[str, list[Slot]]:
 
 def get_tensor(module: torch.nn.Module, own: str) -> torch.Tensor:
     """The tensor in a slot."""
-    return module._parameters[own] if own in module._parameters else module._buffers[own]
+    tensor = module._parameters[own] if own in module._parameters else module._buffers[own]
+    assert tensor is not None, "slots hold a tensor"
+    return tensor
 
 
 def put_tensor(places: list[Slot], tensor: torch.Tensor) -> None:
     """Put ``tensor`` into all ``places``."""
     for module, own in places:
-        table = module._parameters if own in module._parameters else module._buffers
+        table: dict = module._parameters if own in module._parameters else module._buffers
         table[own] = tensor
         if isinstance(module, torch.nn.RNNBase):
             module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]

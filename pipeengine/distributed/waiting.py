@@ -67,6 +67,7 @@ def _serve(todo: queue.SimpleQueue) -> None:
 
 def _outcome(work: tuple[dist.Work, ...]) -> ConnectionLost | None:
     """Wait for ``work``; what went wrong, without references to it (they would keep the connections open)."""
+    one: dist.Work | None = None
     try:
         for one in work:
             one.wait()

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from time import sleep
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from pipeengine.errors import InputError, PipeEngineError, WorkerError
 from pipeengine.torch_private import default_store
 
 _SLOTS = 8
+T = TypeVar("T")
 
 
 class Workers(Protocol):
@@ -35,16 +36,16 @@ class Workers(Protocol):
     size: int
     backend: str | None
 
-    def run_synchronized(self, what: Callable[[], object]) -> object:
+    def run_synchronized(self, what: Callable[[], T]) -> T:
         """Do something that needs no other worker, on all of them; if it fails on one, raise its error on all."""
 
     def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str]) -> None:
         """The same ``facts`` everywhere, and nobody has a ``problem``; else the same error everywhere."""
 
-    def broadcast_object(self, value: object, source: int = 0) -> object:
+    def broadcast_object(self, value: T, source: int = 0) -> T:
         """``source``'s ``value`` on every worker."""
 
-    def all_gather_object(self, value: object) -> list:
+    def all_gather_object(self, value: T) -> list[T]:
         """Every worker's ``value``, in order of rank."""
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
@@ -85,7 +86,7 @@ class SingleProcess:
     def __init__(self) -> None:
         self._published: dict[int, str] = {}
 
-    def run_synchronized(self, what: Callable[[], object]) -> object:
+    def run_synchronized(self, what: Callable[[], T]) -> T:
         """Do it."""
         return what()
 
@@ -94,11 +95,11 @@ class SingleProcess:
         if problem is not None:
             raise problem
 
-    def broadcast_object(self, value: object, source: int = 0) -> object:
+    def broadcast_object(self, value: T, source: int = 0) -> T:
         """The value itself."""
         return value
 
-    def all_gather_object(self, value: object) -> list:
+    def all_gather_object(self, value: T) -> list[T]:
         """A list of the one value."""
         return [value]
 
@@ -170,7 +171,7 @@ class ProcessGroupWorkers:
         finally:
             del work
 
-    def all_gather_object(self, value: object) -> list:
+    def all_gather_object(self, value: T) -> list[T]:
         """Every worker's ``value``, in order of rank."""
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in self.ranks]
@@ -183,7 +184,7 @@ class ProcessGroupWorkers:
         return [pickle.loads(bytes(part[:int(size)].tolist())) if int(size) < 1 << 12 else
                 pickle.loads(part[:int(size)].numpy().tobytes()) for part, size in zip(parts, sizes)]
 
-    def broadcast_object(self, value: object, source: int = 0) -> object:
+    def broadcast_object(self, value: T, source: int = 0) -> T:
         """``source``'s ``value`` on every worker."""
         data = torch.frombuffer(bytearray(pickle.dumps(value if self.rank == source else None)), dtype=torch.uint8)
         size = torch.tensor([data.numel()])
@@ -228,7 +229,7 @@ class ProcessGroupWorkers:
 
     # -- agreement --------------------------------------------------------------------------------------------------
 
-    def run_synchronized(self, what: Callable[[], object]) -> object:
+    def run_synchronized(self, what: Callable[[], T]) -> T:
         """Do something that needs no other worker, on all of them; if it fails on one, raise its error on all."""
         try:
             result, problem = what(), None

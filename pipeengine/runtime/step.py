@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +25,7 @@ from pipeengine.tracing import Inputs
 _ACTIONS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient",
             "SA": "sending an activation", "RA": "receiving an activation",
             "SG": "sending a gradient", "RG": "receiving a gradient"}
+T = TypeVar("T")
 _FACTS = ("the number of calls", "the batch", "the recorded model")
 
 
@@ -77,6 +79,7 @@ class StepRunner:
             problem.__cause__ = error
         facts = (progress.calls, prepared.digest, prepared.recorded) if prepared else (progress.calls, 0, 0)
         self.guarded(lambda: self._workers.agree(facts, problem, _FACTS), harmless=InputError)
+        assert prepared is not None, "a problem of one worker is raised on all"
         return prepared
 
     def _train(self, prepared: Prepared) -> None:
@@ -104,9 +107,10 @@ class StepRunner:
 
     def _spread_loss(self, specialization: Specialization, own: torch.Tensor | None) -> torch.Tensor | None:
         """The loss of the worker that has it, on every worker."""
-        if specialization.split.loss_stage is None:
+        value = specialization.recording.loss
+        if value is None or specialization.split.loss_stage is None:
             return None
-        spec = specialization.recording.values[specialization.recording.loss].spec
+        spec = specialization.recording.values[value].spec
         loss = own if own is not None else \
             torch.zeros(spec.shape, dtype=spec.dtype, device=self._tasks.reader.device)
         return self._workers.broadcast(loss, self._worker_of[specialization.split.loss_stage])
@@ -118,7 +122,7 @@ class StepRunner:
                                              default=self.progress.microbatches - 1)
         self._workers.publish(json.dumps({"step": self.progress.step, "records": records}))
 
-    def guarded(self, what: Callable[[], object], harmless: type | tuple = ()) -> object:
+    def guarded(self, what: Callable[[], T], harmless: type[BaseException] | tuple[type[BaseException], ...] = ()) -> T:
         """Run something that talks to other workers; a failure becomes the same error on every worker."""
         try:
             return what()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -115,7 +116,7 @@ class TaskMaker:
         chosen = []
         for tensors, size, key in zip(parts, sizes, keys):
             specialization = alike.get(size) or self.specializations.find(
-                (base, size), tensors, lambda t=tensors: batch.again(t), key, outputs=not training)
+                (base, size), tensors, partial(batch.again, tensors), key, outputs=not training)
             if specialization.guards is None:
                 alike[size] = specialization
             chosen.append(specialization)
@@ -131,9 +132,7 @@ class TaskMaker:
                batch: Batch) -> list[float]:
         """What each micro-batch's loss counts for in the loss of the full batch."""
         if self.loss_weight is not None:
-            raw = [float(self.loss_weight(*again.args, **again.kwargs) if again.target is None else
-                         self.loss_weight(*again.args, target=again.target, **again.kwargs))
-                   for again in map(batch.again, parts)]
+            raw = [self._own_weight(self.loss_weight, batch.again(tensors)) for tensors in parts]
         elif all(specialization.count_targets is not None for specialization in chosen):
             raw = [specialization.count_targets(tensors) for specialization, tensors in zip(chosen, parts)]
         else:
@@ -142,3 +141,10 @@ class TaskMaker:
         if total == 0:
             raw, total = [float(size) for size in sizes], float(sum(sizes))
         return [value / total for value in raw]
+
+    @staticmethod
+    def _own_weight(loss_weight: Callable, inputs: Inputs) -> float:
+        """What the user's function says that the loss of these inputs counts for."""
+        if inputs.target is None:
+            return float(loss_weight(*inputs.args, **inputs.kwargs))
+        return float(loss_weight(*inputs.args, target=inputs.target, **inputs.kwargs))
