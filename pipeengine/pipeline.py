@@ -37,7 +37,14 @@ from pipeengine.rng import RngStreams, mix
 from pipeengine.runtime import Executor, ProgramCache, Task, merge_outputs
 from pipeengine.schedules import Schedule
 from pipeengine.simulation import Timeline, costs_of
-from pipeengine.stages import Placement, Specialization, SpecializationCache, check_recording
+from pipeengine.stages import (
+    Placement,
+    Specialization,
+    SpecializationCache,
+    Weights,
+    check_recording,
+    even_weights,
+)
 from pipeengine.synthesis import build
 from pipeengine.tracing import Dataflow, Inputs, analyse, capture, current_modes, node_refs, refs
 
@@ -421,11 +428,12 @@ class Pipeline:
             if specialization.guards is None:
                 alike[size] = specialization
             specializations.append(specialization)
-        weights = self._weigh(specializations, parts, sizes, batch)
+        weights = self._weigh(specializations, parts, sizes, batch, base)
         split_backward_stages = self._programs.split_backward_stages(len(parts)) if training else (frozenset(),) * len(parts)
-        tasks = [Task([t.clone() if i in specialization.cloned else t for i, t in enumerate(tensors)] if specialization.cloned else tensors,
+        tasks = [Task([*(t.clone() if i in specialization.cloned else t for i, t in enumerate(tensors)), *terms],
                       specialization.stages.of(apart), weight, key, specialization.links)
-                 for tensors, specialization, weight, key, apart in zip(parts, specializations, weights, keys, split_backward_stages)]
+                 for tensors, specialization, weight, terms, key, apart in zip(parts, specializations, weights.loss, weights.terms, keys,
+                                                                               split_backward_stages)]
         recorded = 0
         for specialization in specializations:
             recorded = mix(recorded, specialization.digest)
@@ -437,20 +445,15 @@ class Pipeline:
         needs = bytes(p.requires_grad for p in self._model.parameters())
         return training, modules, needs, current_modes().autocast
 
-    def _weigh(self, specializations, parts, sizes, batch: Batch) -> list[float]:
+    def _weigh(self, specializations, parts, sizes, batch: Batch, base: tuple) -> Weights:
         """What each micro-batch's loss counts for in the loss of the full batch."""
-        if self._loss_weight is not None:
-            raw = [float(self._loss_weight(*again.args, **again.kwargs) if again.target is None else
-                         self._loss_weight(*again.args, target=again.target, **again.kwargs))
-                   for again in map(batch.again, parts)]
-        elif all(specialization.count_targets is not None for specialization in specializations):
-            raw = [specialization.count_targets(tensors) for specialization, tensors in zip(specializations, parts)]
-        else:
-            raw = [float(size) for size in sizes]
-        total = sum(raw)
-        if total == 0:
-            raw, total = [float(size) for size in sizes], float(sum(sizes))
-        return [value / total for value in raw]
+        if self._loss_weight is None:
+            whole = [tensor.to(self._device) for tensor in batch.tensors]
+            return self._specializations.weigh(base, specializations, parts, sizes, whole, lambda: batch.again(whole))
+        raw = [float(self._loss_weight(*again.args, **again.kwargs) if again.target is None else
+                     self._loss_weight(*again.args, target=again.target, **again.kwargs))
+               for again in map(batch.again, parts)]
+        return even_weights(raw, sizes, [len(specialization.terms) for specialization in specializations])
 
     def _guarded(self, what: Callable[[], object], harmless: type = ()) -> object:
         """Run something that talks to other workers; a failure becomes the same error on every worker."""

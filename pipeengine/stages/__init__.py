@@ -4,6 +4,7 @@ Placement says which node runs where, splitting cuts, codegen writes straight-li
 for every kind of micro-batch.
 """
 from pipeengine.stages.cache import Specialization, SpecializationCache
+from pipeengine.stages.loss_weight import Weights, even_weights, full_batch_loss_check
 from pipeengine.stages.message import (
     ACTIVATION,
     GRADIENT,
@@ -19,4 +20,4 @@ from pipeengine.stages.placement import Placement
 from pipeengine.stages.replay_check import check_recording
 from pipeengine.stages.runnable import Runnable
 
-__all__ = ["ACTIVATION", "GRADIENT", "Layout", "Placement", "Runnable", "Specialization", "SpecializationCache", "check_header", "check_recording", "has_arrived", "header", "pack", "allocate", "unpack"]
+__all__ = ["ACTIVATION", "GRADIENT", "Layout", "Placement", "Runnable", "Specialization", "SpecializationCache", "Weights", "check_header", "check_recording", "even_weights", "full_batch_loss_check", "has_arrived", "header", "pack", "allocate", "unpack"]

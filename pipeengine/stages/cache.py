@@ -17,11 +17,12 @@ from pipeengine.autograd import Recompute, Replacement, check_recomputable, find
 from pipeengine.rng import RngStreams
 from pipeengine.stages.codegen import compile_part
 from pipeengine.stages.guards import guard_check
-from pipeengine.stages.loss_weight import target_count
+from pipeengine.stages.loss_terms import Term, find_terms
+from pipeengine.stages.loss_weight import LossWeights, Weights, target_count, weigh_terms
 from pipeengine.stages.placement import Placement
 from pipeengine.stages.runnable import Runnable, make_runnable
 from pipeengine.stages.splitting import Split, split
-from pipeengine.tracing import Inputs, Recording, analyse, capture, refs
+from pipeengine.tracing import Dataflow, Inputs, Recording, analyse, capture, refs
 
 _MOST = 128
 
@@ -39,6 +40,8 @@ class Specialization:
     links: frozenset[tuple[int, int, bool, bool]]       # (source, target, activation, gradient)
     outputs: tuple[int, ...]
     digest: int
+    flow: Dataflow                              # of the recording as it was made, without inputs for the weights of terms
+    terms: tuple[Term, ...]                     # of the loss
 
 
 class Runnables:
@@ -70,6 +73,7 @@ class SpecializationCache:
         self._loss_fn, self._device, self._rng = loss_fn, device, rng
         self._known: OrderedDict[tuple, list[Specialization]] = OrderedDict()
         self.recorded = 0
+        self._weights = LossWeights(model, loss_fn, device, rng)
 
     def find(self, key: tuple, tensors: Sequence[torch.Tensor], inputs: Callable[[], Inputs], random_key: int | None, *,
              outputs: bool) -> Specialization:
@@ -93,7 +97,11 @@ class SpecializationCache:
 
     def make(self, recording: Recording, *, outputs: bool) -> Specialization:
         """Cut and compile a recording."""
-        flow = analyse(recording, outputs=outputs)
+        plain = flow = analyse(recording, outputs=outputs)
+        terms = find_terms(plain, plain, self._model)
+        recording, weighed = weigh_terms(recording, terms)
+        if weighed:
+            flow = analyse(recording, outputs=outputs)
         stage_of = self._placement.assign(flow)
         wanted = tuple(dict.fromkeys(refs(recording.output))) if outputs else ()
         recompute_spans = () if outputs else self._recompute.spans(recording)
@@ -105,6 +113,7 @@ class SpecializationCache:
         def cut_for(split_backward: bool) -> tuple[Split, Mapping[int, Replacement] | None]:
             deferrable = find_deferrable(recording, self._model) if split_backward else None
             apart = {id(recording.nodes[n]) for span in recompute_spans for n in range(*span)}
+            apart |= {id(recording.nodes[n]) for n in weighed}
             apart |= {id(node) for node in recording.nodes if node.results and node.results[0] in (deferrable or ())}
             return split(flow, stage_of, self._placement.num_stages, outputs=outputs,
                          keep_apart=lambda node: id(node) in apart), deferrable
@@ -119,8 +128,14 @@ class SpecializationCache:
         written = {storage for node in recording.nodes for storage in node.writes}
         cloned = tuple(i for i, v in enumerate(recording.inputs) if recording.values[v].storage in written)
         links = frozenset((link.source, link.target, bool(link.values), bool(link.gradients)) for link in cut.links)
-        return Specialization(recording, cut, Runnables(self._own, runnable), guard_check(flow, self._model, self._rng), target_count(flow, self._model),
-                       cloned, links, wanted, _digest(cut))
+        return Specialization(recording, cut, Runnables(self._own, runnable), guard_check(flow, self._model, self._rng),
+                              target_count(plain, self._model), cloned, links, wanted, _digest(cut), plain, terms)
+
+    def weigh(self, key: tuple, specializations: Sequence[Specialization], parts: Sequence[Sequence[torch.Tensor]],
+              sizes: Sequence[int], whole: Sequence[torch.Tensor], inputs: Callable[[], Inputs]) -> Weights:
+        """What each of the micro-batches ``parts``, of ``sizes`` rows, counts for in the loss of the batch ``whole`` of kind ``key``."""
+        kinds = [(specialization.flow, specialization.terms, specialization.count_targets) for specialization in specializations]
+        return self._weights.weigh(key, kinds, parts, sizes, whole, inputs, self._placement.leaf_modules)
 
     def seed(self, key: tuple, specialization: Specialization) -> None:
         """Remember a specialization made elsewhere."""

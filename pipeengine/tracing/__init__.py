@@ -16,6 +16,7 @@ from pipeengine.tracing.recording import (
     Recording,
     Ref,
     TensorSpec,
+    Value,
     encoded_leaves,
     fill,
     node_refs,
@@ -23,4 +24,4 @@ from pipeengine.tracing.recording import (
     refs,
 )
 
-__all__ = ["Call", "Dataflow", "Inputs", "Node", "NodeCost", "Rebuilt", "Recording", "Ref", "TensorSpec", "analyse", "capture", "current_modes", "tree_encode", "encoded_leaves", "fill", "find_loss", "leaves", "node_refs", "picks", "refs", "tree_map", "switch", "tensors", "undisturbed"]
+__all__ = ["Call", "Dataflow", "Inputs", "Node", "NodeCost", "Rebuilt", "Recording", "Ref", "TensorSpec", "Value", "analyse", "capture", "current_modes", "tree_encode", "encoded_leaves", "fill", "find_loss", "leaves", "node_refs", "picks", "refs", "tree_map", "switch", "tensors", "undisturbed"]
