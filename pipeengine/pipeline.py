@@ -431,8 +431,8 @@ class Pipeline:
         weights = self._weigh(specializations, parts, sizes, batch, base)
         split_backward_stages = self._programs.split_backward_stages(len(parts)) if training else (frozenset(),) * len(parts)
         tasks = [Task([*(t.clone() if i in specialization.cloned else t for i, t in enumerate(tensors)), *terms],
-                      specialization.stages.of(apart), weight, key, specialization.links)
-                 for tensors, specialization, weight, terms, key, apart in zip(parts, specializations, weights.loss, weights.terms, keys,
+                      specialization.stages.of(apart), weight, key, specialization.links, size)
+                 for tensors, size, specialization, weight, terms, key, apart in zip(parts, sizes, specializations, weights.loss, weights.terms, keys,
                                                                                split_backward_stages)]
         recorded = 0
         for specialization in specializations:

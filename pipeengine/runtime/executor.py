@@ -18,13 +18,14 @@ from pipeengine.stages import ACTIVATION, GRADIENT, Runnable
 
 @dataclass(frozen=True)
 class Task:
-    """One micro-batch: its tensors, the runnable of each own stage, its weight and the key of its random numbers."""
+    """One micro-batch: its tensors, the runnable of each own stage, its weight, the key of its random numbers and its ``rows``."""
 
     inputs: Sequence[torch.Tensor]
     stages: dict[int, Runnable]
     weight: float
     key: int | None
     links: frozenset[tuple[int, int]]
+    rows: int = 1
 
 
 class Executor:

@@ -17,7 +17,7 @@ from pipeengine.autograd import Recompute, Replacement, check_recomputable, find
 from pipeengine.rng import RngStreams
 from pipeengine.stages.codegen import compile_part
 from pipeengine.stages.guards import guard_check
-from pipeengine.stages.loss_terms import Term, find_terms
+from pipeengine.stages.loss_terms import Term, find_terms, find_totals
 from pipeengine.stages.loss_weight import LossWeights, Weights, target_count, weigh_terms
 from pipeengine.stages.placement import Placement
 from pipeengine.stages.runnable import Runnable, make_runnable
@@ -42,6 +42,7 @@ class Specialization:
     digest: int
     flow: Dataflow                              # of the recording as it was made, without inputs for the weights of terms
     terms: tuple[Term, ...]                     # of the loss
+    totals: frozenset[int]                      # scalar outputs that are sums over rows
 
 
 class Runnables:
@@ -129,7 +130,8 @@ class SpecializationCache:
         cloned = tuple(i for i, v in enumerate(recording.inputs) if recording.values[v].storage in written)
         links = frozenset((link.source, link.target, bool(link.values), bool(link.gradients)) for link in cut.links)
         return Specialization(recording, cut, Runnables(self._own, runnable), guard_check(flow, self._model, self._rng),
-                              target_count(plain, self._model), cloned, links, wanted, _digest(cut), plain, terms)
+                              target_count(plain, self._model), cloned, links, wanted, _digest(cut), plain, terms,
+                              find_totals(plain, wanted, self._model))
 
     def weigh(self, key: tuple, specializations: Sequence[Specialization], parts: Sequence[Sequence[torch.Tensor]],
               sizes: Sequence[int], whole: Sequence[torch.Tensor], inputs: Callable[[], Inputs]) -> Weights:
