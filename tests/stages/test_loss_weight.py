@@ -7,6 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import pipeengine as pe
+from pipeengine.stages import Weights, full_batch_loss_check
+from pipeengine.tracing import Inputs
 
 ROWS, TIME, WIDTH, CLASSES = 7, 5, 6, 4          # 7 rows in 4 micro-batches: 2, 2, 2, 1
 
@@ -163,3 +165,50 @@ def differences(model, batch, **options) -> list[str]:
 def test_loss_is_the_full_batchs(way):
     torch.manual_seed(1)
     assert not differences(Head(way), batch_for())
+
+
+def llama():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                                      num_attention_heads=2, num_key_value_heads=1, use_cache=False)
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("items", [None, 29, torch.tensor(29)], ids=["mean", "number", "tensor"])
+def test_hugging_face_loss_is_the_full_batchs(items):
+    ids = torch.randint(32, (7, 9), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:3, 4:] = -100
+    batch = {"input_ids": ids, "labels": labels, **({} if items is None else {"num_items_in_batch": items})}
+    assert not differences(llama(), batch)
+
+
+def check(model, batch, weights: list[float]) -> str | None:
+    parts = [{k: v.tensor_split(2)[i] if isinstance(v, torch.Tensor) and v.dim() else v for k, v in batch.items()} for i in range(2)]
+    return full_batch_loss_check(model, Inputs.of(batch), [Inputs.of(part) for part in parts], Weights(tuple(weights), ((), ())))
+
+
+def test_check_names_both_losses_and_the_way_out():
+    model, batch = Head("square, summed"), batch_for()
+    loss = float(model(**batch)["loss"].detach())
+    assert check(model, batch, [1.0, 1.0]) is None
+    message = check(model, batch, [0.5, 0.5])
+    assert f"{loss:.6g}" in message and f"{loss / 2:.6g}" in message and "loss_weight=" in message
+
+
+def test_check_sees_batch_norm_and_leaves_it_as_it_was():
+    class Normal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.line, self.norm, self.drop = nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)
+
+        def forward(self, x):
+            return self.drop(self.norm(self.line(x))).sigmoid().pow(2).mean()
+    model, batch = Normal(), {"x": torch.randn(8, WIDTH)}
+    before = copy.deepcopy(model.state_dict())
+    assert "batch norm" in check(model, batch, [0.5, 0.5])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.drop.training
+    model.eval()
+    assert check(model, batch, [0.5, 0.5]) is None
