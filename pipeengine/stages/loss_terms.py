@@ -1,9 +1,11 @@
 """The recorded loss as a sum of terms, and what each of them is divided by.
 
-A loss is read from its end: sums and differences of scalars separate terms, factors on the way are collected, and a term ends
+A loss is read from its end: sums and differences of scalars separate terms, factors on the way are collected, and a
+term ends
 at a reduction over rows (``sum``, ``mean``, a loss function). Two recordings of one model are read side by side, of a
 micro-batch and of the full batch: where both have the same shape, there are no rows to add up.
 """
+
 from __future__ import annotations
 
 import inspect
@@ -15,15 +17,35 @@ import torch
 from pipeengine.stages.guards import needed_nodes
 from pipeengine.tracing import Dataflow, Node, Ref, node_refs
 
-_PASSED_ON = {"to", "float", "double", "half", "bfloat16", "view", "reshape", "squeeze", "unsqueeze", "clone", "type", "type_as",
-              "contiguous", "neg", "positive", "flatten", "cpu", "cuda"}
+_PASSED_ON = {
+    "to",
+    "float",
+    "double",
+    "half",
+    "bfloat16",
+    "view",
+    "reshape",
+    "squeeze",
+    "unsqueeze",
+    "clone",
+    "type",
+    "type_as",
+    "contiguous",
+    "neg",
+    "positive",
+    "flatten",
+    "cpu",
+    "cuda",
+}
 _ADDED = {"add", "iadd", "radd", "sub", "isub", "rsub", "subtract"}
 _MULTIPLIED, _DIVIDED = {"mul", "imul", "rmul", "multiply"}, {"div", "truediv", "itruediv", "divide", "true_divide"}
 
 
 @dataclass(frozen=True)
 class Count:
-    """Targets of a mean cross-entropy: values of the targets and of their classes' weights, and the target that does not count."""
+    """Targets of a mean cross-entropy: values of the targets and of their classes' weights, and the target that does
+    not count.
+    """
 
     target: int
     ignored: int
@@ -44,8 +66,10 @@ class Factor:
 
 @dataclass(frozen=True)
 class Term:
-    """A scalar that the loss adds up. Times its factors it is a sum over rows, unless ``kind`` is ``"same"`` (it does not depend
-    on the batch) or ``"unknown"``. ``slot``: the node of the micro-batch's recording that adds it, and which operand it is."""
+    """A scalar that the loss adds up. Times its factors it is a sum over rows, unless ``kind`` is ``"same"`` (it does
+    not depend
+    on the batch) or ``"unknown"``. ``slot``: the node of the micro-batch's recording that adds it, and which operand it
+    is."""
 
     kind: str
     factors: tuple[Factor, ...]
@@ -62,7 +86,9 @@ def find_terms(micro: Dataflow, full: Dataflow, model: torch.nn.Module) -> tuple
 
 
 def find_totals(flow: Dataflow, values: Sequence[int], model: torch.nn.Module) -> frozenset[int]:
-    """Those of the scalars among ``values`` that are sums over the rows of a micro-batch: the full batch's is their sum."""
+    """Those of the scalars among ``values`` that are sums over the rows of a micro-batch: the full batch's is their
+    sum.
+    """
     totals = set()
     for value in values:
         if flow.recording.values[value].spec.shape == ():
@@ -108,8 +134,10 @@ class _Reader:
         """The terms of the value at ``place``, all of them divided by ``factors``."""
         if not _depends_on_rows(self._micro, place.micro):
             return [Term("same", factors, slot)]
-        index, other = self._last_step(self._micro, place.micro, place.micro_end), \
-            self._last_step(self._full, place.full, place.full_end)
+        index, other = (
+            self._last_step(self._micro, place.micro, place.micro_end),
+            self._last_step(self._full, place.full, place.full_end),
+        )
         unknown = [Term("unknown", factors, slot)]
         if index < 0 or other < 0:
             return unknown
@@ -131,7 +159,7 @@ class _Reader:
 
     @staticmethod
     def _last_step(flow: Dataflow, value: int, end: int) -> int:
-        """The last of the first ``end`` nodes that made the value or changed it in place; -1 where that is not known."""
+        """The last of the first ``end`` nodes that made the value or changed it in place; -1 where not known."""
         recording = flow.recording
         made = recording.values[value]
         changes = [n for n in range(max(made.node, 0), end) if made.storage in recording.nodes[n].writes]
@@ -139,8 +167,12 @@ class _Reader:
             return made.node
         node = recording.nodes[changes[-1]]
         first = node.args[0] if node.args else None
-        known = not node.is_module and isinstance(first, Ref) and recording.values[first.value].storage == made.storage \
+        known = (
+            not node.is_module
+            and isinstance(first, Ref)
+            and recording.values[first.value].storage == made.storage
             and recording.values[first.value].spec.shape == made.spec.shape == ()
+        )
         return changes[-1] if known else -1
 
     def _read_sum(self, node: Node, twin: Node, index: int, end: _Place, factors) -> list[Term] | None:
@@ -169,10 +201,19 @@ class _Reader:
         values, others = self._micro.recording.values, self._full.recording.values
         below = replace(end, micro=a.value, full=b.value)
         stacked = values[a.value].node
-        if stacked >= 0 and operands(self._micro.recording.nodes[stacked]) and values[a.value].spec.shape \
-                and _name(self._micro.recording.nodes[stacked]) not in _ADDED:
-            return self._read_sum(self._micro.recording.nodes[stacked],
-                                  self._full.recording.nodes[others[b.value].node], stacked, below, factors)
+        if (
+            stacked >= 0
+            and operands(self._micro.recording.nodes[stacked])
+            and values[a.value].spec.shape
+            and _name(self._micro.recording.nodes[stacked]) not in _ADDED
+        ):
+            return self._read_sum(
+                self._micro.recording.nodes[stacked],
+                self._full.recording.nodes[others[b.value].node],
+                stacked,
+                below,
+                factors,
+            )
         chosen = _chooser(self._micro, a.value)
         if _name(node) == "mean":
             factor = self._size(a, b, _numel(values, node.results[0]), _numel(others, twin.results[0]))
@@ -184,13 +225,17 @@ class _Reader:
         return self.read(below, factors, slot)
 
     def _size(self, a: Ref, b: Ref, kept: int = 1, kept_full: int = 1) -> Factor | None:
-        """The entries that a mean over ``a`` (``b`` in the full batch) divides by, when ``kept`` of its results are left."""
+        """The entries that a mean over ``a`` (``b`` in the full batch) divides by, when ``kept`` of its results are
+        left.
+        """
         mask, full_mask = _chooser(self._micro, a.value), _chooser(self._full, b.value)
         if (mask is None) != (full_mask is None):
             return None
         if mask is None:
-            return Factor(_numel(self._micro.recording.values, a.value) * kept_full,
-                          _numel(self._full.recording.values, b.value) * kept)
+            return Factor(
+                _numel(self._micro.recording.values, a.value) * kept_full,
+                _numel(self._full.recording.values, b.value) * kept,
+            )
         if kept != 1 or not _follows_from_inputs(self._micro, mask) or not _follows_from_inputs(self._full, full_mask):
             return None
         return Factor(Count(mask, False, None), Count(full_mask, False, None))
@@ -199,14 +244,22 @@ class _Reader:
         name = _name(node)
         if name in _PASSED_ON:
             a, b = _argument(node, 0, "input"), _argument(twin, 0, "input")
-            return self.read(replace(end, micro=a.value, full=b.value), factors, slot) \
-                if isinstance(a, Ref) and isinstance(b, Ref) else None
+            return (
+                self.read(replace(end, micro=a.value, full=b.value), factors, slot)
+                if isinstance(a, Ref) and isinstance(b, Ref)
+                else None
+            )
         if len(node.args) != 2 or node.kwargs:
             return None
         for scaled, by in ((0, 1), (1, 0)) if name in _MULTIPLIED else ((0, 1),):
             a, b = node.args[scaled], twin.args[scaled]
             factor = self._factor(node.args[by], twin.args[by], -1 if name in _MULTIPLIED else 1)
-            if factor is not None and isinstance(a, Ref) and isinstance(b, Ref) and _depends_on_rows(self._micro, a.value):
+            if (
+                factor is not None
+                and isinstance(a, Ref)
+                and isinstance(b, Ref)
+                and _depends_on_rows(self._micro, a.value)
+            ):
                 return self.read(replace(end, micro=a.value, full=b.value), (*factors, *factor), slot)
         return None
 
@@ -233,9 +286,16 @@ class _Reader:
             return None
         values, others = self._micro.recording.values, self._full.recording.values
         shape, whole = values[call["input"].value].spec.shape, others[other["input"].value].spec.shape
-        factor = Factor(shape[0], whole[0]) if call["reduction"] == "batchmean" else self._size(call["input"], other["input"])
-        if call["counts"] and isinstance(call["target"], Ref) and \
-                not values[call["target"].value].spec.dtype.is_floating_point:
+        factor = (
+            Factor(shape[0], whole[0])
+            if call["reduction"] == "batchmean"
+            else self._size(call["input"], other["input"])
+        )
+        if (
+            call["counts"]
+            and isinstance(call["target"], Ref)
+            and not values[call["target"].value].spec.dtype.is_floating_point
+        ):
             if not _is_counted(self._micro, call) or not _is_counted(self._full, other):
                 return None
             factor = Factor(_count(call), _count(other))
@@ -251,14 +311,20 @@ def _numel(values: Sequence, value: int) -> int:
 
 
 def _chooser(flow: Dataflow, value: int) -> int | None:
-    """The mask by which the entries of a value were chosen: their number is another for every batch, whatever the recording says."""
+    """The mask by which the entries of a value were chosen: their number is another for every batch, whatever the
+    recording says.
+    """
     values = flow.recording.values
     length = values[value].spec.shape[:1]
     while values[value].node >= 0 and values[value].spec.shape[:1] == length:
         node = flow.recording.nodes[values[value].node]
         given = [v for v in node_refs(node) if values[v].spec.shape]
-        if _name(node) in ("getitem", "masked_select") and len(node.args) > 1 and isinstance(node.args[1], Ref) \
-                and values[node.args[1].value].spec.dtype == torch.bool:
+        if (
+            _name(node) in ("getitem", "masked_select")
+            and len(node.args) > 1
+            and isinstance(node.args[1], Ref)
+            and values[node.args[1].value].spec.dtype == torch.bool
+        ):
             return node.args[1].value
         following = [v for v in given if values[v].spec.shape[:1] == length]
         if not following:
@@ -268,15 +334,23 @@ def _chooser(flow: Dataflow, value: int) -> int | None:
 
 
 def _loss_call(node: Node, model: torch.nn.Module) -> dict | None:
-    """Input, target, reduction, class weights and ignored index of a loss function of torch; ``counts`` where those matter."""
+    """Input, target, reduction, class weights and ignored index of a loss function of torch; ``counts`` where those
+    matter.
+    """
     if node.is_module:
         module = model.get_submodule(node.target)
         reduction = getattr(module, "reduction", None)
         if not isinstance(module, torch.nn.modules.loss._Loss) or len(node.args) < 2:
             return None
         counts = isinstance(module, (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss))
-        return {"input": node.args[0], "target": node.args[1], "reduction": reduction, "counts": counts,
-                "weight": getattr(module, "weight", None), "ignore_index": getattr(module, "ignore_index", -100)}
+        return {
+            "input": node.args[0],
+            "target": node.args[1],
+            "reduction": reduction,
+            "counts": counts,
+            "weight": getattr(module, "weight", None),
+            "ignore_index": getattr(module, "ignore_index", -100),
+        }
     function = torch.nn.functional
     if getattr(function, getattr(node.target, "__name__", ""), None) is not node.target:
         return None
@@ -288,14 +362,21 @@ def _loss_call(node: Node, model: torch.nn.Module) -> dict | None:
     given = bound.arguments
     if "reduction" not in given or given.get("reduce") is not None or given.get("size_average") is not None:
         return None
-    return {"weight": None, "ignore_index": -100, "target": None, **given, "input": next(iter(given.values())),
-            "counts": node.target in (function.cross_entropy, function.nll_loss)}
+    return {
+        "weight": None,
+        "ignore_index": -100,
+        "target": None,
+        **given,
+        "input": next(iter(given.values())),
+        "counts": node.target in (function.cross_entropy, function.nll_loss),
+    }
 
 
 def _is_counted(flow: Dataflow, call: dict) -> bool:
     weight = call["weight"]
-    return _follows_from_inputs(flow, call["target"].value) and \
-        (not isinstance(weight, Ref) or _follows_from_inputs(flow, weight.value))
+    return _follows_from_inputs(flow, call["target"].value) and (
+        not isinstance(weight, Ref) or _follows_from_inputs(flow, weight.value)
+    )
 
 
 def _count(call: dict) -> Count:

@@ -1,8 +1,10 @@
 """What each micro-batch's loss counts for, so that the weighted sum is the loss of the full batch.
 
-A term that is a sum weighs 1; one that is divided by something weighs what it is divided by, as a share of what the full
+A term that is a sum weighs 1; one that is divided by something weighs what it is divided by, as a share of what the
+full
 batch's is divided by. Terms with different weights get them where the loss adds them up.
 """
+
 from __future__ import annotations
 
 import math
@@ -36,7 +38,8 @@ Evaluate = Callable[[Sequence[torch.Tensor]], float]
 
 @dataclass(frozen=True)
 class Weights:
-    """``loss[i]``: what the loss of micro-batch i counts for; ``terms[i]``: what each of its terms does besides (0-dimensional,
+    """``loss[i]``: what the loss of micro-batch i counts for; ``terms[i]``: what each of its terms does besides
+    (0-dimensional,
     float64; empty where the loss is one term)."""
 
     loss: tuple[float, ...]
@@ -44,7 +47,8 @@ class Weights:
 
 
 def target_count(flow: Dataflow, model: torch.nn.Module) -> Evaluate | None:
-    """For a plain mean cross-entropy: a function that counts a micro-batch's targets that are not ignored. Otherwise None.
+    """For a plain mean cross-entropy: a function that counts a micro-batch's targets that are not ignored. Otherwise
+    None.
 
     Then the full batch's count is the sum, and the full batch need not be recorded.
     """
@@ -55,7 +59,9 @@ def target_count(flow: Dataflow, model: torch.nn.Module) -> Evaluate | None:
 
 
 def weigh_terms(recording: Recording, terms: Sequence[Term]) -> tuple[Recording, frozenset[int]]:
-    """The recording with one more input for the weight of each term, where there are several; and the nodes that take them."""
+    """The recording with one more input for the weight of each term, where there are several; and the nodes that take
+    them.
+    """
     if len(terms) < 2 or any(term.slot is None for term in terms):
         return recording, frozenset()
     values, nodes = list(recording.values), list(recording.nodes)
@@ -78,20 +84,28 @@ def _weighted(node: Node) -> Callable:
 
     def weighted(*args, weights: tuple[torch.Tensor | None, ...], **kwargs):
         given = args[0] if is_stack else args
-        scaled = [value if weight is None else _scaled(value, weight, in_place and not position)
-                  for position, (value, weight) in enumerate(zip(given, weights))]
+        scaled = [
+            value if weight is None else _scaled(value, weight, in_place and not position)
+            for position, (value, weight) in enumerate(zip(given, weights))
+        ]
         return target(scaled, *args[1:], **kwargs) if is_stack else target(*scaled, **kwargs)
+
     weighted.__name__ = getattr(target, "__name__", "weighted")
     return weighted
 
 
 def _scaled(value: torch.Tensor | float, weight: torch.Tensor, in_place: bool) -> torch.Tensor | float:
-    """``value`` times ``weight``. What weighs nothing is nothing, also where it is not a number (a mean over no targets)."""
+    """``value`` times ``weight``. What weighs nothing is nothing, also where it is not a number (a mean over no
+    targets).
+    """
     if not isinstance(value, torch.Tensor):
         return value * float(weight)
     if not weight:
-        return value.masked_fill_(torch.ones_like(value, dtype=torch.bool), 0) if in_place else \
-            value.masked_fill(torch.ones_like(value, dtype=torch.bool), 0)
+        return (
+            value.masked_fill_(torch.ones_like(value, dtype=torch.bool), 0)
+            if in_place
+            else value.masked_fill(torch.ones_like(value, dtype=torch.bool), 0)
+        )
     weight = weight.to(value)
     return value.mul_(weight) if in_place else value * weight
 
@@ -109,13 +123,15 @@ class TermWeights:
         self._full = [[_evaluator(full, model, factor.full) for factor in term.factors] for term in self._terms]
 
     def share(self, part: Sequence[torch.Tensor], whole: Sequence[torch.Tensor], rows: float) -> tuple[float, ...]:
-        """What each term of the micro-batch ``part`` counts for in the full batch ``whole``; ``rows`` is its share of rows."""
+        """What each term of the micro-batch ``part`` counts for in the full batch ``whole``; ``rows`` is its share of
+        rows.
+        """
         return tuple(self._share(*term, part, whole, rows) for term in zip(self._terms, self._micro, self._full))
 
     @staticmethod
     def _share(term: Term, micro, full, part, whole, rows: float) -> float:
         if term.kind != "sum":
-            return rows         # no number is known that would be better
+            return rows  # no number is known that would be better
         above, below = 1, 1
         for factor, ours, theirs in zip(term.factors, micro, full):
             a, b = ours(part), theirs(whole)
@@ -127,15 +143,23 @@ class TermWeights:
 
 
 def as_weights(shares: Sequence[tuple[float, ...]], rows: Sequence[float]) -> Weights:
-    """One weight of each micro-batch's whole loss, and of its terms relative to that: 1 exactly where all weigh the same."""
+    """One weight of each micro-batch's whole loss, and of its terms relative to that: 1 exactly where all weigh the
+    same.
+    """
     loss = [max(share, key=abs, default=row) for share, row in zip(shares, rows)]
-    terms = [tuple(torch.tensor(value / whole if whole else 1.0, dtype=torch.float64) for value in share) if len(share) > 1 else ()
-             for share, whole in zip(shares, loss)]
+    terms = [
+        tuple(torch.tensor(value / whole if whole else 1.0, dtype=torch.float64) for value in share)
+        if len(share) > 1
+        else ()
+        for share, whole in zip(shares, loss)
+    ]
     return Weights(tuple(loss), tuple(terms))
 
 
 def even_weights(raw: Sequence[float], sizes: Sequence[int], num_terms: Sequence[int]) -> Weights:
-    """Each micro-batch's share of ``raw`` (of the rows ``sizes`` where ``raw`` adds up to 0), the same for all of its terms."""
+    """Each micro-batch's share of ``raw`` (of the rows ``sizes`` where ``raw`` adds up to 0), the same for all of its
+    terms.
+    """
     total = sum(raw)
     loss = [value / total for value in raw] if total else [size / sum(sizes) for size in sizes]
     return as_weights([(weight,) * max(1, count) for weight, count in zip(loss, num_terms)], loss)
@@ -152,9 +176,19 @@ class LossWeights:
         self._full: OrderedDict[tuple, tuple[Dataflow | None, Callable | None]] = OrderedDict()
         self._pairs: dict[tuple[int, int], tuple[Dataflow, Dataflow | None, TermWeights]] = {}
 
-    def weigh(self, key: tuple, kinds: Sequence[Kind], parts: Sequence[Sequence[torch.Tensor]], sizes: Sequence[int],
-              whole: Sequence[torch.Tensor], inputs: Callable[[], Inputs], leaf_modules: Mapping[str, str]) -> Weights:
-        """``kinds[i]``: flow, terms and counter of targets of micro-batch i; ``whole``: tensors of the full batch of kind ``key``."""
+    def weigh(
+        self,
+        key: tuple,
+        kinds: Sequence[Kind],
+        parts: Sequence[Sequence[torch.Tensor]],
+        sizes: Sequence[int],
+        whole: Sequence[torch.Tensor],
+        inputs: Callable[[], Inputs],
+        leaf_modules: Mapping[str, str],
+    ) -> Weights:
+        """``kinds[i]``: flow, terms and counter of targets of micro-batch i; ``whole``: tensors of the full batch of
+        kind ``key``.
+        """
         num_terms = [len(terms) for _, terms, _ in kinds]
         if len(parts) == 1 or not any(term.kind == "sum" for _, terms, _ in kinds for term in terms):
             return even_weights(sizes, sizes, num_terms)
@@ -164,7 +198,10 @@ class LossWeights:
         if full is None:
             return even_weights(sizes, sizes, num_terms)
         rows = [size / sum(sizes) for size in sizes]
-        return as_weights([self._pair(flow, full).share(part, whole, row) for (flow, _, _), part, row in zip(kinds, parts, rows)], rows)
+        return as_weights(
+            [self._pair(flow, full).share(part, whole, row) for (flow, _, _), part, row in zip(kinds, parts, rows)],
+            rows,
+        )
 
     def _full_batch(self, key, whole, inputs, leaf_modules) -> Dataflow | None:
         """The full batch's recording; None where it cannot be recorded, which leaves the shares of rows."""
@@ -174,8 +211,13 @@ class LossWeights:
             return known[0]
         given = inputs()
         try:
-            recording = capture(self._model, given, loss_fn=None if given.target is None else self._loss_fn, device=self._device,
-                                known_leaf_modules=leaf_modules)
+            recording = capture(
+                self._model,
+                given,
+                loss_fn=None if given.target is None else self._loss_fn,
+                device=self._device,
+                known_leaf_modules=leaf_modules,
+            )
             flow = analyse(recording, outputs=False)
             entry = flow, guard_check(flow, self._model, self._rng)
         except PipeEngineError:
@@ -190,7 +232,7 @@ class LossWeights:
         if key not in self._pairs:
             if len(self._pairs) >= _MOST:
                 self._pairs.clear()
-            self._pairs[key] = micro, full, TermWeights(micro, full, self._model)      # kept, so that no id is used twice
+            self._pairs[key] = micro, full, TermWeights(micro, full, self._model)  # kept, so that no id is used twice
         return self._pairs[key][2]
 
 
@@ -211,20 +253,33 @@ def _evaluator(flow: Dataflow, model: torch.nn.Module, what: float | Ref | Count
             kept = labels[labels != what.ignored]
             classes = others[0] if others else weight
             return float(kept.numel()) if classes is None else float(classes.double()[kept].sum())
+
     return evaluate
 
 
-def full_batch_loss_check(model: torch.nn.Module, whole: Inputs, parts: Sequence[Inputs], weights: Weights,
-                          loss_fn: Callable | None = None, losses: Sequence[torch.Tensor] | None = None) -> str | None:
-    """None if the weighted micro-batches ``parts`` give the loss of the batch ``whole`` but for rounding, else what to tell the user.
+def full_batch_loss_check(
+    model: torch.nn.Module,
+    whole: Inputs,
+    parts: Sequence[Inputs],
+    weights: Weights,
+    loss_fn: Callable | None = None,
+    losses: Sequence[torch.Tensor] | None = None,
+) -> str | None:
+    """None if the weighted micro-batches ``parts`` give the loss of the batch ``whole`` but for rounding, else what to
+    tell the user.
 
     Runs the model itself with real parameters, without gradients, dropout off, and leaves it as it was. ``losses``: the
-    micro-batches' losses with the weights of their terms, as the pipeline computes them; needed where a loss has several
+    micro-batches' losses with the weights of their terms, as the pipeline computes them; needed where a loss has
+    several
     terms with weights of their own (without, such a loss is not checked).
     """
     if losses is None and any((term != 1).any() for terms in weights.terms for term in terms):
         return None
-    dropouts = [module for module in model.modules() if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training]
+    dropouts = [
+        module
+        for module in model.modules()
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training
+    ]
     with torch.no_grad(), undisturbed(model):
         try:
             for module in dropouts:
@@ -235,14 +290,20 @@ def full_batch_loss_check(model: torch.nn.Module, whole: Inputs, parts: Sequence
             for module in dropouts:
                 module.training = True
     total = float(sum(loss.double() * weight for loss, weight in zip(losses, weights.loss) if weight))
-    scale = max(abs(float(expected)), sum(abs(float(loss) * weight) for loss, weight in zip(losses, weights.loss) if weight))
+    scale = max(
+        abs(float(expected)), sum(abs(float(loss) * weight) for loss, weight in zip(losses, weights.loss) if weight)
+    )
     # Sums over millions of entries round in another order; what is wrong with a weight is off by per cents.
-    if abs(total - float(expected)) <= max(1e-4, 64 * torch.finfo(expected.dtype).eps) * scale or not math.isfinite(float(expected)):
+    if abs(total - float(expected)) <= max(1e-4, 64 * torch.finfo(expected.dtype).eps) * scale or not math.isfinite(
+        float(expected)
+    ):
         return None
-    return (f"the loss of the full batch is {float(expected):.6g}, its {len(parts)} micro-batches give {total:.6g}: no weights that "
-            "follow from the recorded loss make them equal (a loss that mixes rows, batch norm, a target count that the inputs do "
-            "not tell). The pipeline trains on the second. Pass loss_weight= with what a micro-batch counts for, divide by a number "
-            "that is the same for all micro-batches, or use num_microbatches=1")
+    return (
+        f"the loss of the full batch is {float(expected):.6g}, its {len(parts)} micro-batches give {total:.6g}: "
+        "no weights that follow from the recorded loss make them equal (a loss that mixes rows, batch norm, a target count "
+        "that the inputs do not tell). The pipeline trains on the second. Pass loss_weight= with what a micro-batch counts for, "
+        "divide by a number that is the same for all micro-batches, or use num_microbatches=1"
+    )
 
 
 def _eager_loss(model: torch.nn.Module, inputs: Inputs, loss_fn: Callable | None) -> torch.Tensor:

@@ -1,4 +1,5 @@
 """What evaluate returns for the whole batch is what the model itself returns for it."""
+
 import pytest
 import torch
 from torch import nn
@@ -16,8 +17,17 @@ class Answers(nn.Module):
     def forward(self, x, y):
         out = self.above(torch.tanh(self.below(x)))
         loss = (out - y).pow(2).mean()
-        return {"loss": loss, "rows": out, "second": out.transpose(0, 1), "flat": out.flatten(0, 1), "table": self.table * 2,
-                "total": out.pow(2).sum(), "mean": out.mean(), "count": (out > 0).sum(), "chosen": out[y > 0]}
+        return {
+            "loss": loss,
+            "rows": out,
+            "second": out.transpose(0, 1),
+            "flat": out.flatten(0, 1),
+            "table": self.table * 2,
+            "total": out.pow(2).sum(),
+            "mean": out.mean(),
+            "count": (out > 0).sum(),
+            "chosen": out[y > 0],
+        }
 
 
 @pytest.mark.parametrize("rows", [8, 7])
@@ -73,8 +83,16 @@ def test_loss_may_come_after_the_logits():
     torch.testing.assert_close(ours[1], loss)
 
 
-@pytest.mark.parametrize(("shapes", "rows", "dim"), [
-    ([(5, 4, 16), (5, 4, 16)], [4, 4], 1), ([(7, 16), (7, 16)], [4, 4], None), ([(7, 16), (7, 16)], [4, 3], None),
-    ([(20, 16), (15, 16)], [4, 3], 0), ([(3, 16), (9, 16)], [4, 4], 0), ([(4, 9), (4, 7)], [4, 4], None)])
+@pytest.mark.parametrize(
+    ("shapes", "rows", "dim"),
+    [
+        ([(5, 4, 16), (5, 4, 16)], [4, 4], 1),
+        ([(7, 16), (7, 16)], [4, 4], None),
+        ([(7, 16), (7, 16)], [4, 3], None),
+        ([(20, 16), (15, 16)], [4, 3], 0),
+        ([(3, 16), (9, 16)], [4, 4], 0),
+        ([(4, 9), (4, 7)], [4, 4], None),
+    ],
+)
 def test_row_dimension(shapes, rows, dim):
     assert row_dim(shapes, rows) == dim

@@ -1,4 +1,5 @@
 """Losses in many hands: a pipeline's loss and gradients are the full batch's, in whatever way the loss is written."""
+
 import copy
 
 import pytest
@@ -10,7 +11,7 @@ import pipeengine as pe
 from pipeengine.stages import Weights, full_batch_loss_check
 from pipeengine.tracing import Inputs
 
-ROWS, TIME, WIDTH, CLASSES = 7, 5, 6, 4          # 7 rows in 4 micro-batches: 2, 2, 2, 1
+ROWS, TIME, WIDTH, CLASSES = 7, 5, 6, 4  # 7 rows in 4 micro-batches: 2, 2, 2, 1
 
 
 class Head(nn.Module):
@@ -43,7 +44,9 @@ def added_in_place(m, o, labels, other, **_):
 
 def connectionist(m, o, labels, lengths, reduction):
     steps = torch.full_like(lengths, TIME)
-    return F.ctc_loss(o.log_softmax(-1).transpose(0, 1), labels.clamp(min=1)[:, :2], steps, lengths, reduction=reduction)
+    return F.ctc_loss(
+        o.log_softmax(-1).transpose(0, 1), labels.clamp(min=1)[:, :2], steps, lengths, reduction=reduction
+    )
 
 
 def of_probabilities(o, labels):
@@ -56,15 +59,21 @@ LOSSES = {
     "cross entropy module": lambda m, o, labels, **_: m.cross_entropy(*flat(o, labels)),
     "cross entropy, summed": lambda m, o, labels, **_: F.cross_entropy(*flat(o, labels), reduction="sum"),
     "cross entropy, weighted": lambda m, o, labels, **_: F.cross_entropy(*flat(o, labels), weight=m.class_weights),
-    "cross entropy, smoothed": lambda m, o, labels, **_: F.cross_entropy(*flat(o, labels), ignore_index=2, label_smoothing=0.1),
+    "cross entropy, smoothed": lambda m, o, labels, **_: F.cross_entropy(
+        *flat(o, labels), ignore_index=2, label_smoothing=0.1
+    ),
     "cross entropy, smoothed and weighted": lambda m, o, labels, **_: F.cross_entropy(
-        *flat(o, labels), weight=m.class_weights, ignore_index=1, label_smoothing=0.2),
+        *flat(o, labels), weight=m.class_weights, ignore_index=1, label_smoothing=0.2
+    ),
     "cross entropy with probabilities": lambda m, o, labels, **_: F.cross_entropy(
-        o.flatten(0, 1), F.one_hot(labels, CLASSES).float().flatten(0, 1)),
+        o.flatten(0, 1), F.one_hot(labels, CLASSES).float().flatten(0, 1)
+    ),
     "cross entropy over time": lambda m, o, labels, **_: F.cross_entropy(o.transpose(1, 2), labels, ignore_index=0),
     "cross entropy, scaled": lambda m, o, labels, **_: 0.25 * F.cross_entropy(*flat(o, labels), ignore_index=0) / 3,
     "negative log likelihood": lambda m, o, labels, **_: F.nll_loss(*flat(o.log_softmax(-1), labels), ignore_index=3),
-    "negative log likelihood, summed": lambda m, o, labels, **_: F.nll_loss(*flat(o.log_softmax(-1), labels), reduction="sum"),
+    "negative log likelihood, summed": lambda m, o, labels, **_: F.nll_loss(
+        *flat(o.log_softmax(-1), labels), reduction="sum"
+    ),
     "by gather": lambda m, o, labels, **_: -o.log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1).mean(),
     "square": lambda m, o, wanted, **_: F.mse_loss(o, wanted),
     "square, summed": lambda m, o, wanted, **_: F.mse_loss(o, wanted, reduction="sum"),
@@ -76,48 +85,84 @@ LOSSES = {
     "absolute, smooth": lambda m, o, wanted, **_: F.smooth_l1_loss(o, wanted) + F.l1_loss(o, wanted, reduction="sum"),
     "huber": lambda m, o, wanted, **_: F.huber_loss(o, wanted),
     "binary": lambda m, o, wanted, **_: F.binary_cross_entropy(o.sigmoid(), wanted.sigmoid()),
-    "binary, summed": lambda m, o, wanted, **_: F.binary_cross_entropy_with_logits(o, wanted.sigmoid(), reduction="sum"),
+    "binary, summed": lambda m, o, wanted, **_: F.binary_cross_entropy_with_logits(
+        o, wanted.sigmoid(), reduction="sum"
+    ),
     "divergence": lambda m, o, labels, **_: F.kl_div(o.log_softmax(-1), of_probabilities(o, labels)),
     "divergence by rows": lambda m, o, labels, **_: F.kl_div(
-        o.log_softmax(-1), of_probabilities(o, labels), reduction="batchmean"),
-    "divergence, summed": lambda m, o, labels, **_: F.kl_div(o.log_softmax(-1), of_probabilities(o, labels), reduction="sum"),
+        o.log_softmax(-1), of_probabilities(o, labels), reduction="batchmean"
+    ),
+    "divergence, summed": lambda m, o, labels, **_: F.kl_div(
+        o.log_softmax(-1), of_probabilities(o, labels), reduction="sum"
+    ),
     "connectionist": lambda m, o, labels, lengths, **_: connectionist(m, o, labels, lengths, "mean"),
     "connectionist, summed": lambda m, o, labels, lengths, **_: connectionist(m, o, labels, lengths, "sum"),
     "masked": lambda m, o, labels, mask, **_: (token_loss(o, labels) * mask).sum() / mask.sum(),
-    "masked, at least one": lambda m, o, labels, mask, **_: (token_loss(o, labels) * mask).sum() / mask.sum().clamp(min=1),
-    "masked, maximum": lambda m, o, labels, mask, **_: (token_loss(o, labels) * mask).sum() / torch.maximum(
-        mask.sum(), torch.ones(())),
+    "masked, at least one": lambda m, o, labels, mask, **_: (
+        (token_loss(o, labels) * mask).sum() / mask.sum().clamp(min=1)
+    ),
+    "masked, maximum": lambda m, o, labels, mask, **_: (
+        (token_loss(o, labels) * mask).sum() / torch.maximum(mask.sum(), torch.ones(()))
+    ),
     "masked, python": lambda m, o, labels, mask, **_: (token_loss(o, labels) * mask).sum() / max(mask.sum().item(), 1),
     "masked, epsilon": lambda m, o, labels, mask, **_: (token_loss(o, labels) * mask).sum() / (mask.sum() + 1e-8),
     "masked by labels": lambda m, o, labels, **_: (token_loss(o, labels) * (labels != 0)).sum() / (labels != 0).sum(),
     "masked by index": lambda m, o, labels, mask, **_: token_loss(o, labels)[mask.bool()].mean(),
-    "masked by index, of torch": lambda m, o, labels, mask, wanted, **_: F.mse_loss(o[mask.bool()], wanted[mask.bool()]),
+    "masked by index, of torch": lambda m, o, labels, mask, wanted, **_: F.mse_loss(
+        o[mask.bool()], wanted[mask.bool()]
+    ),
     "masked by select": lambda m, o, labels, mask, **_: token_loss(o, labels).masked_select(labels != 0).mul(2).mean(),
-    "masked rows": lambda m, o, labels, mask, **_: ((token_loss(o, labels) * mask).sum(1) / mask.sum(1).clamp(min=1)).mean(),
-    "masked, added up in steps": lambda m, o, labels, mask, **_: (token_loss(o, labels) * mask).sum(0).sum() / mask.sum(0).sum(),
+    "masked rows": lambda m, o, labels, mask, **_: (
+        (token_loss(o, labels) * mask).sum(1) / mask.sum(1).clamp(min=1)
+    ).mean(),
+    "masked, added up in steps": lambda m, o, labels, mask, **_: (
+        (token_loss(o, labels) * mask).sum(0).sum() / mask.sum(0).sum()
+    ),
     "rows, then time": lambda m, o, labels, **_: token_loss(o, labels).mean(0).sum(),
     "weighted tokens": lambda m, o, labels, mask, **_: (
-        token_loss(o, labels) * m.class_weights[labels]).sum() / m.class_weights[labels].sum(),
-    "items, tensor": lambda m, o, labels, items, **_: F.cross_entropy(*flat(o, labels), ignore_index=0, reduction="sum") / items,
-    "items, number": lambda m, o, labels, number, **_: F.cross_entropy(*flat(o, labels), ignore_index=0, reduction="sum") / number,
-    "two heads": lambda m, o, labels, other, **_: F.cross_entropy(*flat(o, labels), ignore_index=0) + F.cross_entropy(
-        *flat(o, other), ignore_index=1),
-    "two heads, halved": lambda m, o, labels, other, **_: (F.cross_entropy(*flat(o, labels), ignore_index=0) + F.cross_entropy(
-        *flat(o, other), ignore_index=1)) / 2,
-    "two heads, difference": lambda m, o, labels, other, **_: F.cross_entropy(*flat(o, labels), ignore_index=0) - 0.2 * (
-        F.cross_entropy(*flat(o, other), ignore_index=1)),
-    "heads in a list": lambda m, o, labels, other, wanted, **_: sum([
-        F.cross_entropy(*flat(o, labels), ignore_index=0), F.cross_entropy(*flat(o, other), ignore_index=1), F.mse_loss(o, wanted)]),
-    "heads in a stack": lambda m, o, labels, other, **_: torch.stack([
-        F.cross_entropy(*flat(o, labels), ignore_index=0), F.cross_entropy(*flat(o, other), ignore_index=1)]).mean(),
+        (token_loss(o, labels) * m.class_weights[labels]).sum() / m.class_weights[labels].sum()
+    ),
+    "items, tensor": lambda m, o, labels, items, **_: (
+        F.cross_entropy(*flat(o, labels), ignore_index=0, reduction="sum") / items
+    ),
+    "items, number": lambda m, o, labels, number, **_: (
+        F.cross_entropy(*flat(o, labels), ignore_index=0, reduction="sum") / number
+    ),
+    "two heads": lambda m, o, labels, other, **_: (
+        F.cross_entropy(*flat(o, labels), ignore_index=0) + F.cross_entropy(*flat(o, other), ignore_index=1)
+    ),
+    "two heads, halved": lambda m, o, labels, other, **_: (
+        (F.cross_entropy(*flat(o, labels), ignore_index=0) + F.cross_entropy(*flat(o, other), ignore_index=1)) / 2
+    ),
+    "two heads, difference": lambda m, o, labels, other, **_: (
+        F.cross_entropy(*flat(o, labels), ignore_index=0) - 0.2 * (F.cross_entropy(*flat(o, other), ignore_index=1))
+    ),
+    "heads in a list": lambda m, o, labels, other, wanted, **_: sum(
+        [
+            F.cross_entropy(*flat(o, labels), ignore_index=0),
+            F.cross_entropy(*flat(o, other), ignore_index=1),
+            F.mse_loss(o, wanted),
+        ]
+    ),
+    "heads in a stack": lambda m, o, labels, other, **_: torch.stack(
+        [F.cross_entropy(*flat(o, labels), ignore_index=0), F.cross_entropy(*flat(o, other), ignore_index=1)]
+    ).mean(),
     "added in place": added_in_place,
-    "mean and sum": lambda m, o, labels, wanted, **_: F.cross_entropy(*flat(o, labels), ignore_index=0) + 0.01 * F.mse_loss(
-        o, wanted, reduction="sum"),
-    "auxiliary mean": lambda m, o, labels, **_: F.cross_entropy(*flat(o, labels), ignore_index=0) + 0.1 * o.pow(2).mean(),
-    "penalty on weights": lambda m, o, labels, **_: F.cross_entropy(*flat(o, labels), ignore_index=0) + 0.1 * (
-        m.above.weight.pow(2).sum()),
-    "penalty with a sum": lambda m, o, wanted, **_: F.mse_loss(o, wanted, reduction="sum") + m.above.weight.abs().mean() + 0.5,
-    "scaled by a parameter": lambda m, o, wanted, **_: m.above.bias.sum().exp() * F.mse_loss(o, wanted, reduction="sum"),
+    "mean and sum": lambda m, o, labels, wanted, **_: (
+        F.cross_entropy(*flat(o, labels), ignore_index=0) + 0.01 * F.mse_loss(o, wanted, reduction="sum")
+    ),
+    "auxiliary mean": lambda m, o, labels, **_: (
+        F.cross_entropy(*flat(o, labels), ignore_index=0) + 0.1 * o.pow(2).mean()
+    ),
+    "penalty on weights": lambda m, o, labels, **_: (
+        F.cross_entropy(*flat(o, labels), ignore_index=0) + 0.1 * (m.above.weight.pow(2).sum())
+    ),
+    "penalty with a sum": lambda m, o, wanted, **_: (
+        F.mse_loss(o, wanted, reduction="sum") + m.above.weight.abs().mean() + 0.5
+    ),
+    "scaled by a parameter": lambda m, o, wanted, **_: (
+        m.above.bias.sum().exp() * F.mse_loss(o, wanted, reduction="sum")
+    ),
     "half precision": lambda m, o, wanted, **_: F.mse_loss(o.double(), wanted.double(), reduction="sum").float(),
 }
 
@@ -129,10 +174,16 @@ def batch_for(seed: int = 0) -> dict[str, torch.Tensor]:
     mask[-1] = 1.0
     labels = torch.randint(CLASSES, (ROWS, TIME), generator=make)
     labels[:2, 2:] = 0
-    return {"x": torch.randn(ROWS, TIME, WIDTH, generator=make), "labels": labels, "mask": mask,
-            "other": torch.randint(CLASSES, (ROWS, TIME), generator=make),
-            "wanted": torch.randn(ROWS, TIME, CLASSES, generator=make),
-            "lengths": torch.tensor([1, 2, 1, 2, 2, 1, 2]), "items": torch.tensor(23), "number": 23}
+    return {
+        "x": torch.randn(ROWS, TIME, WIDTH, generator=make),
+        "labels": labels,
+        "mask": mask,
+        "other": torch.randint(CLASSES, (ROWS, TIME), generator=make),
+        "wanted": torch.randn(ROWS, TIME, CLASSES, generator=make),
+        "lengths": torch.tensor([1, 2, 1, 2, 2, 1, 2]),
+        "items": torch.tensor(23),
+        "number": 23,
+    }
 
 
 def full_batch(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -148,7 +199,9 @@ def differences(model, batch, **options) -> list[str]:
     loss, gradients = full_batch(model, batch)
     pipe = pe.Pipeline(model, batch, num_stages=2, num_microbatches=4, costs="analytic", **options)
     ours = pipe.step(**batch)
-    problems = [] if torch.allclose(ours, loss, rtol=1e-5, atol=1e-6) else [f"loss {float(ours)}, full batch {float(loss)}"]
+    problems = (
+        [] if torch.allclose(ours, loss, rtol=1e-5, atol=1e-6) else [f"loss {float(ours)}, full batch {float(loss)}"]
+    )
     for name, p in pipe.named_parameters():
         expected = gradients[name]
         if not torch.allclose(p.grad, expected, rtol=0, atol=2e-5 * max(float(expected.abs().max()), 1e-6)):
@@ -169,8 +222,15 @@ def test_loss_is_the_full_batchs(way):
 
 def llama():
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                                      num_attention_heads=2, num_key_value_heads=1, use_cache=False)
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        use_cache=False,
+    )
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(config)
 
@@ -185,8 +245,13 @@ def test_hugging_face_loss_is_the_full_batchs(items):
 
 
 def check(model, batch, weights: list[float]) -> str | None:
-    parts = [{k: v.tensor_split(2)[i] if isinstance(v, torch.Tensor) and v.dim() else v for k, v in batch.items()} for i in range(2)]
-    return full_batch_loss_check(model, Inputs.of(batch), [Inputs.of(part) for part in parts], Weights(tuple(weights), ((), ())))
+    parts = [
+        {k: v.tensor_split(2)[i] if isinstance(v, torch.Tensor) and v.dim() else v for k, v in batch.items()}
+        for i in range(2)
+    ]
+    return full_batch_loss_check(
+        model, Inputs.of(batch), [Inputs.of(part) for part in parts], Weights(tuple(weights), ((), ()))
+    )
 
 
 def test_check_names_both_losses_and_the_way_out():
@@ -205,6 +270,7 @@ def test_check_sees_batch_norm_and_leaves_it_as_it_was():
 
         def forward(self, x):
             return self.drop(self.norm(self.line(x))).sigmoid().pow(2).mean()
+
     model, batch = Normal(), {"x": torch.randn(8, WIDTH)}
     before = copy.deepcopy(model.state_dict())
     assert "batch norm" in check(model, batch, [0.5, 0.5])
