@@ -20,12 +20,14 @@ from pipeengine.torch_private import engine_run_backward
 
 @dataclass(frozen=True)
 class Task:
-    """One micro-batch: its tensors, the runnable of each own stage, its weight and the key of its random numbers."""
+    """One micro-batch: its tensors, the runnable of each own stage, its weight, the key of its random numbers, its
+    ``rows``."""
 
     inputs: Sequence[torch.Tensor]
     stages: dict[int, Runnable]
     weight: float
     key: int | None
+    rows: int = 1
 
 
 class Executor:

@@ -17,7 +17,7 @@ from pipeengine.rng import mix
 from pipeengine.runtime.executor import Task
 from pipeengine.runtime.programs import ProgramCache
 from pipeengine.schedules import Edge
-from pipeengine.stages import Specialization, SpecializationCache
+from pipeengine.stages import Specialization, SpecializationCache, Weights, even_weights
 from pipeengine.tracing import Inputs, current_modes
 
 _EVALUATION = 1 << 40       # random numbers of evaluations are not those of any step
@@ -100,10 +100,12 @@ class TaskMaker:
         sizes = batch.sizes(self.reader.num_microbatches)
         keys = [mix(self.seed, step if training else _EVALUATION + call, index) for index in range(len(parts))]
         chosen = self._specialize(batch, parts, sizes, keys, training)
-        weights = self._weigh(chosen, parts, sizes, batch)
+        weights = self._weigh(chosen, parts, sizes, batch, training)
         split = self.programs.split_backward_stages(len(parts)) if training else (frozenset(),) * len(parts)
-        tasks = tuple(Task(specialization.own_copies(tensors), specialization.stages.of(stages), weight, key)
-                      for tensors, specialization, weight, key, stages in zip(parts, chosen, weights, keys, split))
+        tasks = tuple(
+            Task([*specialization.own_copies(tensors), *terms], specialization.stages.of(stages), weight, key, size)
+            for tensors, specialization, terms, weight, key, stages, size in zip(
+                parts, chosen, weights.terms, weights.loss, keys, split, sizes))
         recorded = 0
         for specialization in chosen:
             recorded = mix(recorded, specialization.digest)
@@ -129,18 +131,14 @@ class TaskMaker:
         return training, modules, needs, current_modes().autocast
 
     def _weigh(self, chosen: Sequence[Specialization], parts: Sequence[list[torch.Tensor]], sizes: Sequence[int],
-               batch: Batch) -> list[float]:
-        """What each micro-batch's loss counts for in the loss of the full batch."""
+               batch: Batch, training: bool) -> Weights:
+        """What each micro-batch's loss, and each of its terms, counts for in the loss of the full batch."""
         if self.loss_weight is not None:
             raw = [self._own_weight(self.loss_weight, batch.again(tensors)) for tensors in parts]
-        elif all(specialization.count_targets is not None for specialization in chosen):
-            raw = [specialization.count_targets(tensors) for specialization, tensors in zip(chosen, parts)]
-        else:
-            raw = [float(size) for size in sizes]
-        total = sum(raw)
-        if total == 0:
-            raw, total = [float(size) for size in sizes], float(sum(sizes))
-        return [value / total for value in raw]
+            return even_weights(raw, sizes, [len(specialization.terms) for specialization in chosen])
+        whole = [tensor.to(self.reader.device) for tensor in batch.tensors]
+        base = batch.key, self._state_key(training), batch.dims
+        return self.specializations.weigh(base, chosen, parts, sizes, whole, lambda: batch.again(whole))
 
     @staticmethod
     def _own_weight(loss_weight: Callable, inputs: Inputs) -> float:

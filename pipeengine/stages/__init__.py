@@ -4,6 +4,7 @@ Placement says which node runs where, splitting cuts, codegen writes straight-li
 of stages for every kind of micro-batch.
 """
 from pipeengine.stages.cache import Specialization, SpecializationCache
+from pipeengine.stages.loss_weight import Weights, even_weights, full_batch_loss_check
 from pipeengine.stages.message import (
     ACTIVATION,
     GRADIENT,
@@ -19,6 +20,23 @@ from pipeengine.stages.placement import Placement, SettledPlacement
 from pipeengine.stages.replay_check import check_recording
 from pipeengine.stages.runnable import Runnable
 
-__all__ = ["ACTIVATION", "GRADIENT", "Layout", "Placement", "Runnable", "SettledPlacement", "Specialization",
-           "SpecializationCache", "allocate", "check_header", "check_recording", "has_arrived", "header", "pack",
-           "unpack"]
+__all__ = [
+    "ACTIVATION",
+    "GRADIENT",
+    "Layout",
+    "Placement",
+    "Runnable",
+    "SettledPlacement",
+    "Specialization",
+    "SpecializationCache",
+    "Weights",
+    "allocate",
+    "check_header",
+    "check_recording",
+    "even_weights",
+    "full_batch_loss_check",
+    "has_arrived",
+    "header",
+    "pack",
+    "unpack",
+]

@@ -18,11 +18,12 @@ from pipeengine.rng import RngStreams
 from pipeengine.schedules import Edge
 from pipeengine.stages.codegen import compile_part
 from pipeengine.stages.guards import guard_check
-from pipeengine.stages.loss_weight import target_count
+from pipeengine.stages.loss_terms import Term, find_terms, find_totals
+from pipeengine.stages.loss_weight import LossWeights, Weights, target_count, weigh_terms
 from pipeengine.stages.placement import SettledPlacement
 from pipeengine.stages.runnable import Runnable, make_runnable
 from pipeengine.stages.splitting import Split, split
-from pipeengine.tracing import Inputs, Recording, analyse, capture, refs
+from pipeengine.tracing import Dataflow, Inputs, Recording, analyse, capture, refs
 
 _MOST = 128
 
@@ -46,6 +47,10 @@ class Specialization:
     edges: frozenset[Edge]
     outputs: tuple[int, ...]
     digest: int
+    # of the recording as it was made, without inputs for the weights of terms
+    flow: Dataflow
+    terms: tuple[Term, ...]                     # of the loss
+    totals: frozenset[int]                      # scalar outputs that are sums over rows
 
     def own_copies(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """``tensors`` with copies of those that the forward changes in place: the user's batch stays as it is."""
@@ -88,6 +93,7 @@ class SpecializationCache:
         self._loss_fn, self._device, self._rng = loss_fn, device, rng
         self._known: OrderedDict[tuple, list[Specialization]] = OrderedDict()
         self.recorded = 0
+        self._weights = LossWeights(model, loss_fn, device, rng)
 
     def find(self, key: tuple, tensors: Sequence[torch.Tensor], inputs: Callable[[], Inputs], random_key: int | None, *,
              outputs: bool) -> Specialization:
@@ -119,7 +125,11 @@ class SpecializationCache:
 
         Raises ``InputError`` when what is to be recomputed cannot run twice.
         """
-        flow = analyse(recording, outputs=outputs)
+        plain = flow = analyse(recording, outputs=outputs)
+        terms = find_terms(plain, plain, self._model)
+        recording, weighed = weigh_terms(recording, terms)
+        if weighed:
+            flow = analyse(recording, outputs=outputs)
         stage_of = self._placement.assign(flow)
         wanted = tuple(dict.fromkeys(refs(recording.output))) if outputs else ()
         recompute_spans = () if outputs else self._recompute.spans(recording)
@@ -131,6 +141,7 @@ class SpecializationCache:
         def cut_for(split_backward: bool) -> tuple[Split, Mapping[int, Replacement] | None]:
             deferrable = find_deferrable(recording, self._model) if split_backward else None
             apart = {id(recording.nodes[n]) for span in recompute_spans for n in range(*span)}
+            apart |= {id(recording.nodes[n]) for n in weighed}
             apart |= {id(node) for node in recording.nodes if node.results and node.results[0] in (deferrable or ())}
             return split(flow, stage_of, self._placement.num_stages, outputs=outputs,
                          keep_apart=lambda node: id(node) in apart), deferrable
@@ -147,7 +158,18 @@ class SpecializationCache:
         written = {storage for node in recording.nodes for storage in node.writes}
         cloned = tuple(i for i, v in enumerate(recording.inputs) if recording.values[v].storage in written)
         return Specialization(recording, cut, Runnables(self._own, runnable), guard_check(flow, self._model, self._rng),
-                              target_count(flow, self._model), cloned, cut.edges, wanted, _digest(cut))
+                              target_count(plain, self._model), cloned, cut.edges, wanted, _digest(cut), plain, terms,
+                              find_totals(plain, wanted, self._model))
+
+    def weigh(self, key: tuple, specializations: Sequence[Specialization], parts: Sequence[Sequence[torch.Tensor]],
+              sizes: Sequence[int], whole: Sequence[torch.Tensor], inputs: Callable[[], Inputs]) -> Weights:
+        """What each of the micro-batches ``parts``, of ``sizes`` rows, counts for in the loss of the batch ``whole`` of
+        kind ``key``."""
+        kinds = [
+            (specialization.flow, specialization.terms, specialization.count_targets)
+            for specialization in specializations
+        ]
+        return self._weights.weigh(key, kinds, parts, sizes, whole, inputs, self._placement.leaf_modules)
 
 
 def _digest(cut: Split) -> int:

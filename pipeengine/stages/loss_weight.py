@@ -1,95 +1,313 @@
-"""What a micro-batch's loss counts for, read from the recorded loss."""
+"""What each micro-batch's loss counts for, so that the weighted sum is the loss of the full batch.
+
+A term that is a sum weighs 1; one that is divided by something weighs what it is divided by, as a share of what the
+full
+batch's is divided by. Terms with different weights get them where the loss adds them up.
+"""
+
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
+from pipeengine.errors import PipeEngineError
 from pipeengine.rng import RngStreams
-from pipeengine.stages.guards import needed_nodes, value_function
-from pipeengine.tracing import Dataflow, Node, Recording, Ref, node_refs
+from pipeengine.stages.guards import guard_check, needed_nodes, value_function
+from pipeengine.stages.loss_terms import Count, Term, find_terms, operands, stacks
+from pipeengine.tracing import (
+    Dataflow,
+    Inputs,
+    Node,
+    Recording,
+    Ref,
+    TensorSpec,
+    Value,
+    analyse,
+    capture,
+    find_loss,
+    undisturbed,
+)
 
-_PASSED_ON = {
-    "to",
-    "float",
-    "double",
-    "view",
-    "reshape",
-    "squeeze",
-    "mul",
-    "__mul__",
-    "__rmul__",
-    "add",
-    "__add__",
-    "__radd__",
-    "__truediv__",
-    "div",
-    "clone",
-    "type",
-    "contiguous",
-    "mean",
-    "sum",
-}
+_MOST = 128
+Evaluate = Callable[[Sequence[torch.Tensor]], float]
 
 
-def target_count(flow: Dataflow, model: torch.nn.Module):
-    """For a mean cross-entropy: a function that counts a micro-batch's targets that are not ignored. Otherwise None."""
-    found = _cross_entropy(flow, model)
-    if found is None:
+@dataclass(frozen=True)
+class Weights:
+    """``loss[i]``: what the loss of micro-batch i counts for; ``terms[i]``: what each of its terms does besides
+    (0-dimensional,
+    float64; empty where the loss is one term)."""
+
+    loss: tuple[float, ...]
+    terms: tuple[tuple[torch.Tensor, ...], ...]
+
+
+def target_count(flow: Dataflow, model: torch.nn.Module) -> Evaluate | None:
+    """For a plain mean cross-entropy: a function that counts a micro-batch's targets that are not ignored. Otherwise
+    None.
+
+    Then the full batch's count is the sum, and the full batch need not be recorded.
+    """
+    terms = find_terms(flow, flow, model)
+    if len(terms) != 1 or len(terms[0].factors) != 1 or not isinstance(terms[0].factors[0].micro, Count):
         return None
-    target, ignored, weight = found
-    values = flow.recording.values
-    nodes = needed_nodes(flow, {target}, len(flow.recording.nodes))
-    if any(n not in flow.replicated for n in nodes) or values[target].spec.dtype.is_floating_point:
-        return None
-    run, _ = value_function(flow, model, [target], nodes, RngStreams(torch.device("cpu")))
+    return _evaluator(flow, model, terms[0].factors[0].micro)
 
-    def count(tensors: Sequence[torch.Tensor]) -> float:
+
+def weigh_terms(recording: Recording, terms: Sequence[Term]) -> tuple[Recording, frozenset[int]]:
+    """The recording with one more input for the weight of each term, where there are several; and the nodes that take
+    them.
+    """
+    if len(terms) < 2 or any(term.slot is None for term in terms):
+        return recording, frozenset()
+    values, nodes = list(recording.values), list(recording.nodes)
+    taken: dict[int, dict[int, Ref]] = {}
+    for number, term in enumerate(terms):
+        index, position = term.slot
+        taken.setdefault(index, {})[position] = Ref(len(values))
+        spec = TensorSpec((), torch.float64, (), False)
+        values.append(Value("input", f"weight of term {number}", -1, spec, -1 - number))
+    for index, at in taken.items():
+        node = nodes[index]
+        weights = tuple(at.get(position) for position in range(len(operands(node))))
+        nodes[index] = replace(node, target=_weighted(node), kwargs={**node.kwargs, "weights": weights})
+    inputs = (*recording.inputs, *range(len(recording.values), len(values)))
+    return replace(recording, values=tuple(values), nodes=tuple(nodes), inputs=inputs), frozenset(taken)
+
+
+def _weighted(node: Node) -> Callable:
+    target, in_place, is_stack = node.target, bool(node.writes), stacks(node)
+
+    def weighted(*args, weights: tuple[torch.Tensor | None, ...], **kwargs):
+        given = args[0] if is_stack else args
+        scaled = [
+            value if weight is None else _scaled(value, weight, in_place and not position)
+            for position, (value, weight) in enumerate(zip(given, weights))
+        ]
+        return target(scaled, *args[1:], **kwargs) if is_stack else target(*scaled, **kwargs)
+
+    weighted.__name__ = getattr(target, "__name__", "weighted")
+    return weighted
+
+
+def _scaled(value: torch.Tensor | float, weight: torch.Tensor, in_place: bool) -> torch.Tensor | float:
+    """``value`` times ``weight``. What weighs nothing is nothing, also where it is not a number (a mean over no
+    targets).
+    """
+    if not isinstance(value, torch.Tensor):
+        return value * float(weight)
+    if not weight:
+        return (
+            value.masked_fill_(torch.ones_like(value, dtype=torch.bool), 0)
+            if in_place
+            else value.masked_fill(torch.ones_like(value, dtype=torch.bool), 0)
+        )
+    weight = weight.to(value)
+    return value.mul_(weight) if in_place else value * weight
+
+
+class TermWeights:
+    """Weighs micro-batches of one kind against full batches of one kind: ``share(...)`` for each micro-batch."""
+
+    def __init__(self, micro: Dataflow, full: Dataflow, model: torch.nn.Module):
+        self._terms = find_terms(micro, full, model)
+        alike = find_terms(micro, micro, model)
+        if [term.slot for term in alike] != [term.slot for term in self._terms]:
+            # The full batch takes another path: what its terms are divided by says nothing here.
+            self._terms = tuple(Term("unknown", (), term.slot) for term in alike)
+        self._micro = [[_evaluator(micro, model, factor.micro) for factor in term.factors] for term in self._terms]
+        self._full = [[_evaluator(full, model, factor.full) for factor in term.factors] for term in self._terms]
+
+    def share(self, part: Sequence[torch.Tensor], whole: Sequence[torch.Tensor], rows: float) -> tuple[float, ...]:
+        """What each term of the micro-batch ``part`` counts for in the full batch ``whole``; ``rows`` is its share of
+        rows.
+        """
+        return tuple(self._share(*term, part, whole, rows) for term in zip(self._terms, self._micro, self._full))
+
+    @staticmethod
+    def _share(term: Term, micro, full, part, whole, rows: float) -> float:
+        if term.kind != "sum":
+            return rows  # no number is known that would be better
+        above, below = 1, 1
+        for factor, ours, theirs in zip(term.factors, micro, full):
+            a, b = ours(part), theirs(whole)
+            if factor.power < 0:
+                a, b = b, a
+            if a != b:
+                above, below = above * a, below * b
+        return above / below if below and math.isfinite(below) and math.isfinite(above) else rows
+
+
+def as_weights(shares: Sequence[tuple[float, ...]], rows: Sequence[float]) -> Weights:
+    """One weight of each micro-batch's whole loss, and of its terms relative to that: 1 exactly where all weigh the
+    same.
+    """
+    loss = [max(share, key=abs, default=row) for share, row in zip(shares, rows)]
+    terms = [
+        tuple(torch.tensor(value / whole if whole else 1.0, dtype=torch.float64) for value in share)
+        if len(share) > 1
+        else ()
+        for share, whole in zip(shares, loss)
+    ]
+    return Weights(tuple(loss), tuple(terms))
+
+
+def even_weights(raw: Sequence[float], sizes: Sequence[int], num_terms: Sequence[int]) -> Weights:
+    """Each micro-batch's share of ``raw`` (of the rows ``sizes`` where ``raw`` adds up to 0), the same for all of its
+    terms.
+    """
+    total = sum(raw)
+    loss = [value / total for value in raw] if total else [size / sum(sizes) for size in sizes]
+    return as_weights([(weight,) * max(1, count) for weight, count in zip(loss, num_terms)], loss)
+
+
+Kind = tuple[Dataflow, tuple[Term, ...], Evaluate | None]
+
+
+class LossWeights:
+    """Weighs the micro-batches of one model; remembers the kinds of full batches that have come by."""
+
+    def __init__(self, model: torch.nn.Module, loss_fn: Callable | None, device: torch.device, rng: RngStreams):
+        self._model, self._loss_fn, self._device, self._rng = model, loss_fn, device, rng
+        self._full: OrderedDict[tuple, tuple[Dataflow | None, Callable | None]] = OrderedDict()
+        self._pairs: dict[tuple[int, int], tuple[Dataflow, Dataflow | None, TermWeights]] = {}
+
+    def weigh(
+        self,
+        key: tuple,
+        kinds: Sequence[Kind],
+        parts: Sequence[Sequence[torch.Tensor]],
+        sizes: Sequence[int],
+        whole: Sequence[torch.Tensor],
+        inputs: Callable[[], Inputs],
+        leaf_modules: Mapping[str, str],
+    ) -> Weights:
+        """``kinds[i]``: flow, terms and counter of targets of micro-batch i; ``whole``: tensors of the full batch of
+        kind ``key``.
+        """
+        num_terms = [len(terms) for _, terms, _ in kinds]
+        if len(parts) == 1 or not any(term.kind == "sum" for _, terms, _ in kinds for term in terms):
+            return even_weights(sizes, sizes, num_terms)
+        if all(count is not None for _, _, count in kinds):
+            return even_weights([count(part) for (_, _, count), part in zip(kinds, parts)], sizes, num_terms)
+        full = self._full_batch(key, whole, inputs, leaf_modules)
+        if full is None:
+            return even_weights(sizes, sizes, num_terms)
+        rows = [size / sum(sizes) for size in sizes]
+        return as_weights(
+            [self._pair(flow, full).share(part, whole, row) for (flow, _, _), part, row in zip(kinds, parts, rows)],
+            rows,
+        )
+
+    def _full_batch(self, key, whole, inputs, leaf_modules) -> Dataflow | None:
+        """The full batch's recording; None where it cannot be recorded, which leaves the shares of rows."""
+        key = key, tuple(tuple(tensor.shape) for tensor in whole)
+        known = self._full.get(key)
+        if known is not None and (known[1] is None or known[1](whole, 0)):
+            return known[0]
+        given = inputs()
+        try:
+            recording = capture(
+                self._model,
+                given,
+                loss_fn=None if given.target is None else self._loss_fn,
+                device=self._device,
+                known_leaf_modules=leaf_modules,
+            )
+            flow = analyse(recording, outputs=False)
+            entry = flow, guard_check(flow, self._model, self._rng)
+        except PipeEngineError:
+            entry = None, None
+        self._full[key] = entry
+        while len(self._full) > _MOST:
+            self._full.popitem(last=False)
+        return entry[0]
+
+    def _pair(self, micro: Dataflow, full: Dataflow) -> TermWeights:
+        key = id(micro), id(full)
+        if key not in self._pairs:
+            if len(self._pairs) >= _MOST:
+                self._pairs.clear()
+            self._pairs[key] = micro, full, TermWeights(micro, full, self._model)  # kept, so that no id is used twice
+        return self._pairs[key][2]
+
+
+def _evaluator(flow: Dataflow, model: torch.nn.Module, what: float | Ref | Count) -> Evaluate:
+    """A function of a batch's tensors that computes a number, a scalar or the count of targets."""
+    if not isinstance(what, (Ref, Count)):
+        return lambda tensors: what
+    weight = what.weight if isinstance(what, Count) else None
+    wanted = [what.target] + ([weight] if isinstance(weight, int) else []) if isinstance(what, Count) else [what.value]
+    nodes = needed_nodes(flow, set(wanted), len(flow.recording.nodes))
+    run, _ = value_function(flow, model, wanted, nodes, RngStreams(torch.device("cpu")))
+
+    def evaluate(tensors: Sequence[torch.Tensor]) -> float:
         with torch.no_grad():
-            labels = run(tensors)[0]
-            kept = labels[labels != ignored]
-            return float(weight.double()[kept].sum()) if weight is not None else float(kept.numel())
-    return count
+            labels, *others = run(tensors)
+            if isinstance(what, Ref):
+                return float(labels)
+            kept = labels[labels != what.ignored]
+            classes = others[0] if others else weight
+            return float(kept.numel()) if classes is None else float(classes.double()[kept].sum())
+
+    return evaluate
 
 
-def _cross_entropy(flow: Dataflow, model: torch.nn.Module) -> tuple[int, int, torch.Tensor | None] | None:
-    """Target, ignored index and class weights of the one mean cross-entropy that the loss comes from."""
-    recording = flow.recording
-    waiting, seen, terms = [recording.loss], set(), []
-    while waiting:
-        value = waiting.pop()
-        index = recording.values[value].node if value is not None else -1
-        if index < 0 or index in seen:
-            continue
-        seen.add(index)
-        node = recording.nodes[index]
-        term = _mean_cross_entropy(node, model, recording)
-        if term is not None:
-            terms.append(term)
-        elif recording.values[value].spec.shape == () and not node.is_module \
-                and getattr(node.target, "__name__", "") in _PASSED_ON:
-            waiting.extend(v for v in node_refs(node) if recording.values[v].spec.shape == ())
-    return terms[0] if len(terms) == 1 else None
+def full_batch_loss_check(
+    model: torch.nn.Module,
+    whole: Inputs,
+    parts: Sequence[Inputs],
+    weights: Weights,
+    loss_fn: Callable | None = None,
+    losses: Sequence[torch.Tensor] | None = None,
+) -> str | None:
+    """None if the weighted micro-batches ``parts`` give the loss of the batch ``whole`` but for rounding, else what to
+    tell the user.
 
-
-def _mean_cross_entropy(node: Node, model: torch.nn.Module, recording: Recording):
-    if node.is_module:
-        module = model.get_submodule(node.target)
-        if not isinstance(module, (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss)) or module.reduction != "mean":
-            return None
-        target = node.args[1] if len(node.args) > 1 else node.kwargs.get("target")
-        return (target.value, module.ignore_index, module.weight) if isinstance(target, Ref) else None
-    if node.target not in (torch.nn.functional.cross_entropy, torch.nn.functional.nll_loss):
+    Runs the model itself with real parameters, without gradients, dropout off, and leaves it as it was. ``losses``: the
+    micro-batches' losses with the weights of their terms, as the pipeline computes them; needed where a loss has
+    several
+    terms with weights of their own (without, such a loss is not checked).
+    """
+    if losses is None and any((term != 1).any() for terms in weights.terms for term in terms):
         return None
-    names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
-    given = {**dict(zip(names, node.args)), **node.kwargs}
-    if given.get("reduction", "mean") != "mean" or not isinstance(given.get("target"), Ref):
+    dropouts = [
+        module
+        for module in model.modules()
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training
+    ]
+    with torch.no_grad(), undisturbed(model):
+        try:
+            for module in dropouts:
+                module.training = False
+            expected = _eager_loss(model, whole, loss_fn)
+            losses = losses or [_eager_loss(model, part, loss_fn) for part in parts]
+        finally:
+            for module in dropouts:
+                module.training = True
+    total = float(sum(loss.double() * weight for loss, weight in zip(losses, weights.loss) if weight))
+    scale = max(
+        abs(float(expected)), sum(abs(float(loss) * weight) for loss, weight in zip(losses, weights.loss) if weight)
+    )
+    # Sums over millions of entries round in another order; what is wrong with a weight is off by per cents.
+    if abs(total - float(expected)) <= max(1e-4, 64 * torch.finfo(expected.dtype).eps) * scale or not math.isfinite(
+        float(expected)
+    ):
         return None
-    weight = given.get("weight")
-    if isinstance(weight, Ref):
-        made = recording.values[weight.value]
-        weight = recording.constants.get(weight.value) if made.kind == "constant" else \
-            dict(model.named_buffers()).get(made.name)
-        if weight is None:
-            return None
-    return given["target"].value, given.get("ignore_index", -100), weight
+    return (
+        f"the loss of the full batch is {float(expected):.6g}, its {len(parts)} micro-batches give {total:.6g}: "
+        "no weights that follow from the recorded loss make them equal (a loss that mixes rows, batch norm, a target "
+        "count "
+        "that the inputs do not tell). The pipeline trains on the second. Pass loss_weight= with what a micro-batch "
+        "counts for, "
+        "divide by a number that is the same for all micro-batches, or use num_microbatches=1"
+    )
+
+
+def _eager_loss(model: torch.nn.Module, inputs: Inputs, loss_fn: Callable | None) -> torch.Tensor:
+    output = model(*inputs.args, **inputs.kwargs)
+    return loss_fn(output, inputs.target) if loss_fn is not None else find_loss(output)

@@ -23,19 +23,23 @@ class Inputs:
         return cls(tuple(example) if isinstance(example, (tuple, list)) else (example,), {}, target)
 
     def everything(self) -> tuple:
-        """Positional arguments, keyword arguments and the target, as one pytree."""
         return self.args, self.kwargs, self.target
 
 
 def find_loss(output: object) -> torch.Tensor | None:
-    """The model's own loss: ``output.loss``, ``output["loss"]``, the first of a tuple when scalar, or a scalar
-    output.
+    """The model's own loss: ``output.loss``, ``output["loss"]``, the first scalar of a tuple, or a scalar output.
+
+    Scalars are 0-dimensional and floating-point.
     """
     found = getattr(output, "loss", None)
     if found is None and isinstance(output, Mapping):
         found = output.get("loss")
-    if found is None and isinstance(output, (tuple, list)) and output:
-        found = output[0]
+    if found is None and isinstance(output, (tuple, list)):
+        found = next(filter(_is_scalar, output), None)
     if found is None:
         found = output
-    return found if isinstance(found, torch.Tensor) and found.dim() == 0 and found.is_floating_point() else None
+    return found if _is_scalar(found) else None
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point()
