@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["DYNAMO_MODULE", "FAKE_TENSOR_LOGGER", "PYTREE_NODES", "AutogradFunctionBase", "ConvNd",
-           "DataDependentOutputException", "DisableTorchFunction", "DynamicOutputShapeException", "FakeTensor",
-           "FakeTensorMode", "TorchDispatchMode", "apply_in_c", "check_version", "cpu_attention", "default_store",
-           "engine_run_backward", "foreach_norm", "peek_function_transform", "pop_saved_tensor_hooks",
-           "push_saved_tensor_hooks", "storage_number", "top_saved_tensor_hooks", "version_of"]
+__all__ = ["AutogradFunctionBase", "ConvNd", "DYNAMO_MODULE", "DataDependentOutputException", "DisableTorchFunction",
+           "DropoutModule", "DynamicOutputShapeException", "FAKE_TENSOR_LOGGER", "FakeTensor", "FakeTensorMode",
+           "LossModule", "PYTREE_NODES", "TorchDispatchMode", "apply_in_c", "check_version", "cpu_attention",
+           "default_store", "engine_run_backward", "foreach_norm", "peek_function_transform",
+           "pop_saved_tensor_hooks", "push_saved_tensor_hooks", "storage_number", "top_saved_tensor_hooks",
+           "version_of"]
 
 _OLDEST, _TOO_NEW = (2, 11), (2, 15)
 
@@ -106,3 +107,7 @@ def storage_number(tensor: torch.Tensor) -> int:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return id(tensor)
+
+# What all losses, and all dropouts, of torch.nn are: without these bases a list of their classes would do.
+LossModule = torch.nn.modules.loss._Loss
+DropoutModule = torch.nn.modules.dropout._DropoutNd

@@ -1,9 +1,8 @@
 """The recorded loss as a sum of terms, and what each of them is divided by.
 
 A loss is read from its end: sums and differences of scalars separate terms, factors on the way are collected, and a
-term ends
-at a reduction over rows (``sum``, ``mean``, a loss function). Two recordings of one model are read side by side, of a
-micro-batch and of the full batch: where both have the same shape, there are no rows to add up.
+term ends at a reduction over rows (``sum``, ``mean``, a loss function). Two recordings of one model are read side by
+side, of a micro-batch and of the full batch: where both have the same shape, there are no rows to add up.
 """
 
 from __future__ import annotations
@@ -15,28 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from pipeengine.stages.guards import needed_nodes
+from pipeengine.torch_private import LossModule
 from pipeengine.tracing import Dataflow, Node, Ref, node_refs
 
-_PASSED_ON = {
-    "to",
-    "float",
-    "double",
-    "half",
-    "bfloat16",
-    "view",
-    "reshape",
-    "squeeze",
-    "unsqueeze",
-    "clone",
-    "type",
-    "type_as",
-    "contiguous",
-    "neg",
-    "positive",
-    "flatten",
-    "cpu",
-    "cuda",
-}
+_PASSED_ON = {"to", "float", "double", "half", "bfloat16", "view", "reshape", "squeeze", "unsqueeze", "clone", "type",
+              "type_as", "contiguous", "neg", "positive", "flatten", "cpu", "cuda"}
 _ADDED = {"add", "iadd", "radd", "sub", "isub", "rsub", "subtract"}
 _MULTIPLIED, _DIVIDED = {"mul", "imul", "rmul", "multiply"}, {"div", "truediv", "itruediv", "divide", "true_divide"}
 
@@ -340,7 +322,7 @@ def _loss_call(node: Node, model: torch.nn.Module) -> dict | None:
     if node.is_module:
         module = model.get_submodule(node.target)
         reduction = getattr(module, "reduction", None)
-        if not isinstance(module, torch.nn.modules.loss._Loss) or len(node.args) < 2:
+        if not isinstance(module, LossModule) or len(node.args) < 2:
             return None
         counts = isinstance(module, (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss))
         return {

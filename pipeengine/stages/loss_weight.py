@@ -18,6 +18,7 @@ from pipeengine.errors import PipeEngineError
 from pipeengine.rng import RngStreams
 from pipeengine.stages.guards import guard_check, needed_nodes, value_function
 from pipeengine.stages.loss_terms import Count, Term, find_terms, operands, stacks
+from pipeengine.torch_private import DropoutModule
 from pipeengine.tracing import (
     Dataflow,
     Inputs,
@@ -278,7 +279,7 @@ def full_batch_loss_check(
     dropouts = [
         module
         for module in model.modules()
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.training
+        if isinstance(module, DropoutModule) and module.training
     ]
     with torch.no_grad(), undisturbed(model):
         try:

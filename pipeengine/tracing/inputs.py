@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 
@@ -23,6 +24,7 @@ class Inputs:
         return cls(tuple(example) if isinstance(example, (tuple, list)) else (example,), {}, target)
 
     def everything(self) -> tuple:
+        """Positional arguments, keyword arguments and the target, as one pytree."""
         return self.args, self.kwargs, self.target
 
 
@@ -41,5 +43,5 @@ def find_loss(output: object) -> torch.Tensor | None:
     return found if _is_scalar(found) else None
 
 
-def _is_scalar(value: object) -> bool:
+def _is_scalar(value: object) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point()
