@@ -11,7 +11,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,25 +32,77 @@ class Source:
 
 
 def files_of(folder: Path) -> dict[str, str]:
-    """Name of every tensor on disk -> its file."""
+    """Name of every tensor on disk -> its file in ``folder``.
+
+    Raises ``InputError``, which names the file, where an index or the one shard is damaged or leads out of the folder.
+    """
     if (folder / INDEX).exists():
-        return json.loads((folder / INDEX).read_text())["weight_map"]
+        return _weight_map(folder / INDEX)
     if (folder / SINGLE).exists():
-        with safetensors().safe_open(folder / SINGLE, framework="pt") as reader:
+        with _opened(folder / SINGLE) as reader:
             return dict.fromkeys(reader.keys(), SINGLE)
     raise InputError(f"{folder} is no checkpoint: it has neither {INDEX} nor {SINGLE}")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """What an index says, checked: names of tensors -> names of files beside it."""
+    try:
+        data = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{index} cannot be read as an index: {error}; copy the checkpoint again") from error
+    files = data.get("weight_map") if isinstance(data, Mapping) else None
+    if not isinstance(files, Mapping) or not files:
+        raise InputError(f"{index} has no weight_map, or an empty one; copy the checkpoint again")
+    for name, file in files.items():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise InputError(
+                f"{index} says that {name} lies in {file!r}; shards are files beside the index, given by name"
+            )
+    return dict(files)
+
+
+def _opened(shard: Path) -> AbstractContextManager:
+    """An open shard. Raises ``InputError``, which names it, for anything but a whole safetensors file."""
+    if not shard.is_file():             # a pipe would never end, a folder cannot be read
+        what = "is no ordinary file" if shard.exists() else "is missing"
+        raise InputError(f"{shard} {what}; copy the checkpoint again")
+    try:
+        size = shard.stat().st_size
+        with shard.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        # Looked at before anybody makes room for a header that lies about its length.
+        if size < 8 or header > size - 8:
+            raise InputError(
+                f"{shard} is damaged or no safetensors file: its header says {header:,} bytes, the file has "
+                f"{size:,}; copy the checkpoint again"
+            )
+        return safetensors().safe_open(shard, framework="pt")
+    except InputError:
+        raise
+    except Exception as error:          # the library has an error type of its own for each kind of damage
+        raise InputError(f"{shard} cannot be read: {error}; copy the checkpoint again") from error
 
 
 def read(
     folder: Path, files: Mapping[str, str], sources: Collection[Source]
 ) -> Iterator[tuple[Source, Mapping[str, torch.Tensor]]]:
-    """What each source gives, one after the other; nothing else is read."""
+    """What each source gives, one after the other; nothing else is read. Raises ``InputError`` that names the file."""
     with ExitStack() as stack:
         readers = {}
         for source in sources:
             for file in {files[key] for key in source.keys} - set(readers):
-                readers[file] = stack.enter_context(safetensors().safe_open(folder / file, framework="pt"))
-            yield source, source.convert([readers[files[key]].get_tensor(key) for key in source.keys])
+                readers[file] = stack.enter_context(_opened(folder / file))
+            yield (
+                source,
+                source.convert([_tensor(readers[files[key]], key, folder / files[key]) for key in source.keys]),
+            )
+
+
+def _tensor(reader: object, key: str, shard: Path) -> torch.Tensor:
+    try:
+        return reader.get_tensor(key)
+    except Exception as error:
+        raise InputError(f"{shard} does not give {key}: {error}; copy the checkpoint again") from error
 
 
 def sources_of(model: torch.nn.Module, keys: Iterable[str]) -> dict[str, Source]:

@@ -166,6 +166,9 @@ def _read_weights(model: torch.nn.Module, slots, held: Collection[str], folder: 
                         f"{folder}: {source.keys[0]} has shape {tuple(value.shape)}, the model's {name} has "
                         f"{tuple(target.shape)}"
                     )
+                if target.is_floating_point() != value.is_floating_point() or target.is_complex() != value.is_complex():
+                    raise InputError(f"{folder / files[source.keys[0]]}: {source.keys[0]} holds {value.dtype}, the "
+                                     f"model's {name} {target.dtype}; give a checkpoint of this model")
                 target.copy_(value)
     return {name for entries in wanted.values() for name, _ in entries}
 
