@@ -15,7 +15,7 @@ from partitioners.partitioning import OBJECTIVES, partition
 from partitioners.plan import Plan, verify
 from partitioners.reporting.drawing import draw
 from partitioners.reporting.explanation import cut_stories, explain, limits
-from partitioners.units import parse_rate, parse_seconds, parse_size
+from partitioners.units import parse_memory, parse_rate, parse_seconds
 
 
 def _count(text: str) -> int:
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``plan``."""
     parser.add_argument("graph", help="a cost graph: pipeline-graph/1, pipeline-workload/1 or a PipeDream profile")
     parser.add_argument("--stages", type=_count, help="number of stages (default: the devices that the file names)")
-    parser.add_argument("--memory", type=parse_size, help="bytes per device, such as 80GB")
+    parser.add_argument("--memory", type=parse_memory, help="bytes per device, such as 80GB")
     parser.add_argument("--bandwidth", type=parse_rate, help="of a link, such as 25GB/s (default: links are free)")
     parser.add_argument("--latency", type=parse_seconds, default=0.0, help="of a link, such as 5us")
     parser.add_argument("--objective", choices=OBJECTIVES, default="sum",

@@ -17,7 +17,7 @@ import networkx
 
 from partitioners.graph import to_json
 from partitioners.reporting import command
-from partitioners.units import format_bytes, format_seconds
+from partitioners.units import format_bytes, format_seconds, parse_flops, parse_rate
 from pipeengine.cli import simulate as simulate_command
 from pipeengine.errors import InputError, PipeEngineError
 
@@ -91,10 +91,10 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
                         help="write the plan here, as JSON; with --format svg the picture (--save: the plan)")
     parser.add_argument("--costs", choices=("analytic", "measured"), default="analytic",
                         help="for a model: from FLOPs and bytes, or measured here")
-    parser.add_argument("--flops", type=command.parse_rate, metavar="RATE",
+    parser.add_argument("--flops", type=parse_flops, metavar="RATE",
                         help="a device's FLOP/s, such as 300T, for analytic costs")
     parser.add_argument(
-        "--memory-bandwidth", type=command.parse_rate, metavar="RATE", help="its bytes per second, such as 2TB/s"
+        "--memory-bandwidth", type=parse_rate, metavar="RATE", help="its bytes per second, such as 2TB/s"
     )
     _model_arguments(parser)
     for action in parser._actions:

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from typing import NamedTuple
 
 from partitioners.plan import Plan
+from partitioners.units import parse_size
 from pipeengine.errors import PipeEngineError, ScheduleError
 from pipeengine.program import check
 from pipeengine.report import chrome_trace, seconds_text, size_text, timeline_svg, timeline_text
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hop", type=float, metavar="C", help="time of one message; default 0")
     parser.add_argument(
         "--max-peak",
-        type=float,
+        type=parse_size,
         metavar="A",
         help="activations a worker may keep, in micro-batches (with "
         "--plan, in bytes); auto is made for it (default those of 1F1B), others that need more are refused",

@@ -10,13 +10,13 @@ import pytest
 from partitioners import Device, Plan, draw, partition
 from partitioners.reporting.command import main
 from partitioners.reporting.drawing import ends
-from partitioners.units import parse_rate, parse_seconds, parse_size
+from partitioners.units import parse_flops, parse_memory, parse_rate, parse_seconds, parse_size
 
 DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.mark.parametrize(
-    "text, value", [("80GB", 80e9), ("16 GiB", 16 * 2**30), ("1e9", 1e9), ("5.5MB", 5.5e6), ("3b", 3)]
+    "text, value", [("80GB", 80e9), ("16 GiB", 16 * 2**30), ("1e9", 1e9), ("5.5MB", 5.5e6), ("3B", 3)]
 )
 def test_sizes(text, value):
     assert parse_size(text) == value
@@ -25,6 +25,43 @@ def test_sizes(text, value):
 @pytest.mark.parametrize("text, value", [("25GB/s", 25e9), ("4e9", 4e9), ("1 MB /s", 1e6), ("inf", None)])
 def test_rates(text, value):
     assert parse_rate(text) == value
+
+
+@pytest.mark.parametrize("text, value", [
+    ("200Gb/s", 25e9), ("200Gbit/s", 25e9), ("200 Gbits/s", 25e9), ("200Gbps", 25e9), ("8Mib/s", 2**20), ("25GB", 25e9),
+    ("25GBps", 25e9), ("1Gbyte/s", 1e9), ("16GiB/s", 2**34), ("2e9 B/s", 2e9)])
+def test_bits_are_bits(text, value):
+    """``200Gb/s`` was read as 200 GB/s, eight times the link."""
+    assert parse_rate(text) == value
+
+
+@pytest.mark.parametrize("text", ["25gb/s", "25g", "25gbit/s", "10mb/s", "1tB/s"])
+def test_what_may_be_either_is_refused_with_both_spellings(text):
+    with pytest.raises(ArgumentTypeError, match="25GB/s are bytes, 200Gb/s"):
+        parse_rate(text)
+
+
+@pytest.mark.parametrize("text", ["80gb", "80Gb", "80Gbit", "80g", "3b", "16gib"])
+def test_sizes_are_bytes(text):
+    with pytest.raises(ArgumentTypeError, match="sizes are in bytes"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["80", "80kB", "999999", "0.5MB"])
+def test_a_memory_without_its_unit_is_refused(text, capsys):
+    """``--memory 80`` was 80 bytes."""
+    with pytest.raises(ArgumentTypeError, match="less than a megabyte; give a unit"):
+        parse_memory(text)
+    with pytest.raises(SystemExit):
+        main([str(DATA / "L_gnmt_training.json"), "--stages", "2", "--memory", text])
+    assert "give a unit" in capsys.readouterr().err
+
+
+def test_operations_per_second():
+    assert [parse_flops(text) for text in ("400T", "400 TFLOPS", "400TFLOP/s", "4e14")] == [4e14] * 4
+    for text in ("many", "400GB/s", "0", "400t"):
+        with pytest.raises(ArgumentTypeError):
+            parse_flops(text)
 
 
 def test_times():
