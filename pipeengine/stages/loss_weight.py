@@ -8,13 +8,13 @@ batch's is divided by. Terms with different weights get them where the loss adds
 from __future__ import annotations
 
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from pipeengine.errors import PipeEngineError
 from pipeengine.rng import RngStreams
 from pipeengine.stages.guards import guard_check, needed_nodes, value_function
 from pipeengine.stages.loss_terms import Count, Term, find_terms, operands, stacks
@@ -212,16 +212,17 @@ class LossWeights:
             return known[0]
         given = inputs()
         try:
-            recording = capture(
-                self._model,
-                given,
-                loss_fn=None if given.target is None else self._loss_fn,
-                device=self._device,
-                known_leaf_modules=leaf_modules,
-            )
+            with warnings.catch_warnings(action="ignore"):
+                recording = capture(
+                    self._model,
+                    given,
+                    loss_fn=None if given.target is None else self._loss_fn,
+                    device=self._device,
+                    known_leaf_modules=leaf_modules,
+                )
             flow = analyse(recording, outputs=False)
             entry = flow, guard_check(flow, self._model, self._rng)
-        except PipeEngineError:
+        except Exception:       # the model never sees this batch whole: it may not even be able to take it
             entry = None, None
         self._full[key] = entry
         while len(self._full) > _MOST:
