@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
@@ -11,11 +11,14 @@ from pipeengine import errors
 from pipeengine.errors import WorkerError
 
 
+T = TypeVar("T")
+
+
 class ConnectionLost(WorkerError):
     """A message or a collective broke off. It is the consequence of another worker's end, never a cause."""
 
 
-def start(operation: Callable[..., dist.Work], *args: object, **options: object) -> dist.Work:
+def start(operation: Callable[..., T], *args: object, **options: object) -> T:
     """Begin an operation on a group; raises ``ConnectionLost`` where a peer is gone already."""
     try:
         return operation(*args, **options)

@@ -108,7 +108,7 @@ class DistributedTransport:
             self.irecv(*key, layout)
         buffer, work = self._posted.pop(key)
         if self._tagged and has_arrived(buffer):
-            work.wait()
+            start(work.wait)
         else:
             self._waiter.wait(work)
         orders = None

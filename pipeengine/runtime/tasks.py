@@ -99,8 +99,9 @@ class TaskMaker:
         parts = batch.split(self.reader.num_microbatches, self.reader.device)
         sizes = batch.sizes(self.reader.num_microbatches)
         keys = [mix(self.seed, step if training else _EVALUATION + call, index) for index in range(len(parts))]
-        chosen = self._specialize(batch, parts, sizes, keys, training)
-        weights = self._weigh(chosen, parts, sizes, batch, training)
+        kind = batch.key, self._state_key(training), batch.dims
+        chosen = self._specialize(batch, kind, parts, sizes, keys, training)
+        weights = self._weigh(chosen, parts, sizes, batch, kind)
         split = self.programs.split_backward_stages(len(parts)) if training else (frozenset(),) * len(parts)
         tasks = tuple(
             Task([*specialization.own_copies(tensors), *terms], specialization.stages.of(stages), weight, key, size)
@@ -111,14 +112,13 @@ class TaskMaker:
             recorded = mix(recorded, specialization.digest)
         return Prepared(tasks, chosen, batch.digest(), recorded)
 
-    def _specialize(self, batch: Batch, parts: Sequence[list[torch.Tensor]], sizes: Sequence[int],
+    def _specialize(self, batch: Batch, kind: tuple, parts: Sequence[list[torch.Tensor]], sizes: Sequence[int],
                     keys: Sequence[int], training: bool) -> tuple[Specialization, ...]:
-        base = batch.key, self._state_key(training), batch.dims
         alike: dict[int, Specialization] = {}       # by rows, where no guard tells micro-batches apart
         chosen = []
         for tensors, size, key in zip(parts, sizes, keys):
             specialization = alike.get(size) or self.specializations.find(
-                (base, size), tensors, partial(batch.again, tensors), key, outputs=not training)
+                (kind, size), tensors, partial(batch.again, tensors), key, outputs=not training)
             if specialization.guards is None:
                 alike[size] = specialization
             chosen.append(specialization)
@@ -131,14 +131,13 @@ class TaskMaker:
         return training, modules, needs, current_modes().autocast
 
     def _weigh(self, chosen: Sequence[Specialization], parts: Sequence[list[torch.Tensor]], sizes: Sequence[int],
-               batch: Batch, training: bool) -> Weights:
+               batch: Batch, kind: tuple) -> Weights:
         """What each micro-batch's loss, and each of its terms, counts for in the loss of the full batch."""
         if self.loss_weight is not None:
             raw = [self._own_weight(self.loss_weight, batch.again(tensors)) for tensors in parts]
             return even_weights(raw, sizes, [len(specialization.terms) for specialization in chosen])
         whole = [tensor.to(self.reader.device) for tensor in batch.tensors]
-        base = batch.key, self._state_key(training), batch.dims
-        return self.specializations.weigh(base, chosen, parts, sizes, whole, lambda: batch.again(whole))
+        return self.specializations.weigh(kind, chosen, parts, sizes, whole, lambda: batch.again(whole))
 
     @staticmethod
     def _own_weight(loss_weight: Callable, inputs: Inputs) -> float:
