@@ -10,7 +10,6 @@ import torch.distributed as dist
 from pipeengine import errors
 from pipeengine.errors import WorkerError
 
-
 T = TypeVar("T")
 
 
