@@ -55,18 +55,34 @@ def target_counts(model, parts: Sequence[Batch], loss_fn=None, targets: Sequence
     Watches ``torch.nn.functional.cross_entropy`` during an extra forward of a copy of the model, so it sees the
     labels after whatever shift the model does. The random state is left as found.
     """
-    seen: list[int] = []
-    real = torch.nn.functional.cross_entropy
-
-    def watch(logits, labels, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean",
+    def count(input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean",
               label_smoothing=0.0):
-        if reduction == "mean" and weight is None and not labels.is_floating_point():
-            seen.append(int((labels != ignore_index).sum()))
-        return real(logits, labels, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        plain = reduction == "mean" and weight is None and not target.is_floating_point()
+        return int((target != ignore_index).sum()) if plain else None
+
+    return _watched("cross_entropy", count, model, parts, loss_fn, targets)
+
+
+def is_summed(model, parts: Sequence[Batch], loss_fn=None, targets: Sequence[object] | None = None) -> bool:
+    """Whether the loss is a connectionist temporal classification that is summed over the rows."""
+    def summed(log_probs, targets, input_lengths, target_lengths, blank=0, reduction="mean", zero_infinity=False):
+        return True if reduction == "sum" else None
+
+    return bool(_watched("ctc_loss", summed, model, parts, loss_fn, targets))
+
+
+def _watched(name: str, look: Callable, model, parts, loss_fn, targets) -> list:
+    """What ``look`` says of the call of a loss function in each micro-batch; empty if it is not one word for each."""
+    seen: list = []
+    real = getattr(torch.nn.functional, name)
+
+    def watch(*args, **kwargs):
+        word = look(*args, **kwargs)
+        seen.extend([] if word is None else [word])
+        return real(*args, **kwargs)
 
     twin = copy.deepcopy(model)
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), \
-            mock.patch.object(torch.nn.functional, "cross_entropy", watch):
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), mock.patch.object(torch.nn.functional, name, watch):
         for part, target in zip(parts, targets or [None] * len(parts), strict=True):
             forward_loss(twin, part, loss_fn, target)
     return seen if len(seen) == len(parts) else []
@@ -75,9 +91,11 @@ def target_counts(model, parts: Sequence[Batch], loss_fn=None, targets: Sequence
 def microbatch_weights(model, parts, loss_fn=None, targets=None) -> list[float]:
     """Weights that make the weighted sum of the micro-batches' losses the loss of the full batch.
 
-    A mean cross-entropy: each micro-batch's share of the targets that are not ignored. Anything else: its share of
-    the rows.
+    A mean cross-entropy: each micro-batch's share of the targets that are not ignored. A sum: 1. Anything else: its
+    share of the rows.
     """
+    if is_summed(model, parts, loss_fn, targets):
+        return [1.0] * len(parts)
     counts = target_counts(model, parts, loss_fn, targets)
     if not counts or not sum(counts):
         counts = [num_rows(part) for part in parts]

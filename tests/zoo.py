@@ -230,7 +230,7 @@ def hugging_face(name: str, *, tied: bool | None = None, dropout: float = 0.0) -
 
     label = name if tied is None else f"{name}-{'tied' if tied else 'untied'}"
     return Case(label + ("-dropout" if dropout else ""), seeded(factory), batches(), random=dropout > 0,
-                separable=name not in ("clip", "resnet", "wav2vec2"))
+                separable=name not in ("clip", "resnet"))
 
 
 def _set_dropout(config: object, probability: float) -> None:

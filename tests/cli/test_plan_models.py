@@ -134,7 +134,7 @@ def test_a_reader_that_leaves_is_no_error():
 @pytest.mark.parametrize("stages, room, schedule", [(3, 3000, "gpipe"), (2, 2000, "1f1b"), (4, 1500, "gpipe")])
 def test_the_memory_that_is_told_does(factories, capsys, stages, room, schedule):
     words = ("plan", f"{factories}:bare", "--stages", stages, "--microbatches", 4, "--schedule", schedule, "--memory")
-    status, text = answer(capsys, *words, room)
+    status, text = answer(capsys, *words, f"{room} bytes")
     hint = re.search(r"try memory of ([\d,]+ bytes) per device", text)
     assert status == 2 and hint, text
     assert answer(capsys, *words, hint[1])[0] == 0
