@@ -32,7 +32,7 @@ def partition(graph: nx.DiGraph, num_stages: int | None = None, *, devices: Clus
     ``worker_of[s]`` if that is given (a V: ``(0, 1, 1, 0)``), and a worker's load counts.
     ``recompute`` may compute activations again where memory would not do. Unless ``allow_empty``, there are exactly
     ``num_stages`` stages and each holds parameters. Among cuts within ``prefer_single_tensor`` of the best, the one
-    whose boundaries carry the fewest tensors wins. Stops at ``gap`` or after ``time_limit`` seconds.
+    whose boundaries carry the fewest tensors wins. Stops at ``gap`` above the best (0.01: one per cent) or after ``time_limit`` seconds.
     """
     if objective not in OBJECTIVES:
         raise PartitionError(f"objective {objective!r} is none of {', '.join(OBJECTIVES)}")

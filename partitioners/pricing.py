@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import networkx as nx
 
 from partitioners.graph import Node, digest, seconds, topological_order
-from partitioners.plan import Boundary, Plan, Setting, StageCost, Tie
+from partitioners.plan import Boundary, Plan, Setting, StageCost, Tie, gap_above
 from partitioners.solvers import choose_recomputed, period, transfer
 
 
@@ -29,7 +29,7 @@ def build_plan(graph: nx.DiGraph, stage_of: Mapping[Node, int], setting: Setting
     else:
         bottleneck = worker_bottleneck([stage.load for stage in stages], setting)
     lower_bound = min(lower_bound, bottleneck)
-    gap = (bottleneck - lower_bound) / bottleneck if bottleneck else 0.0
+    gap = gap_above(bottleneck, lower_bound)
     if gap <= 1e-9:
         gap, lower_bound = 0.0, bottleneck
     return Plan(

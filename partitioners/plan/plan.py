@@ -94,6 +94,13 @@ class Setting:
         return self.worker_of or deal(num_stages, self.stages_per_worker)
 
 
+def gap_above(bottleneck: float, lower_bound: float) -> float:
+    """How far ``bottleneck`` may be above the best, as a fraction of ``lower_bound``, which nothing can beat."""
+    if bottleneck <= lower_bound:
+        return 0.0
+    return (bottleneck - lower_bound) / lower_bound if lower_bound > 0 else float("inf")
+
+
 def deal(num_stages: int, stages_per_worker: int) -> tuple[int, ...]:
     """The worker of each stage when they are dealt out in turns: stage ``s`` on worker ``s mod workers``."""
     workers = max(1, -(-num_stages // stages_per_worker))
@@ -102,9 +109,9 @@ def deal(num_stages: int, stages_per_worker: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Who lives where. ``bottleneck`` is at most ``gap`` above ``lower_bound``, which no valid plan can beat.
+    """Who lives where. ``bottleneck`` is ``gap`` above ``lower_bound``, which no valid plan can beat.
 
-    ``gap`` is ``(bottleneck - lower_bound) / bottleneck``; ``proof`` says how the bound was found. ``alternatives``
+    ``gap`` is ``(bottleneck - lower_bound) / lower_bound``; ``proof`` says how the bound was found. ``alternatives``
     holds, for each cut, the best bottleneck when that cut must move.
     """
     num_stages: int

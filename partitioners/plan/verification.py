@@ -30,7 +30,7 @@ def verify(plan: Plan, graph: nx.DiGraph) -> None:
         _same("bottleneck", plan.bottleneck, max(loads.values()))
     if plan.lower_bound > plan.bottleneck * (1 + TOLERANCE):
         raise PlanError(f"lower bound {plan.lower_bound} exceeds the bottleneck {plan.bottleneck}")
-    _same("gap", plan.gap * plan.bottleneck, max(0.0, plan.bottleneck - plan.lower_bound), scale=plan.bottleneck)
+    _same("gap", plan.gap * plan.lower_bound, max(0.0, plan.bottleneck - plan.lower_bound), scale=plan.bottleneck)
 
 
 def _same(name: str, claimed: float, found: float, scale: float = 0.0) -> None:

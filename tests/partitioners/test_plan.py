@@ -5,7 +5,8 @@ import networkx as nx
 import pytest
 
 from partitioners import PartitionError, PlanError, partition
-from partitioners.plan import Plan, Tie, verify
+from partitioners.plan import Plan, Tie, gap_above, verify
+from partitioners.reporting import draw
 
 
 def chain(times, **more) -> nx.DiGraph:
@@ -100,3 +101,20 @@ def test_verify_notices_lies():
 def test_table_reads_well():
     text = str(partition(chain([3, 1, 1, 3]), 2))
     assert "bottleneck 4 s" in text and "proved optimal" in text and len(text.splitlines()) == 4
+
+
+@pytest.mark.parametrize("bottleneck, lower_bound, expected", [
+    (1.1, 1.0, 0.1), (3.0, 3.0, 0.0), (2.0, 0.0, float("inf")), (0.0, 0.0, 0.0), (1.0, 1.0 + 1e-12, 0.0)])
+def test_the_gap_is_above_the_bound(bottleneck, lower_bound, expected):
+    assert gap_above(bottleneck, lower_bound) == pytest.approx(expected)
+
+
+def test_a_gap_reads_the_same_everywhere(tmp_path):
+    """In the plan, its text, its JSON and its picture: what the bottleneck is above the bound."""
+    graph = chain([3, 1, 2, 2, 3, 1])
+    exact = partition(graph, 3)
+    plan = replace(exact, lower_bound=exact.bottleneck / 1.25, gap=0.25)
+    verify(plan, graph)
+    assert "at most 25.00% above the best" in str(plan)
+    assert Plan.from_json(plan.to_json()).gap == 0.25
+    assert "at most 25.00% above the best" in draw(plan, graph)
