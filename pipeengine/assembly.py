@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import networkx
@@ -107,6 +107,7 @@ def assemble(options: Options, workers: Workers, device: torch.device) -> Assemb
     graph = workers.run_synchronized(lambda: price(recorded.flow, options, layout, device, workers.rank))
     price_modules(graph, recorded.flow, layout.recompute.spans(recorded.flow.recording))
     plan = make_plan(graph, given, options, layout, link, workers)
+    layout = workers.run_synchronized(lambda: with_recomputation(layout, plan, options.model))
     priced = price_stages(plan, layout.recompute.stages)
     programs = ProgramCache(layout.choice, workers.rank, costs_of(priced, link))
     placement, tensors = workers.run_synchronized(lambda: place(options, recorded, plan, layout, workers.rank))
@@ -289,6 +290,17 @@ def fitting_plan(plan: Plan, graph: networkx.DiGraph, num_stages: int) -> Plan:
                         + (f" (first {missing[0]})" if missing else "") + "; plan this model")
     check_rules(plan, graph)
     return plan
+
+
+def with_recomputation(layout: Layout, plan: Plan, model: torch.nn.Module) -> Layout:
+    """The layout with what the plan says is recomputed. Raises ``PlanError`` for what is no module of the model."""
+    modules = [path for cost in plan.stages for path in cost.recomputed]
+    known = {path for path, _ in model.named_modules()}
+    unknown = next((path for path in modules if path not in known), None)
+    if unknown is not None:
+        raise PlanError(f"the plan recomputes {unknown!r}, which is no module of the model; plan this model with "
+                        "pipeengine plan --recompute, or pass recompute= instead")
+    return replace(layout, recompute=layout.recompute.also(modules))
 
 
 # -- stages -----------------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Cost graphs in, checked: nodes with seconds and bytes, the devices they may run on, other people's formats."""
 
+from partitioners.graph.blocks import Block, blocks_of
 from partitioners.graph.cost_graph import Node, check, digest, seconds, topological_order
 from partitioners.graph.devices import Cluster, Device, Link, MemoryModel
 from partitioners.graph.formats import FORMAT, WORKLOAD, from_json, read_pipedream, read_workload, to_json
 
 __all__ = [
+    "Block",
     "Cluster",
     "Device",
     "FORMAT",
@@ -12,6 +14,7 @@ __all__ = [
     "MemoryModel",
     "Node",
     "WORKLOAD",
+    "blocks_of",
     "check",
     "digest",
     "from_json",

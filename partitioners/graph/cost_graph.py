@@ -13,6 +13,8 @@ Node attributes, all optional::
     transfer            seconds to move the value over a link, both ways; instead of output_bytes over a bandwidth
     memory_bytes        resident whatever the schedule (files that give one number per node)
     workspace_bytes     scratch while it runs
+    block               a label; a stage that holds all nodes with it may compute them again in backward, as one piece
+    block_bytes         what a block keeps per micro-batch when it does (its inputs), on any of its nodes
     colocate            a label; nodes with the same one share a stage
     allowed             tuple of device classes it may run on
     is_backward         a backward operation; the order of the pipeline is that of the forward ones
@@ -35,8 +37,9 @@ from partitioners.graph.devices import Device
 
 Node = Hashable
 COSTS = ("forward", "backward", "weight_grad")
-SIZES = ("param_bytes", "activation_bytes", "kept_bytes", "output_bytes", "memory_bytes", "workspace_bytes", "transfer")
-OTHERS = ("shared", "gradient", "colocate", "allowed", "is_backward", "order", "label")
+SIZES = ("param_bytes", "activation_bytes", "kept_bytes", "output_bytes", "memory_bytes", "workspace_bytes", "transfer",
+         "block_bytes")
+OTHERS = ("shared", "gradient", "block", "colocate", "allowed", "is_backward", "order", "label")
 
 
 def check(graph: nx.DiGraph) -> None:
@@ -97,6 +100,7 @@ _KINDS = {
     "shared": (lambda value: isinstance(value, Mapping), "a dict from parameter names to bytes"),
     "allowed": (_names_classes, "a tuple of device classes"),
     "colocate": (_is_hashable, "a label that can be hashed, such as a string or a number"),
+    "block": (lambda value: isinstance(value, str), "a string"),
     "order": (_is_number, "a finite number"),
     "gradient": (lambda value: not isinstance(value, (str, list, dict)), "true or false"),
     "is_backward": (lambda value: not isinstance(value, (str, list, dict)), "true or false")}

@@ -45,7 +45,8 @@ class StageCost:
     ``kept_bytes`` what stays until then; ``workspace_bytes`` is what a backward needs on top of the
     activations that it lets go of, ``first_workspace_bytes`` the same when it also makes the gradients.
     ``memory_bytes`` is what the schedule needs at its peak; ``sent_bytes`` are values out and gradients back.
-    ``recomputed`` names the nodes whose activations are computed again.
+    ``recomputed`` names the blocks that are computed again (nodes, where the graph names no blocks): ``backward``,
+    ``activation_bytes`` and the workspaces are those with it.
     """
     forward: float
     backward: float

@@ -50,10 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parameter-factor", type=_fraction, default=4.0,
                         help="weights, gradients and optimizer state, in units of the weights")
     parser.add_argument("--stages-per-worker", type=_count, default=1)
-    parser.add_argument("--recompute", action="store_true", help="compute activations again where memory would not do")
+    parser.add_argument("--recompute", action="store_true",
+                        help="compute blocks again in backward where memory would not do")
     parser.add_argument("--prefer-single-tensor", type=_fraction, default=None, metavar="FRACTION",
                         help="take a cut with fewer tensors if it is within this fraction of the best")
-    parser.add_argument("--gap", type=_fraction, default=0.0, help="stop at this fraction above the best (default: 0, the best)")
+    parser.add_argument("--gap", type=_fraction, default=0.0,
+                        help="stop at this fraction above the best (default: 0, the best)")
     parser.add_argument("--time-limit", type=parse_seconds, default=None)
     parser.add_argument("--format", choices=("json", "text", "svg"), default="text")
     parser.add_argument("--save", metavar="PLAN", help="also write the plan here")

@@ -6,11 +6,12 @@ from partitioners.solvers.coarse import crossing_tensors, merge_runs, promising_
 from partitioners.solvers.interleave import interleave
 from partitioners.solvers.period import period, round_trips, shortest_period
 from partitioners.solvers.problem import Problem, build_problem, reorder, transfer
-from partitioners.solvers.recompute import choose_recomputed, recomputing_loads, with_recomputation
+from partitioners.solvers.recompute import Choice, choose_recomputed, recomputing_loads, with_recomputation
 from partitioners.solvers.search import loads_of, solve
 from partitioners.solvers.segments import best_cuts, fewest_cuts, segment_loads, segment_memory
 
 __all__ = [
+    "Choice",
     "Problem",
     "best_cuts",
     "build_problem",

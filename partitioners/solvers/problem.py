@@ -13,7 +13,7 @@ import networkx as nx
 import numpy as np
 
 from partitioners.errors import GraphError
-from partitioners.graph import Cluster, Device, Link, MemoryModel, Node, seconds, topological_order
+from partitioners.graph import Cluster, Device, Link, MemoryModel, Node, blocks_of, seconds, topological_order
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,30 @@ class Kind:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A block as the planner sees it: the items it lies in, what recomputation saves, and the scratch it needs. Bytes.
+    """
+
+    pins: tuple[int, ...]
+    saved_bytes: float
+    workspace_bytes: float
+
+
+@dataclass(frozen=True)
 class Problem:
     """Items in a topological order, with their costs, nets and limits.
 
     ``levels``: for ordered stages one ``Kind`` each; otherwise the classes, of which ``counts`` devices may be used.
-    ``times`` and ``forward``: seconds of forward and backward, and of forward alone (to compute it again).
+    ``times``: seconds of forward and backward of each item; ``again``: of the forward of each piece, to compute it
+    again.
     """
     items: tuple[tuple[Node, ...], ...]
     edges: tuple[tuple[int, int], ...]
     nets: tuple[Net, ...]
     shared: tuple[tuple[tuple[int, ...], float], ...]
     times: dict[Device, np.ndarray]
-    forward: dict[Device, np.ndarray]
+    pieces: tuple[Piece, ...]
+    again: dict[Device, np.ndarray]
     fixed_bytes: np.ndarray
     activation_bytes: np.ndarray
     workspace_bytes: np.ndarray
@@ -125,7 +137,9 @@ def build_problem(graph: nx.DiGraph, *, cluster: Cluster, num_stages: int, objec
     item_of = {node: index for index, group in enumerate(groups) for node in group}
     levels, counts = _levels(cluster, num_stages, memory_model, num_microbatches)
     times = {kind.device: _times(graph, groups, kind.device, ("forward", "backward")) for kind in levels}
-    forward = {kind.device: _times(graph, groups, kind.device, ("forward",)) for kind in levels}
+    blocks = blocks_of(graph)
+    again = {kind.device: _times(graph, tuple(block.nodes for block in blocks), kind.device, ("forward",))
+             for kind in levels}
     _check_homes(groups, times)
 
     def total(name: str) -> np.ndarray:
@@ -140,7 +154,9 @@ def build_problem(graph: nx.DiGraph, *, cluster: Cluster, num_stages: int, objec
         nets=_nets(graph, order, item_of, num_microbatches),
         shared=tuple((pins, factor * size) for pins, size in _shared(graph, item_of).values()),
         times=times,
-        forward=forward,
+        pieces=tuple(Piece(tuple(sorted({item_of[node] for node in block.nodes})), block.saved_bytes,
+                           block.workspace_bytes) for block in blocks),
+        again=again,
         fixed_bytes=factor * total("param_bytes") + total("memory_bytes"),
         activation_bytes=total("activation_bytes"),
         workspace_bytes=workspace,
@@ -292,7 +308,7 @@ def reorder(problem: Problem, order: list[int]) -> Problem:
                    for net in problem.nets),
         shared=tuple((moved(pins), size) for pins, size in problem.shared),
         times={device: values[order] for device, values in problem.times.items()},
-        forward={device: values[order] for device, values in problem.forward.items()},
+        pieces=tuple(replace(piece, pins=moved(piece.pins)) for piece in problem.pieces),
         fixed_bytes=problem.fixed_bytes[order], activation_bytes=problem.activation_bytes[order],
         workspace_bytes=problem.workspace_bytes[order], crossing=tuple(map(moved, problem.crossing)),
         has_parameters=problem.has_parameters[order])

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import networkx
 
 from pipeengine.autograd import Replacement
+from pipeengine.costs.recompute_pricing import name_blocks
 from pipeengine.costs.roofline import Seconds
 from pipeengine.tracing import Dataflow, Node, Recording, Ref, node_refs
 
@@ -43,6 +44,7 @@ def cost_graph(flow: Dataflow, seconds: Mapping[int, Seconds],
             graph.nodes[name]["output_bytes"] = recording.values[value].spec.bytes
             graph.nodes[name]["gradient"] = value in flow.wants_gradient
     _add_edges(graph, flow, carrier)
+    name_blocks(graph, flow)
     return graph
 
 
