@@ -9,7 +9,7 @@ import networkx as nx
 
 from partitioners.graph import Block, Device, Node, blocks_of, digest, seconds, topological_order
 from partitioners.plan import Boundary, Plan, Setting, StageCost, Tie, gap_above
-from partitioners.solvers import Choice, choose_recomputed, period, transfer
+from partitioners.solvers import Choice, choose_recomputed, frozen_names, period, transfer
 
 
 def build_plan(graph: nx.DiGraph, stage_of: Mapping[Node, int], setting: Setting, *, lower_bound: float,
@@ -75,7 +75,7 @@ def link_seconds(graph: nx.DiGraph, order: list[Node], stage_of: Mapping[Node, i
             sent[home].append(price(home, 1, *cost))
     share = 1.0 / setting.num_microbatches
     for tie in find_ties(graph, stage_of):
-        for stage in tie.stages:
+        for stage in tie.stages if tie.trained else ():
             received[stage].append(price(stage, 0, 0.0, share, tie.bytes * share))
             sent[stage].append(price(stage, 1, 0.0, share, tie.bytes * share))
     return [(math.fsum(into), math.fsum(out)) for into, out in zip(received, sent)]
@@ -90,11 +90,10 @@ def _stage_cost(graph: nx.DiGraph, nodes: list[Node], blocks: Sequence[Block], s
     for block in again:
         data = _with_block(nodes, data, block, device)
     backward += math.fsum(seconds(graph.nodes[node], "forward", device) for block in again for node in block.nodes)
-    shared = {name: size for each in data for name, size in (each.get("shared") or {}).items()}
-    parameters = math.fsum(each.get("param_bytes", 0.0) for each in data) + math.fsum(shared.values())
+    parameters, frozen = _weights(data)
     activations = math.fsum(each.get("activation_bytes", 0.0) for each in data)
     model, count = setting.memory_model, len(setting.stage_devices)
-    memory = (model.parameter_factor * parameters + math.fsum(each.get("memory_bytes", 0.0) for each in data)
+    memory = (model.weights(parameters, frozen) + math.fsum(each.get("memory_bytes", 0.0) for each in data)
               + model.in_flight(stage, count, setting.num_microbatches) * activations
               + max((each.get("workspace_bytes", 0.0) for each in data), default=0.0))
     load = {"sum": math.fsum((forward, backward, *traffic)), "overlap": max(forward + backward, *traffic),
@@ -115,7 +114,17 @@ def _stage_cost(graph: nx.DiGraph, nodes: list[Node], blocks: Sequence[Block], s
         kept_bytes=math.fsum(each.get("kept_bytes", 0.0) for each in data),
         workspace_bytes=_scratch(data, grown=False),
         first_workspace_bytes=_scratch(data, grown=True),
+        frozen_bytes=frozen,
     )
+
+
+def _weights(data: Sequence[dict]) -> tuple[float, float]:
+    """Bytes of all weights that the nodes read, shared ones once, and of those that are not trained."""
+    shared = {name: size for each in data for name, size in (each.get("shared") or {}).items()}
+    frozen = {name for each in data for name in each.get("frozen") or ()}
+    return (math.fsum(each.get("param_bytes", 0.0) for each in data) + math.fsum(shared.values()),
+            math.fsum(each.get("frozen_bytes", 0.0) for each in data)
+            + math.fsum(size for name, size in shared.items() if name in frozen))
 
 
 def _scratch(data: list[dict], grown: bool) -> float:
@@ -128,7 +137,8 @@ def _scratch(data: list[dict], grown: bool) -> float:
         most = max(most, more + each.get("workspace_bytes", 0.0))
         more -= each.get("activation_bytes", 0.0)
         if grown:
-            more += each.get("param_bytes", 0.0) + math.fsum((each.get("shared") or {}).values())
+            weights, frozen = _weights([each])
+            more += weights - frozen
     return max(most, more)
 
 
@@ -156,9 +166,7 @@ def _recomputed(nodes: list[Node], data: list[dict], blocks: Sequence[Block], st
     whole = [block for block in blocks if all(node in of_node for node in block.nodes)]
     choices = [Choice(math.fsum(seconds(of_node[node], "forward", device) for node in block.nodes),
                       depth * block.saved_bytes, block.workspace_bytes) for block in whole]
-    shared = {name: size for each in data for name, size in (each.get("shared") or {}).items()}
-    parameters = math.fsum(each.get("param_bytes", 0.0) for each in data) + math.fsum(shared.values())
-    held = model.parameter_factor * parameters + math.fsum(
+    held = model.weights(*_weights(data)) + math.fsum(
         each.get("memory_bytes", 0.0) + depth * each.get("activation_bytes", 0.0) for each in data)
     scratch = max((each.get("workspace_bytes", 0.0) for each in data), default=0.0)
     chosen = choose_recomputed(choices, held, scratch, device.memory)
@@ -221,5 +229,6 @@ def find_ties(graph: nx.DiGraph, stage_of: Mapping[Node, int]) -> tuple[Tie, ...
         for name, size in (data.get("shared") or {}).items():
             holders.setdefault(name, set()).add(stage_of[node])
             sizes[name] = max(sizes.get(name, 0.0), size)
-    return tuple(Tie(name, tuple(sorted(stages)), round(sizes[name])) for name, stages in sorted(holders.items())
-                 if len(stages) > 1)
+    frozen = frozen_names(graph)
+    return tuple(Tie(name, tuple(sorted(stages)), round(sizes[name]), name not in frozen)
+                 for name, stages in sorted(holders.items()) if len(stages) > 1)

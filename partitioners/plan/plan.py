@@ -31,10 +31,12 @@ class Boundary:
 
 @dataclass(frozen=True)
 class Tie:
-    """Parameter ``name`` that several ``stages`` hold; each exchanges ``bytes`` of gradient once per step."""
+    """Parameter ``name`` of ``bytes`` that several ``stages`` hold; each exchanges its gradient once per step, if it
+    is trained."""
     name: str
     stages: tuple[int, ...]
     bytes: int
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class StageCost:
     ``load`` is what the objective counts. ``weight_grad`` is the part of ``backward`` that a schedule may put off, and
     ``kept_bytes`` what stays until then; ``workspace_bytes`` is what a backward needs on top of the
     activations that it lets go of, ``first_workspace_bytes`` the same when it also makes the gradients.
+    ``param_bytes`` are all weights, ``frozen_bytes`` those of them that are not trained.
     ``memory_bytes`` is what the schedule needs at its peak; ``sent_bytes`` are values out and gradients back.
     ``recomputed`` names the blocks that are computed again (nodes, where the graph names no blocks): ``backward``,
     ``activation_bytes`` and the workspaces are those with it.
@@ -63,6 +66,7 @@ class StageCost:
     kept_bytes: float = 0.0
     workspace_bytes: float = 0.0
     first_workspace_bytes: float = 0.0
+    frozen_bytes: float = 0.0
 
 
 @dataclass(frozen=True)

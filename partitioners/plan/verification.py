@@ -145,7 +145,8 @@ def _traffic(plan: Plan, graph: nx.DiGraph, stage: dict, number: int) -> tuple[f
             out += price(after)
         elif stage[node] != number and number in readers:
             into += price(before)
-    for holders, size in _holders(graph, stage).values():
+    unmoved = {name for _, data in graph.nodes(data=True) for name in data.get("frozen") or ()}
+    for holders, size in (entry for name, entry in _holders(graph, stage).items() if name not in unmoved):
         if number in holders and len(holders) > 1:
             into += (
                 before.latency + (size / before.bandwidth if before.bandwidth else 0.0)
@@ -168,6 +169,7 @@ def _holders(graph: nx.DiGraph, stage: dict) -> dict:
 def _memory(plan: Plan, graph: nx.DiGraph, mine: set, number: int, blocks: dict) -> float:
     model, again = plan.setting.memory_model, set(plan.stages[number].recomputed)
     shared: dict = {}
+    frozen: set = set()
     total = scratch = 0.0
     if model.schedule == "gpipe":
         depth = plan.setting.num_microbatches
@@ -178,14 +180,17 @@ def _memory(plan: Plan, graph: nx.DiGraph, mine: set, number: int, blocks: dict)
     for node in mine:
         data = graph.nodes[node]
         shared |= data.get("shared") or {}
-        total += model.parameter_factor * data.get("param_bytes", 0.0) + data.get("memory_bytes", 0.0)
+        frozen |= set(data.get("frozen") or ())
+        trained = data.get("param_bytes", 0.0) - data.get("frozen_bytes", 0.0)
+        total += model.parameter_factor * trained + data.get("frozen_bytes", 0.0) + data.get("memory_bytes", 0.0)
         if blocks[node] not in again:
             total += depth * data.get("activation_bytes", 0.0)
         scratch = max(scratch, data.get("workspace_bytes", 0.0))
     for label in again:
         kept, needed = _computed_again(label, plan, graph, mine, blocks)
         total, scratch = total + depth * kept, max(scratch, needed)
-    return total + model.parameter_factor * sum(shared.values()) + scratch
+    return total + scratch + sum(size * (1 if name in frozen else model.parameter_factor)
+                                 for name, size in shared.items())
 
 
 def _blocks(graph: nx.DiGraph) -> dict:

@@ -145,19 +145,20 @@ def build_problem(graph: nx.DiGraph, *, cluster: Cluster, num_stages: int, objec
     def total(name: str) -> np.ndarray:
         return np.array([sum(graph.nodes[node].get(name, 0.0) for node in group) for group in groups], float)
 
-    factor = memory_model.parameter_factor
+    factor, frozen = memory_model.parameter_factor, frozen_names(graph)
     workspace = np.array([max(graph.nodes[node].get("workspace_bytes", 0.0) for node in group) for group in groups],
                          float)
     return Problem(
         items=groups,
         edges=edges,
         nets=_nets(graph, order, item_of, num_microbatches),
-        shared=tuple((pins, factor * size) for pins, size in _shared(graph, item_of).values()),
+        shared=tuple((pins, size if name in frozen else factor * size)
+                     for name, (pins, size) in _shared(graph, item_of).items()),
         times=times,
         pieces=tuple(Piece(tuple(sorted({item_of[node] for node in block.nodes})), block.saved_bytes,
                            block.workspace_bytes) for block in blocks),
         again=again,
-        fixed_bytes=factor * total("param_bytes") + total("memory_bytes"),
+        fixed_bytes=factor * total("param_bytes") - (factor - 1) * total("frozen_bytes") + total("memory_bytes"),
         activation_bytes=total("activation_bytes"),
         workspace_bytes=workspace,
         crossing=_crossing(graph, item_of),
@@ -167,6 +168,11 @@ def build_problem(graph: nx.DiGraph, *, cluster: Cluster, num_stages: int, objec
         objective=objective,
         allow_empty=allow_empty,
     )
+
+
+def frozen_names(graph: nx.DiGraph) -> frozenset[str]:
+    """Shared parameters that nobody trains: their gradients do not travel."""
+    return frozenset(name for _, data in graph.nodes(data=True) for name in data.get("frozen") or ())
 
 
 def has_parameters(data: dict) -> bool:
@@ -260,8 +266,9 @@ def _nets(graph: nx.DiGraph, order: list[Node], item_of: dict[Node, int], num_mi
             data, entry = graph.nodes[node], sums.setdefault((item_of[node], tuple(sorted(pins))), [0.0, 0.0, 0.0])
             for position, value in enumerate(transfer(data)):
                 entry[position] += value
-    for pins, size in _shared(graph, item_of).values():
-        if len(pins) > 1:
+    frozen = frozen_names(graph)
+    for name, (pins, size) in _shared(graph, item_of).items():
+        if len(pins) > 1 and name not in frozen:
             entry = sums.setdefault((-1, pins), [0.0, 0.0, 0.0])
             entry[1] += 1.0 / num_microbatches
             entry[2] += size / num_microbatches

@@ -18,12 +18,14 @@ def step_bytes(plan: Plan, schedule: Schedule) -> tuple[float, ...]:
 
 def stage_bytes(plan: Plan, schedule: Schedule) -> tuple[float, ...]:
     """The most that each stage needs by itself: weights, optimizer, and what its own actions add to them."""
-    factor = plan.setting.memory_model.parameter_factor - 1         # the gradients come with the actions
+    model = plan.setting.memory_model
     own: list[list[tuple[str, int, int]]] = [[] for _ in plan.stages]
     for worker in range(schedule.topology.num_workers):
         for action in schedule.actions(worker):
             own[action[1]].append(action)
-    return tuple(factor * cost.param_bytes + most_added(plan, actions) for cost, actions in zip(plan.stages, own))
+    # The gradients come with the actions.
+    return tuple(model.weights(cost.param_bytes, cost.frozen_bytes) - (cost.param_bytes - cost.frozen_bytes)
+                 + most_added(plan, actions) for cost, actions in zip(plan.stages, own))
 
 
 def most_added(plan: Plan, actions: Iterable[tuple[str, int, int]]) -> float:
@@ -33,7 +35,7 @@ def most_added(plan: Plan, actions: Iterable[tuple[str, int, int]]) -> float:
     for op, stage, _ in actions:
         cost, made = plan.stages[stage], 0.0
         if op in "BW" and stage not in grown:
-            made = cost.param_bytes
+            made = cost.param_bytes - cost.frozen_bytes
             grown.add(stage)
         before, during, after = {
             "F": (cost.activation_bytes, 0.0, 0.0),

@@ -4,7 +4,8 @@ from dataclasses import replace
 import networkx as nx
 import pytest
 
-from partitioners import PartitionError, PlanError, partition
+from partitioners import InfeasibleError, PartitionError, PlanError, partition
+from partitioners.graph import parameter_factor
 from partitioners.plan import Plan, Tie, gap_above, verify
 from partitioners.reporting import draw
 
@@ -118,3 +119,31 @@ def test_a_gap_reads_the_same_everywhere(tmp_path):
     assert "at most 25.00% above the best" in str(plan)
     assert Plan.from_json(plan.to_json()).gap == 0.25
     assert "at most 25.00% above the best" in draw(plan, graph)
+
+
+@pytest.mark.parametrize("options, factor", [
+    (dict(optimizer="adamw"), 4), (dict(optimizer="sgd"), 2), (dict(optimizer="sgd-momentum"), 3),
+    (dict(optimizer="adamw", bytes_per_weight=2), 4),
+    (dict(optimizer="adamw", bytes_per_weight=2, master_weights=True), 8),
+    (dict(optimizer="adafactor", bytes_per_weight=2, master_weights=True), 4)])
+def test_memory_of_an_optimizer(options, factor):
+    """bf16 with fp32 copies: 2 + 2 bytes of weight and gradient, 4 of the copy, 4 + 4 of Adam's moments."""
+    assert parameter_factor(**options) == factor
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_frozen_weights_count_once(shared):
+    graph = chain([1, 1, 1, 1])
+    for node in ("n1", "n3"):
+        graph.nodes[node].update({"shared": {"w": 400.0}, "frozen": ("w",)} if shared else
+                                 {"param_bytes": 404, "frozen_bytes": 400})
+    plan = partition(graph, 2, prefer_single_tensor=0, bandwidth=1e3)
+    verify(plan, graph)
+    assert [stage.memory_bytes for stage in plan.stages] == [4 * 8 + 400] * 2
+    assert [stage.frozen_bytes for stage in plan.stages] == [400, 400]
+    assert all(not tie.trained for tie in plan.ties) and len(plan.ties) == shared
+    free = partition(chain([1, 1, 1, 1]), 2, prefer_single_tensor=0, bandwidth=1e3)
+    assert plan.bottleneck == free.bottleneck, "nothing of a frozen tie travels"
+    assert partition(graph, 2, memory=433, prefer_single_tensor=0).num_stages == 2
+    with pytest.raises(InfeasibleError):
+        partition(graph, 2, memory=431, prefer_single_tensor=0)
