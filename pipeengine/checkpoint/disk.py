@@ -112,6 +112,12 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(path)
 
 
+def remove_quietly(path: Path) -> None:
+    """Remove what a failed save has left, where that works; the failure itself is what people must hear of."""
+    with contextlib.suppress(InputError):
+        (remove_folder if path.is_dir() else remove_file)(path)
+
+
 def open_regular(path: Path) -> int:
     """A descriptor of an ordinary file, for reading. Raises ``InputError`` for links, pipes, folders and what is not
     there."""

@@ -88,7 +88,7 @@ class Writing:
         except BaseException as error:
             self._problem = self._problem or error
         if self._task.closing is not None and (self._problem is not None or self._cancelled.is_set()):
-            _quietly_remove(self._task.path)
+            disk.remove_quietly(self._task.path)
         self._done.set()
 
     def _await_records(self) -> list[dict[str, Any]]:
@@ -156,7 +156,7 @@ def write_part(task: Task) -> None:
         disk.replace_file(record.with_suffix(".part"), record)
     except InputError:
         for name, _, _ in task.files:           # a full disk has room again
-            _quietly_remove(task.path / name)
+            disk.remove_quietly(task.path / name)
         raise
 
 
@@ -215,11 +215,3 @@ def _written_bytes(folder: Path) -> int:
         return sum(entry.stat().st_size for entry in os.scandir(folder))
     except OSError:
         return 0
-
-
-def _quietly_remove(path: Path) -> None:
-    """Remove what a failed save has left; the failure itself is what people must hear of."""
-    try:
-        (disk.remove_folder if path.is_dir() else disk.remove_file)(path)
-    except InputError:
-        return
