@@ -10,8 +10,9 @@ import torch
 
 from partitioners import Plan
 from pipeengine.assembly import Assembly, assemble
-from pipeengine.checkpoint import collect_state, load_state, save_weights
+from pipeengine.checkpoint import Holdings, collect_state, load_state, save_weights
 from pipeengine.distributed import connect, total_norm
+from pipeengine.errors import InputError
 from pipeengine.options import Options
 from pipeengine.report import RunReport, measured_timeline, predict, report_text, save_report, stage_rows
 from pipeengine.runtime import Executor, StepRunner, TaskMaker
@@ -166,8 +167,22 @@ class Pipeline:
         self._runner.guarded(self._assembly.ties.verify)
 
     def save_weights(self, folder: str | Path) -> None:
-        """Write all weights as safetensors with a sharded index in the original names; every worker calls it."""
-        save_weights(self._model, self._assembly.tensors.owned, Path(folder), self._workers)
+        """Write all weights as safetensors with a sharded index in the original names; every worker calls it.
+
+        At any moment the folder holds the old weights or the new, whole. Raises ``InputError``, the same on every
+        worker, where it cannot be written; training can go on.
+        """
+        self._runner.check_open()
+        self._runner.guarded(lambda: save_weights(self._model, self._assembly.tensors.owned, Path(folder),
+                                                  self._workers), harmless=InputError)
+
+    def holdings(self) -> Holdings:
+        """What checkpoints need to know of this worker's share; see ``Checkpoints``."""
+        made, progress = self._assembly, self._runner.progress
+        tensors = made.tensors
+        return Holdings(self._model, tensors.first_name, tensors.held, tensors.owned, self._workers,
+                        made.programs.name, self.num_stages, lambda: made.plan.to_json(), progress.counters,
+                        progress.set_counters, self._runner.check_open, self._runner.guarded)
 
     # -- what happened ----------------------------------------------------------------------------------------------
 
@@ -216,6 +231,11 @@ class Pipeline:
     def num_stages(self) -> int:
         """Stages of the whole pipeline."""
         return self._assembly.layout.num_stages
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that have been trained, those before a checkpoint was loaded included; dropout is keyed by it."""
+        return self._runner.progress.step
 
     @property
     def rank(self) -> int:
