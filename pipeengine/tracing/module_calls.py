@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from pipeengine.errors import CaptureError
+from pipeengine.tracing.born_objects import is_cache, with_empty_caches
 from pipeengine.tracing.fake_model import FakedModel
 from pipeengine.tracing.modes import current_modes
 from pipeengine.tracing.node_writer import NodeWriter, Outcome, Step, WriteWatch
@@ -98,7 +99,7 @@ class ModuleCalls:
                              "an object born in the forward that cannot be made again for every micro-batch; "
                              "switch it off (for a Hugging Face cache: model.config.use_cache = False)")
         encoded = self._values.encode((args, kwargs))
-        fakes = self._values.fakes((args, kwargs))
+        fakes = with_empty_caches(self._values.fakes((args, kwargs)))
         watch = WriteWatch((*tensors(fakes), *(self._values.entry(value).tensor for value in attributes)))
         recompute = self._writer.saved.recomputing
         output = self._run_whole(original, module, path, fakes)
@@ -127,7 +128,7 @@ class ModuleCalls:
     def _refuse_objects(self, structure: object, path: str, otherwise: str, what: str, why: str) -> None:
         """Whatever a module kept whole takes or returns must be a tensor, or mean the same for every micro-batch."""
         for leaf in leaves(structure):
-            if not isinstance(leaf, torch.Tensor) and not is_shareable(leaf):
+            if not isinstance(leaf, torch.Tensor) and not is_shareable(leaf) and not is_cache(leaf):
                 reason = self._leaf_modules.get(path, otherwise)
                 raise CaptureError(f"module {path} is kept whole ({reason}) and {what} {type(leaf).__name__}, {why}")
 

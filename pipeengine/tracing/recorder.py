@@ -70,6 +70,10 @@ class Recorder(TorchFunctionMode):
         """
         return self._functions.call_autograd_function(own_apply, target, cls, args, kwargs)
 
+    def call_mapped(self, function: Callable, args: tuple, kwargs: dict) -> object:
+        """Stands in for ``function``, which ``torch.vmap`` has mapped."""
+        return self._functions.call_mapped(function, args, kwargs)
+
     def refuse(self, reason: str) -> None:
         """The forward does what no recording holds: raises ``NotTraceable``, except inside a module that is kept
         whole.
