@@ -193,7 +193,8 @@ def agree_on_construction(options: Options, layout: Layout, flow: Dataflow, work
     facts = {"num_stages": layout.num_stages, "num_microbatches": options.num_microbatches,
              "schedule": layout.choice.name, "seed": options.seed,
              "recompute": (sorted(layout.recompute.stages), sorted(layout.recompute.modules)),
-             "the model or the example": f"that with hash {_number(_identity(options.model, flow))}"}
+             "the model or the example": f"that with hash {_number(_identity(options.model, flow))}",
+             "what the forward or the loss reads from Python": f"values with hash {flow.recording.python.digest}"}
     everybody = workers.all_gather_object(facts)
     for name, first in everybody[0].items():
         other = next((rank for rank, theirs in enumerate(everybody) if theirs[name] != first), None)

@@ -26,7 +26,9 @@ _ACTIONS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight
             "SA": "sending an activation", "RA": "receiving an activation",
             "SG": "sending a gradient", "RG": "receiving a gradient"}
 T = TypeVar("T")
-_FACTS = ("the number of calls", "the batch", "the recorded model")
+_FACTS = ("the number of calls", "the batch",
+          "what the forward or the loss reads from Python (attributes, configs, globals, closures), which every worker "
+          "must set alike", "the recorded model")
 
 
 @dataclass
@@ -85,7 +87,8 @@ class StepRunner:
         except Exception as error:
             problem = InputError(f"this batch cannot be used: {type(error).__name__}: {error}")
             problem.__cause__ = error
-        facts = (progress.calls, prepared.digest, prepared.recorded) if prepared else (progress.calls, 0, 0)
+        facts = (progress.calls, prepared.digest, prepared.python, prepared.recorded) if prepared else \
+            (progress.calls, 0, 0, 0)
         self.guarded(lambda: self._workers.agree(facts, problem, _FACTS), harmless=InputError)
         assert prepared is not None, "a problem of one worker is raised on all"
         return prepared
@@ -97,6 +100,7 @@ class StepRunner:
         self.transport.begin(progress.calls, prepared.digest)
         start = perf_counter()
         self.executor.run(actions, tasks)
+        self._tasks.specializations.ran()
         self.ties.reduce()
         if progress.step < 3 or progress.step % 10 == 0:
             self._publish(start)
@@ -107,6 +111,7 @@ class StepRunner:
         tasks, first = prepared.tasks, prepared.specializations[0]
         self.transport.begin(self.progress.calls, prepared.digest)
         self.executor.run(self._programs.actions(len(tasks), prepared.edges, training=False), tasks)
+        self._tasks.specializations.ran()
         loss = self.progress.loss = self._spread_loss(first, self.executor.loss)
         last = self._worker_of[first.split.output_stage]
         outputs = [self.executor.outputs.get(m) for m in range(len(tasks))]
