@@ -20,7 +20,7 @@ from pipeengine.runtime.outputs import merge_outputs
 from pipeengine.runtime.programs import ProgramCache
 from pipeengine.runtime.tasks import Prepared, TaskMaker
 from pipeengine.stages import Specialization
-from pipeengine.tracing import Inputs
+from pipeengine.tracing import Inputs, fill, tensors
 
 _ACTIONS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient",
             "SA": "sending an activation", "RA": "receiving an activation",
@@ -116,7 +116,17 @@ class StepRunner:
         last = self._worker_of[first.split.output_stage]
         outputs = [self.executor.outputs.get(m) for m in range(len(tasks))]
         merged = merge_outputs(prepared.specializations, outputs if self._workers.rank == last else None, tasks, loss)
-        return self._workers.broadcast_object(merged, last) if gather else merged
+        return self._share(merged, first, last) if gather else merged
+
+    def _share(self, merged: object, specialization: Specialization, last: int) -> object:
+        """The output of worker ``last`` everywhere: its tensors travel, every worker's own recording gives it form."""
+        own = tensors(merged) if self._workers.rank == last else []
+        arrived = self._workers.broadcast_object(own, last)
+        if self._workers.rank == last:
+            return merged
+        values = iter(arrived)
+        device = self._tasks.reader.device
+        return fill(specialization.recording.output, lambda _: next(values).to(device))
 
     def _spread_loss(self, specialization: Specialization, own: torch.Tensor | None) -> torch.Tensor | None:
         """The loss of the worker that has it, on every worker."""
