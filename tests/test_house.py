@@ -18,6 +18,7 @@ ROOT = Path(pipeengine.__file__).parents[1]
 LINE = {
     "pipeengine": (
         "errors",
+        "device_cards",
         "object_path",
         "rng",
         "torch_private",
@@ -42,7 +43,8 @@ LINE = {
     ),
     "partitioners": ("errors", "units", "graph", "plan", "solvers", "pricing", "partitioning", "reporting"),
 }
-WITHOUT_TORCH_ROOMS = {"errors", "object_path", "schedules", "simulation", "program", "synthesis", "report"}
+WITHOUT_TORCH_ROOMS = {"errors", "device_cards", "object_path", "schedules", "simulation", "program", "synthesis",
+                       "report"}
 FRONT_DOORS = ("pipeengine/__init__.py", "partitioners/__init__.py")
 FILES = sorted(path for base in LINE for path in (ROOT / base).rglob("*.py"))
 
