@@ -78,11 +78,11 @@ def _kind(precision: str) -> str:
 
 
 def _card(name: str, half: float, single: float, memory_rate: float, memory: float, inside: float | None,
-          between: float | None, source: str, **more: float) -> DeviceCard:
+          between: float | None, source: str, link_latency: float = 1e-5) -> DeviceCard:
     peak = {"bfloat16": half, "float32": single}
     return DeviceCard(name, peak, {kind: _MATRIX_SHARE * rate for kind, rate in peak.items()}, memory_rate,
                       _MEMORY_SHARE * memory_rate, memory, inside, between,
-                      source=f"{source}; {_ESTIMATE}", **more)
+                      link_latency, source=f"{source}; {_ESTIMATE}")
 
 
 # float32 is what torch does by default for matrix products: without TF32, but on CDNA 3 with its matrix cores.

@@ -18,6 +18,7 @@ import networkx
 from partitioners.graph import to_json
 from partitioners.reporting import command
 from partitioners.units import format_bytes, format_seconds, parse_flops, parse_rate
+from pipeengine.cli import search as search_command
 from pipeengine.cli import simulate as simulate_command
 from pipeengine.device_cards import DeviceCard
 from pipeengine.errors import InputError, PipeEngineError
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _plan_arguments(commands.add_parser("plan", help="cut a model or a cost graph into stages"))
     _profile_arguments(commands.add_parser("profile", help="what every part of a model takes on this machine"))
     simulate_command.add_arguments(commands.add_parser("simulate", help="what a schedule would take"))
+    search_command.add_arguments(commands.add_parser("search", help="the best way to use so many devices"))
     _report_arguments(commands.add_parser("report", help="a finished run as a table, a page or a trace"))
     args = parser.parse_args(arguments)
     status, text = _COMMANDS[args.command](args)
@@ -251,6 +253,12 @@ def _report(args: argparse.Namespace) -> tuple[int, str]:
                  "chrome": lambda: json.dumps(chrome_trace(*timelines))}
         return _write(forms[args.format](), args.output)
     return _answer(args, make)
-_COMMANDS = {"plan": _plan, "profile": _profile, "simulate": simulate_command.run, "report": _report}
+
+
+def _search(args: argparse.Namespace) -> tuple[int, str]:
+    return search_command.run(args, _is_graph_file, _progress())
+
+
+_COMMANDS = {"plan": _plan, "profile": _profile, "search": _search, "simulate": simulate_command.run, "report": _report}
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,14 +1,15 @@
 """What recomputation changes in a cost graph and in a plan. Seconds and bytes."""
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import replace
+from collections.abc import Iterable
 
 import networkx
 
-from partitioners import Plan
+from partitioners.plan import price_stages
 from pipeengine.autograd import Span
 from pipeengine.tracing import Dataflow, node_refs
+
+__all__ = ["price_modules", "price_stages"]
 
 
 def price_modules(graph: networkx.DiGraph, flow: Dataflow, spans: Iterable[Span]) -> None:
@@ -26,13 +27,3 @@ def price_modules(graph: networkx.DiGraph, flow: Dataflow, spans: Iterable[Span]
             nodes[0]["activation_bytes"] = sum(recording.values[v].spec.bytes for v in read
                                                if recording.values[v].node not in flow.replicated)
             nodes[-1]["workspace_bytes"] += activations
-
-
-def price_stages(plan: Plan, stages: Collection[int]) -> Plan:
-    """The plan's figures when ``stages`` keep only what they receive."""
-    received = [sum(b.bytes for b in plan.boundaries if b.target == stage) for stage in range(plan.num_stages)]
-    return replace(plan, stages=tuple(
-        replace(cost, backward=cost.backward + cost.forward, activation_bytes=float(received[stage]),
-                workspace_bytes=cost.workspace_bytes + cost.activation_bytes,
-                first_workspace_bytes=cost.first_workspace_bytes + cost.activation_bytes) if stage in stages else cost
-        for stage, cost in enumerate(plan.stages)))
