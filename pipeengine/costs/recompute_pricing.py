@@ -3,16 +3,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
-from dataclasses import replace
+from collections.abc import Iterable
 
 import networkx
 
-from partitioners import Plan
+from partitioners.plan import price_stages
 from pipeengine.autograd import Span, check_recomputable
 from pipeengine.errors import InputError
 from pipeengine.tracing import Dataflow, node_refs
 
+__all__ = ["name_blocks", "price_modules", "price_stages"]
 _MEMBER = re.compile(r"(.*\.)?\d+")         # of a Sequential or a ModuleList: what models repeat
 
 
@@ -79,13 +79,3 @@ def _read_bytes(flow: Dataflow, span: Span) -> int:
     read = {v for n in flow.placed if start <= n < end for v in node_refs(flow.recording.nodes[n])
             if values[v].node >= 0 and not start <= values[v].node < end}
     return sum(values[v].spec.bytes for v in read if values[v].node not in flow.replicated)
-
-
-def price_stages(plan: Plan, stages: Collection[int]) -> Plan:
-    """The plan's figures when ``stages`` keep only what they receive."""
-    received = [sum(b.bytes for b in plan.boundaries if b.target == stage) for stage in range(plan.num_stages)]
-    return replace(plan, stages=tuple(
-        replace(cost, backward=cost.backward + cost.forward, activation_bytes=float(received[stage]),
-                workspace_bytes=cost.workspace_bytes + cost.activation_bytes,
-                first_workspace_bytes=cost.first_workspace_bytes + cost.activation_bytes) if stage in stages else cost
-        for stage, cost in enumerate(plan.stages)))
