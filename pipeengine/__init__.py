@@ -22,6 +22,7 @@ from pipeengine.errors import (
 )
 
 if TYPE_CHECKING:
+    from pipeengine.checkpoint import Checkpoints
     from pipeengine.costs import DeviceDescription, profile
     from pipeengine.data import PackedDataset, ResumableLoader, ShuffledSampler, TokenDataset
     from pipeengine.pipeline import Pipeline
@@ -34,12 +35,13 @@ if TYPE_CHECKING:
 _LATER = {"Pipeline": "pipeline", "capture": "tracing", "profile": "costs", "simulate": "simulation",
           "Recording": "tracing", "Timeline": "simulation", "Costs": "simulation", "Schedule": "schedules",
           "Program": "program", "lower": "program", "build": "synthesis", "DeviceDescription": "costs",
+          "Checkpoints": "checkpoint",
           "PackedDataset": "data", "ResumableLoader": "data", "ShuffledSampler": "data", "TokenDataset": "data"}
 
-__all__ = ["Boundary", "CaptureError", "Costs", "DeviceDescription", "GraphError", "InfeasibleError", "InputError",
-           "PackedDataset", "PartitionError", "PipeEngineError", "Pipeline", "Plan", "PlanError", "Program",
-           "Recording", "ResumableLoader", "Schedule", "ScheduleError", "ShuffledSampler", "Timeline", "TokenDataset",
-           "WorkerError", "build", "capture", "lower", "partition", "profile", "simulate"]
+__all__ = ["Boundary", "CaptureError", "Checkpoints", "Costs", "DeviceDescription", "GraphError", "InfeasibleError",
+           "InputError", "PackedDataset", "PartitionError", "PipeEngineError", "Pipeline", "Plan", "PlanError",
+           "Program", "Recording", "ResumableLoader", "Schedule", "ScheduleError", "ShuffledSampler", "Timeline",
+           "TokenDataset", "WorkerError", "build", "capture", "lower", "partition", "profile", "simulate"]
 
 try:
     __version__ = version("pipeengine")
