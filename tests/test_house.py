@@ -168,7 +168,7 @@ def test_public_names_are_exact():
         "Pipeline", "Checkpoints", "capture", "profile", "partition", "simulate", "search", "build", "lower",
         "Boundary", "Costs", "DeviceDescription", "Plan", "Program", "Recording", "Schedule", "Search", "Timeline",
         "CaptureError", "GraphError", "InfeasibleError", "InputError", "PartitionError", "PipeEngineError", "PlanError",
-        "ScheduleError", "WorkerError"}
+        "ScheduleError", "WorkerError", "PackedDataset", "ResumableLoader", "ShuffledSampler", "TokenDataset"}
     for name in pipeengine.__all__:
         assert getattr(pipeengine, name).__module__.split(".")[0] in ("pipeengine", "partitioners"), name
     assert pipeengine.partition is partitioners.partition
