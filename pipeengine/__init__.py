@@ -22,6 +22,7 @@ from pipeengine.errors import (
 )
 
 if TYPE_CHECKING:
+    from pipeengine.checkpoint import Checkpoints
     from pipeengine.costs import DeviceDescription, profile
     from pipeengine.pipeline import Pipeline
     from pipeengine.program import Program, lower
@@ -32,11 +33,13 @@ if TYPE_CHECKING:
 
 _LATER = {"Pipeline": "pipeline", "capture": "tracing", "profile": "costs", "simulate": "simulation",
           "Recording": "tracing", "Timeline": "simulation", "Costs": "simulation", "Schedule": "schedules",
-          "Program": "program", "lower": "program", "build": "synthesis", "DeviceDescription": "costs"}
+          "Program": "program", "lower": "program", "build": "synthesis", "DeviceDescription": "costs",
+          "Checkpoints": "checkpoint"}
 
-__all__ = ["Boundary", "CaptureError", "Costs", "DeviceDescription", "GraphError", "InfeasibleError", "InputError",
-           "PartitionError", "PipeEngineError", "Pipeline", "Plan", "PlanError", "Program", "Recording", "Schedule",
-           "ScheduleError", "Timeline", "WorkerError", "build", "capture", "lower", "partition", "profile", "simulate"]
+__all__ = ["Boundary", "CaptureError", "Checkpoints", "Costs", "DeviceDescription", "GraphError", "InfeasibleError",
+           "InputError", "PartitionError", "PipeEngineError", "Pipeline", "Plan", "PlanError", "Program", "Recording",
+           "Schedule", "ScheduleError", "Timeline", "WorkerError", "build", "capture", "lower", "partition", "profile",
+           "simulate"]
 
 try:
     __version__ = version("pipeengine")

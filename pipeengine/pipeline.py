@@ -10,7 +10,7 @@ import torch
 
 from partitioners import Plan
 from pipeengine.assembly import Assembly, assemble
-from pipeengine.checkpoint import collect_state, load_state, save_weights
+from pipeengine.checkpoint import Holdings, collect_state, load_state, save_weights
 from pipeengine.distributed import connect, total_norm
 from pipeengine.options import Options
 from pipeengine.report import RunReport, measured_timeline, predict, report_text, save_report, stage_rows
@@ -169,6 +169,14 @@ class Pipeline:
         """Write all weights as safetensors with a sharded index in the original names; every worker calls it."""
         save_weights(self._model, self._assembly.tensors.owned, Path(folder), self._workers)
 
+    def holdings(self) -> Holdings:
+        """What checkpoints need to know of this worker's share; see ``Checkpoints``."""
+        made, progress = self._assembly, self._runner.progress
+        tensors = made.tensors
+        return Holdings(self._model, tensors.first_name, tensors.held, tensors.owned, self._workers,
+                        made.programs.name, self.num_stages, lambda: made.plan.to_json(), progress.counters,
+                        progress.set_counters, self._runner.check_open, self._runner.guarded)
+
     # -- what happened ----------------------------------------------------------------------------------------------
 
     def timeline(self) -> Timeline | None:
@@ -216,6 +224,11 @@ class Pipeline:
     def num_stages(self) -> int:
         """Stages of the whole pipeline."""
         return self._assembly.layout.num_stages
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that have been trained, those before a checkpoint was loaded included; dropout is keyed by it."""
+        return self._runner.progress.step
 
     @property
     def rank(self) -> int:

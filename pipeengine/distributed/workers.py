@@ -21,6 +21,7 @@ from pipeengine.distributed.local import LocalTransport, Transport
 from pipeengine.distributed.tied_parameters import NoTies, Tie, TiedParameters
 from pipeengine.distributed.transport import DistributedTransport
 from pipeengine.distributed.waiting import Waiter, give_up
+from pipeengine.distributed.wishes import Wishes
 from pipeengine.errors import InputError, PipeEngineError, WorkerError
 from pipeengine.torch_private import default_store
 
@@ -35,6 +36,7 @@ class Workers(Protocol):
     rank: int
     size: int
     backend: str | None
+    wishes: Wishes
 
     def run_synchronized(self, what: Callable[[], T]) -> T:
         """Do something that needs no other worker, on all of them; if it fails on one, raise its error on all."""
@@ -85,6 +87,7 @@ class SingleProcess:
 
     def __init__(self) -> None:
         self._published: dict[int, str] = {}
+        self.wishes = Wishes()
 
     def run_synchronized(self, what: Callable[[], T]) -> T:
         """Do it."""
@@ -92,6 +95,7 @@ class SingleProcess:
 
     def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str]) -> None:
         """Raise the ``problem``, if there is one."""
+        self.wishes.hear(self.wishes.own())
         if problem is not None:
             raise problem
 
@@ -147,6 +151,7 @@ class ProcessGroupWorkers:
         self.rank, self.size = self.ranks.index(dist.get_rank()), len(self.ranks)
         self.timeout = timeout
         self.waiter = Waiter(self.interrupted)
+        self.wishes = Wishes()
         self._name: str | None = None
         self._group: dist.ProcessGroup | None = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
         self._store = dist.PrefixStore("pipeengine", default_store())
@@ -244,8 +249,12 @@ class ProcessGroupWorkers:
         mine = torch.zeros(_SLOTS, dtype=torch.int64)
         mine[0] = problem is not None
         mine[1:1 + len(facts)] = torch.tensor([fact & (1 << 63) - 1 for fact in facts])
+        mine[-1] = self.wishes.own()
         found = [torch.empty_like(mine) for _ in self.ranks]
         self._wait(start(dist.all_gather, found, mine, group=self._group, async_op=True))
+        for other in found:
+            self.wishes.hear(int(other[-1]))
+            other[-1] = mine[-1]        # what a worker asks for is no disagreement
         if all(torch.equal(other, mine) for other in found) and problem is None:
             return
         rows = [other.tolist() for other in found]

@@ -6,7 +6,7 @@ the pipeline is still open.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TypeVar
@@ -40,6 +40,14 @@ class Progress:
     loss: torch.Tensor | None = None
     trained_loss: torch.Tensor | None = None
     closed: str | None = None
+
+    def counters(self) -> dict[str, int]:
+        """The numbers that random numbers are keyed by: part of the state of a training."""
+        return {"step": self.step, "calls": self.calls}
+
+    def set_counters(self, counters: Mapping[str, int]) -> None:
+        """Go on from such numbers; every worker is given the same."""
+        self.step, self.calls = int(counters["step"]), int(counters["calls"])
 
 
 class StepRunner:
