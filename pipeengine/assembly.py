@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,13 +20,21 @@ from partitioners.plan import check_rules
 from pipeengine.autograd import Recompute, find_deferrable
 from pipeengine.checkpoint import fetch_missing, load_stage, release_foreign
 from pipeengine.costs import analytic, cost_graph, made_up_target, measure, price_modules, price_stages
+from pipeengine.data import Batch
+from pipeengine.defaults import count_microbatches, progress
 from pipeengine.distributed import NoTies, Tie, TiedParameters, Transport, Workers
 from pipeengine.errors import InputError, PlanError, ScheduleError
-from pipeengine.options import Options, paying_microbatches
+from pipeengine.options import Options
 from pipeengine.rng import RngStreams
 from pipeengine.runtime import BatchReader, ProgramCache, ScheduleChoice, splits_backward
 from pipeengine.simulation import LinkTimes, costs_of, memory_model_of
-from pipeengine.stages import Placement, SettledPlacement, SpecializationCache, check_recording
+from pipeengine.stages import (
+    Placement,
+    SettledPlacement,
+    SpecializationCache,
+    check_recording,
+    compare_two_microbatches,
+)
 from pipeengine.synthesis import build
 from pipeengine.tracing import Dataflow, Inputs, analyse, capture, node_refs, refs
 
@@ -58,11 +65,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Recorded:
-    """The model, recorded on the first micro-batch of the example; ``num_parts`` micro-batches the example makes."""
+    """The model, recorded on the first micro-batch of the example; ``batch`` is the whole of it, ``num_parts``
+    micro-batches it makes."""
 
     flow: Dataflow
     inputs: Inputs
     num_parts: int
+    batch: Batch
 
 
 @dataclass(frozen=True)
@@ -141,22 +150,6 @@ def read_plan(plan: Plan | str | Path | None, workers: Workers) -> Plan | None:
     return None if data is None else Plan.from_json(data)
 
 
-def count_microbatches(options: Options, plan: Plan | None, workers: Workers, device: torch.device) -> int:
-    """How many micro-batches: as asked, else the plan's, else what pays for the example's rows, which is told."""
-    options.validate()
-    if options.num_microbatches is not None:
-        return options.num_microbatches
-    if plan is not None:
-        return plan.setting.num_microbatches
-    if workers.size == 1:
-        return 1
-    reader = BatchReader.of(options.model, device, 1, loss_fn=options.loss_fn, batch_dims=options.batch_dims)
-    rows = reader.read(Inputs.of(options.example, options.target)).rows
-    count = paying_microbatches(rows, options.num_stages or workers.size)
-    _progress(workers.rank)(f"{count} micro-batches of a batch of {rows} rows; pass num_microbatches= to choose")
-    return count
-
-
 def lay_out(options: Options, plan: Plan | None, num_microbatches: int, num_workers: int) -> Layout:
     """Check the options against each other and against the number of workers; what is unknown is refused here."""
     num_stages = _count_stages(options, plan, num_microbatches, num_workers)
@@ -200,7 +193,7 @@ def record(options: Options, reader: BatchReader) -> Recorded:
     flow = analyse(recording, outputs=False)
     if not any(recording.values[v].spec.requires_grad for v in flow.goals):
         raise InputError("the loss does not depend on any parameter that needs a gradient; is every parameter frozen?")
-    return Recorded(flow, inputs, len(parts))
+    return Recorded(flow, inputs, len(parts), batch)
 
 
 def agree_on_construction(options: Options, layout: Layout, flow: Dataflow, workers: Workers) -> None:
@@ -250,16 +243,8 @@ def price(flow: Dataflow, options: Options, layout: Layout, device: torch.device
         raise InputError(f'costs is {costs!r}; give "measured", "analytic" or a cost graph')
     deferrable = find_deferrable(flow.recording, options.model) if layout.splits_backward else {}
     seconds = analytic(flow) if costs == "analytic" else \
-        measure(flow, options.model, device, deferrable=deferrable, progress=_progress(rank)).seconds
+        measure(flow, options.model, device, deferrable=deferrable, progress=progress(rank)).seconds
     return cost_graph(flow, seconds, deferrable)
-
-
-def _progress(rank: int) -> Callable[[str], None]:
-    """Tells what takes more than two seconds, on one worker."""
-    def tell(line: str) -> None:
-        if rank == 0:
-            print(f"pipeengine: {line}", file=sys.stderr, flush=True)
-    return tell
 
 
 def link_times(workers: Workers) -> LinkTimes:
@@ -290,7 +275,7 @@ def partition(graph: networkx.DiGraph, options: Options, layout: Layout, link: L
                                   num_microbatches=layout.choice.num_microbatches,
                                   prefer_single_tensor=tolerance, gap=_GAP,
                                   time_limit=_PLANNING_SECONDS, memory_model=layout.memory_model,
-                                  worker_of=layout.worker_of if num_workers > 1 else None, progress=_progress(0))
+                                  worker_of=layout.worker_of if num_workers > 1 else None, progress=progress(0))
 
 
 def fitting_plan(plan: Plan, graph: networkx.DiGraph, num_stages: int) -> Plan:
@@ -333,11 +318,26 @@ def place(options: Options, recorded: Recorded, plan: Plan, layout: Layout, rank
     settled = placement.settle(flow, stage_of, list(dict.fromkeys(first_name.values())))
     if options.check and all(t.device.type != "meta" for t in (*model.parameters(), *model.buffers())):
         check_recording(model, flow, stage_of, layout.num_stages, recorded.inputs, options.loss_fn)
+        if rank == 0:
+            tell_other_loss(options, recorded)
     own = {stage for stage, worker in enumerate(layout.worker_of) if worker == rank}
     held = _held_names(flow, settled, own)
     owner = {name: min((layout.worker_of[s] for s in settled.holders.get(name, ())), default=-1)
              for name in set(first_name.values())}
     return settled, Tensors(first_name, held, owner, frozenset(name for name in held if owner[name] == rank))
+
+
+def tell_other_loss(options: Options, recorded: Recorded) -> None:
+    """Say where the loss of a full batch is none that its micro-batches add up to: batch norm, a contrastive loss."""
+    batch, device = recorded.batch, next(options.model.parameters()).device
+    given = options.target is not None or options.loss_fn is None
+    if recorded.num_parts < 2 or options.loss_weight is not None or not given:
+        return
+    parts = batch.split(recorded.num_parts, device)
+    other = compare_two_microbatches(options.model, recorded.flow, parts[:2], batch.dims, batch.again, options.loss_fn,
+                                     device)
+    if other is not None:
+        progress(0)(other)
 
 
 def settle(options: Options, recorded: Recorded, layout: Layout, programs: ProgramCache, placement: SettledPlacement,

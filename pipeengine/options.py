@@ -52,18 +52,6 @@ class Options:
                 raise InputError(f"{name} is {value!r}; give {wanted}")
 
 
-def paying_microbatches(rows: int, num_stages: int) -> int:
-    """How many micro-batches pay for a batch of ``rows``: up to four for every stage, which leaves a fifth of a step
-    idle.
-
-    The most that is a divisor of the rows, so that all are alike, where that is at least two for every stage. One stage
-    has nothing to wait for.
-    """
-    most = 1 if num_stages == 1 else min(rows, 4 * num_stages)
-    even = max(count for count in range(1, most + 1) if rows % count == 0)
-    return even if even >= min(most, 2 * num_stages) else most
-
-
 def _is_count(value: object) -> bool:
     """Whether ``value`` is a whole number of at least 1; True is none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -38,6 +38,7 @@ LINE = {
         "report",
         "exploration",
         "options",
+        "defaults",
         "assembly",
         "pipeline",
         "run",

@@ -1,7 +1,7 @@
 """What is chosen where nothing was asked for."""
 import pytest
 
-from pipeengine.options import paying_microbatches
+from pipeengine.defaults import paying_microbatches
 
 
 @pytest.mark.parametrize("rows, num_stages, expected", [
