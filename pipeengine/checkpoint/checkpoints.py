@@ -16,7 +16,7 @@ from pipeengine.checkpoint.preemption import AGAIN, DUE, STOP, SignalWatch
 from pipeengine.checkpoint.restoring import prepare_restore
 from pipeengine.checkpoint.step_folders import candidates, tell
 from pipeengine.checkpoint.tensor_file import HostBuffer, TensorFile, stream
-from pipeengine.checkpoint.writing import Task, Writing
+from pipeengine.checkpoint.writing import Task, Writing, make_room
 from pipeengine.errors import InputError
 
 _UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
@@ -109,6 +109,7 @@ class Checkpoints:
         everybody = workers.all_gather_object({**share.claims(), "step": step, "folder": str(self._folder),
                                                "attempt": uuid.uuid4().hex[:12]})
         check_claims(everybody)
+        attempt = everybody[0]["attempt"]
         tensors = files_to_write(share, everybody, workers.rank)
 
         def prepare() -> Writing:
@@ -116,7 +117,9 @@ class Checkpoints:
             sources = self._buffer.copy([(files[name], own) for name, own in tensors.items()]) if self._background \
                 else [stream(files[name], own) for name, own in tensors.items()]
             last = closing(holdings, self._parts, share, step, everybody) if workers.rank == 0 else None
-            return Writing(Task(self._folder, step, everybody[0]["attempt"], workers.rank, workers.size,
+            if workers.rank == 0:
+                make_room(self._folder, step, attempt)
+            return Writing(Task(self._folder, step, attempt, workers.rank, workers.size,
                                 [(name, file, source) for (name, file), source in zip(files.items(), sources)],
                                 record_of(share), last, self._keep, frozenset(self._passed_over)))
         self._writing = workers.run_synchronized(prepare)

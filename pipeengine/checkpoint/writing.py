@@ -52,6 +52,12 @@ class Task:
         return self.folder / saving_name(self.step, self.attempt)
 
 
+def make_room(folder: Path, step: int, attempt: str) -> None:
+    """Worker 0, before anybody writes: the folder that a save is written in."""
+    disk.make_folder(folder)
+    disk.make_folder(folder / saving_name(step, attempt), lasting=False)
+
+
 class Writing:
     """A task that is carried out, here or on a thread of its own; a problem is raised by whoever waits for it."""
 
@@ -143,12 +149,8 @@ class Writing:
 
 def write_part(task: Task) -> None:
     """This worker's files and its record, on the disk when this returns. Raises ``InputError`` for what fails."""
-    if task.rank == 0:
-        disk.make_folder(task.folder)
-        disk.make_folder(task.path)
-    else:
-        _await_folder(task)
     try:
+        _await_folder(task)
         files = {name: write_tensors(task.path / name, file, source) for name, file, source in task.files}
         text = json.dumps({"files": files, "parts": task.parts}).encode()
         record = _record_path(task.path, task.rank)
