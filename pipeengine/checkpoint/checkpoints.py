@@ -9,7 +9,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from pipeengine.checkpoint.collecting import check_claims, closing, collect, files_to_write, record_of
+from pipeengine.checkpoint.collecting import Constants, check_claims, closing, collect, files_to_write, record_of
 from pipeengine.checkpoint.holdings import Trained
 from pipeengine.checkpoint.manifest import read_manifest, verify
 from pipeengine.checkpoint.preemption import AGAIN, DUE, STOP, SignalWatch
@@ -54,6 +54,7 @@ class Checkpoints:
                 raise InputError(f"{name} is a {type(part).__name__} without state_dict and load_state_dict; leave it "
                                  "out, or give it both")
         self._keep, self._background = keep, background
+        self._constants = Constants.of(pipe.holdings())
         self._buffer = HostBuffer()
         self._writing: Writing | None = None
         self._signals = SignalWatch(pipe.holdings().workers.wishes)
@@ -116,7 +117,8 @@ class Checkpoints:
             files = {name: TensorFile.of(own) for name, own in tensors.items()}
             sources = self._buffer.copy([(files[name], own) for name, own in tensors.items()]) if self._background \
                 else [stream(files[name], own) for name, own in tensors.items()]
-            last = closing(holdings, self._parts, share, step, everybody) if workers.rank == 0 else None
+            last = closing(holdings, self._parts, share, step, everybody, self._constants) \
+                if workers.rank == 0 else None
             if workers.rank == 0:
                 make_room(self._folder, step, attempt)
             return Writing(Task(self._folder, step, attempt, workers.rank, workers.size,
@@ -157,6 +159,11 @@ class Checkpoints:
         or where the newest whole one is of another model or of other parts.
         """
         return int(self._guarded(self._load))       # type: ignore[call-overload]
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this worker is still at work on a save: worker 0 until it has its name."""
+        return self._writing is not None and not self._writing.is_done
 
     @property
     def passed_over(self) -> dict[str, str]:

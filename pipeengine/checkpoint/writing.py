@@ -7,8 +7,10 @@ background meets no message of a step, and a script that ends while it is writte
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +28,7 @@ from pipeengine.checkpoint.tensor_file import Source, TensorFile, write_tensors
 from pipeengine.errors import InputError
 
 _POLL_SECONDS = 0.01
+_NICE = 10
 _FOLDER_SECONDS = 60.0          # what a shared file system may take to show a folder that worker 0 has made
 _STILL_SECONDS = 60.0           # at exit: how long nothing may have been written before worker 0 gives a save up
 
@@ -77,6 +80,9 @@ class Writing:
             self._write()
 
     def _run(self) -> None:
+        if sys.platform == "linux":         # there a thread has a priority of its own; steps come first
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         self._write()
         self._close()
 
