@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import networkx
@@ -23,7 +23,7 @@ from pipeengine.checkpoint import fetch_missing, load_stage, release_foreign
 from pipeengine.costs import analytic, cost_graph, made_up_target, measure, price_modules, price_stages
 from pipeengine.distributed import NoTies, Tie, TiedParameters, Transport, Workers
 from pipeengine.errors import InputError, PlanError, ScheduleError
-from pipeengine.options import Options
+from pipeengine.options import Options, paying_microbatches
 from pipeengine.rng import RngStreams
 from pipeengine.runtime import BatchReader, ProgramCache, ScheduleChoice, splits_backward
 from pipeengine.simulation import LinkTimes, costs_of, memory_model_of
@@ -98,8 +98,9 @@ class Assembly:
 def assemble(options: Options, workers: Workers, device: torch.device) -> Assembly:
     """Everything a step needs. Every worker calls it; it raises the same error on each of them."""
     given = read_plan(options.plan, workers)
-    layout = workers.run_synchronized(lambda: lay_out(options, given, workers.size))
-    reader = BatchReader.of(options.model, device, options.num_microbatches, loss_fn=options.loss_fn,
+    count = workers.run_synchronized(lambda: count_microbatches(options, given, workers, device))
+    layout = workers.run_synchronized(lambda: lay_out(options, given, count, workers.size))
+    reader = BatchReader.of(options.model, device, count, loss_fn=options.loss_fn,
                             batch_dims=options.batch_dims)
     recorded = workers.run_synchronized(lambda: record(options, reader))
     agree_on_construction(options, layout, recorded.flow, workers)
@@ -107,6 +108,7 @@ def assemble(options: Options, workers: Workers, device: torch.device) -> Assemb
     graph = workers.run_synchronized(lambda: price(recorded.flow, options, layout, device, workers.rank))
     price_modules(graph, recorded.flow, layout.recompute.spans(recorded.flow.recording))
     plan = make_plan(graph, given, options, layout, link, workers)
+    layout = workers.run_synchronized(lambda: with_recomputation(layout, plan, options.model))
     priced = price_stages(plan, layout.recompute.stages)
     programs = ProgramCache(layout.choice, workers.rank, costs_of(priced, link))
     placement, tensors = workers.run_synchronized(lambda: place(options, recorded, plan, layout, workers.rank))
@@ -139,28 +141,42 @@ def read_plan(plan: Plan | str | Path | None, workers: Workers) -> Plan | None:
     return None if data is None else Plan.from_json(data)
 
 
-def lay_out(options: Options, plan: Plan | None, num_workers: int) -> Layout:
-    """Check the options against each other and against the number of workers; what is unknown is refused here."""
+def count_microbatches(options: Options, plan: Plan | None, workers: Workers, device: torch.device) -> int:
+    """How many micro-batches: as asked, else the plan's, else what pays for the example's rows, which is told."""
     options.validate()
-    num_stages = _count_stages(options, plan, num_workers)
+    if options.num_microbatches is not None:
+        return options.num_microbatches
+    if plan is not None:
+        return plan.setting.num_microbatches
+    if workers.size == 1:
+        return 1
+    reader = BatchReader.of(options.model, device, 1, loss_fn=options.loss_fn, batch_dims=options.batch_dims)
+    rows = reader.read(Inputs.of(options.example, options.target)).rows
+    count = paying_microbatches(rows, options.num_stages or workers.size)
+    _progress(workers.rank)(f"{count} micro-batches of a batch of {rows} rows; pass num_microbatches= to choose")
+    return count
+
+
+def lay_out(options: Options, plan: Plan | None, num_microbatches: int, num_workers: int) -> Layout:
+    """Check the options against each other and against the number of workers; what is unknown is refused here."""
+    num_stages = _count_stages(options, plan, num_microbatches, num_workers)
     if num_stages % num_workers:
         raise InputError(
             f"{num_stages} stages on {num_workers} workers; every worker holds the same number of stages: try "
             f"num_stages={num_workers * max(1, round(num_stages / num_workers))}"
         )
-    choice = ScheduleChoice(options.schedule, num_stages, options.num_microbatches, num_workers)
+    choice = ScheduleChoice(options.schedule, num_stages, num_microbatches, num_workers)
     schedule = choice.build()
     return Layout(choice, choice.worker_of(schedule), splits_backward(schedule), memory_model_of(schedule),
                   Recompute.of(options.recompute, num_stages, options.model))
 
 
-def _count_stages(options: Options, plan: Plan | None, num_workers: int) -> int:
+def _count_stages(options: Options, plan: Plan | None, microbatches: int, num_workers: int) -> int:
     """As asked, else the plan's, else one per worker; more where the schedule cannot do with one."""
     if options.num_stages is not None:
         return options.num_stages
     if plan is not None:
         return plan.num_stages
-    microbatches = options.num_microbatches
     with contextlib.suppress(ScheduleError):
         return ScheduleChoice(options.schedule, num_workers, microbatches, num_workers).build().topology.num_stages
     with contextlib.suppress(ScheduleError):
@@ -174,7 +190,7 @@ def _count_stages(options: Options, plan: Plan | None, num_workers: int) -> int:
 def record(options: Options, reader: BatchReader) -> Recorded:
     """The model, recorded on the example's first micro-batch."""
     batch = reader.read(Inputs.of(options.example, options.target))
-    parts = batch.split(options.num_microbatches, reader.device)
+    parts = batch.split(reader.num_microbatches, reader.device)
     inputs = batch.again(parts[0])
     if options.loss_fn is not None and options.target is None:
         inputs = Inputs(inputs.args, inputs.kwargs,
@@ -189,10 +205,11 @@ def record(options: Options, reader: BatchReader) -> Recorded:
 
 def agree_on_construction(options: Options, layout: Layout, flow: Dataflow, workers: Workers) -> None:
     """Raise ``InputError`` on every worker unless all were given the same."""
-    facts = {"num_stages": layout.num_stages, "num_microbatches": options.num_microbatches,
+    facts = {"num_stages": layout.num_stages, "num_microbatches": layout.choice.num_microbatches,
              "schedule": layout.choice.name, "seed": options.seed,
              "recompute": (sorted(layout.recompute.stages), sorted(layout.recompute.modules)),
-             "the model or the example": f"that with hash {_number(_identity(options.model, flow))}"}
+             "the model or the example": f"that with hash {_number(_identity(options.model, flow))}",
+             "what the forward or the loss reads from Python": f"values with hash {flow.recording.python.digest}"}
     everybody = workers.all_gather_object(facts)
     for name, first in everybody[0].items():
         other = next((rank for rank, theirs in enumerate(everybody) if theirs[name] != first), None)
@@ -270,7 +287,8 @@ def partition(graph: networkx.DiGraph, options: Options, layout: Layout, link: L
     total = sum(data.get("forward", 0) + data.get("backward", 0) for _, data in graph.nodes(data=True))
     tolerance = max(0.05, min(0.5, _NOISE_SECONDS * layout.num_stages / max(total, 1e-12)))
     return partitioners.partition(graph, layout.num_stages, bandwidth=link.bytes_per_second,
-                                  num_microbatches=options.num_microbatches, prefer_single_tensor=tolerance, gap=_GAP,
+                                  num_microbatches=layout.choice.num_microbatches,
+                                  prefer_single_tensor=tolerance, gap=_GAP,
                                   time_limit=_PLANNING_SECONDS, memory_model=layout.memory_model,
                                   worker_of=layout.worker_of if num_workers > 1 else None, progress=_progress(0))
 
@@ -289,6 +307,17 @@ def fitting_plan(plan: Plan, graph: networkx.DiGraph, num_stages: int) -> Plan:
                         + (f" (first {missing[0]})" if missing else "") + "; plan this model")
     check_rules(plan, graph)
     return plan
+
+
+def with_recomputation(layout: Layout, plan: Plan, model: torch.nn.Module) -> Layout:
+    """The layout with what the plan says is recomputed. Raises ``PlanError`` for what is no module of the model."""
+    modules = [path for cost in plan.stages for path in cost.recomputed]
+    known = {path for path, _ in model.named_modules()}
+    unknown = next((path for path in modules if path not in known), None)
+    if unknown is not None:
+        raise PlanError(f"the plan recomputes {unknown!r}, which is no module of the model; plan this model with "
+                        "pipeengine plan --recompute, or pass recompute= instead")
+    return replace(layout, recompute=layout.recompute.also(modules))
 
 
 # -- stages -----------------------------------------------------------------------------------------------------------
@@ -328,7 +357,7 @@ def settle(options: Options, recorded: Recorded, layout: Layout, programs: Progr
         recompute=layout.recompute,
     )
     specialization = specializations.make(recorded.flow.recording, outputs=False)
-    specialization.stages.of(programs.split_backward_stages(options.num_microbatches)[0])
+    specialization.stages.of(programs.split_backward_stages(layout.choice.num_microbatches)[0])
     return specializations
 
 

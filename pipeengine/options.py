@@ -19,7 +19,7 @@ class Options:
 
     model: torch.nn.Module
     example: object
-    num_microbatches: int
+    num_microbatches: int | None
     schedule: str | Callable[..., Schedule] | Schedule
     num_stages: int | None
     plan: Plan | str | Path | None
@@ -44,12 +44,24 @@ class Options:
             )
         for name in ("num_microbatches", "num_stages"):
             count = getattr(self, name)
-            if not (_is_count(count) or (name == "num_stages" and count is None)):
+            if count is not None and not _is_count(count):
                 raise InputError(f"{name} is {count!r}; give a number of at least 1")
         for name, (fits, wanted) in _WANTED.items():
             value = getattr(self, name)
             if not fits(value):
                 raise InputError(f"{name} is {value!r}; give {wanted}")
+
+
+def paying_microbatches(rows: int, num_stages: int) -> int:
+    """How many micro-batches pay for a batch of ``rows``: up to four for every stage, which leaves a fifth of a step
+    idle.
+
+    The most that is a divisor of the rows, so that all are alike, where that is at least two for every stage. One stage
+    has nothing to wait for.
+    """
+    most = 1 if num_stages == 1 else min(rows, 4 * num_stages)
+    even = max(count for count in range(1, most + 1) if rows % count == 0)
+    return even if even >= min(most, 2 * num_stages) else most
 
 
 def _is_count(value: object) -> bool:

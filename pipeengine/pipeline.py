@@ -26,8 +26,9 @@ class Pipeline:
     Under torchrun every process is a worker; in plain Python all stages run in this process.
 
     - ``example``: the model's inputs for a whole batch, a dict of keyword arguments or a tuple of positional ones.
-    - ``num_microbatches`` (1): micro-batches that a batch is cut into, at most one per row.
-    - ``schedule`` ("gpipe"): a name such as "1f1b", "zb-h1" or "auto", a function, a ``Schedule``, its text or file.
+    - ``num_microbatches`` (what pays: the plan's, else up to four for every worker): micro-batches that a batch is cut
+      into, at most one per row.
+    - ``schedule`` ("1f1b"): a name such as "1f1b", "zb-h1" or "auto", a function, a ``Schedule``, its text or file.
     - ``num_stages`` (the number of workers): more means several stages per worker.
     - ``plan`` (made here): a ``Plan`` or the path of one; that of worker 0 counts.
     - ``costs`` ("measured"): "measured", "analytic", or a cost graph from ``pe.profile``.
@@ -48,8 +49,8 @@ class Pipeline:
     ``InputError`` for options and batches of the wrong kind; the same error on every worker.
     """
 
-    def __init__(self, model: torch.nn.Module, example: object, *, num_microbatches: int = 1,
-                 schedule: str | Path | Callable[..., Schedule] | Schedule = "gpipe", num_stages: int | None = None,
+    def __init__(self, model: torch.nn.Module, example: object, *, num_microbatches: int | None = None,
+                 schedule: str | Path | Callable[..., Schedule] | Schedule = "1f1b", num_stages: int | None = None,
                  plan: Plan | str | Path | None = None, costs: str | networkx.DiGraph | None = None,
                  loss_fn: Callable | None = None, target: object = None, loss_weight: Callable | None = None,
                  batch_dims: Mapping[str, int | None] | None = None, weights: str | Path | None = None,

@@ -2,6 +2,7 @@
 
 from pipeengine.report.chrome_trace import chrome_trace
 from pipeengine.report.html import report_html
+from pipeengine.report.memory import step_bytes
 from pipeengine.report.numbers import seconds_text, size_text
 from pipeengine.report.run import measured_timeline, predict, save_report, stage_rows
 from pipeengine.report.run_report import RunReport, StageRow
@@ -21,6 +22,7 @@ __all__ = [
     "seconds_text",
     "size_text",
     "stage_rows",
+    "step_bytes",
     "timeline_svg",
     "timeline_text",
 ]
