@@ -9,14 +9,14 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from pipeengine.checkpoint.collecting import check_claims, closing, collect, files_to_write, record_of
+from pipeengine.checkpoint.collecting import Constants, check_claims, closing, collect, files_to_write, record_of
 from pipeengine.checkpoint.holdings import Trained
 from pipeengine.checkpoint.manifest import read_manifest, verify
 from pipeengine.checkpoint.preemption import AGAIN, DUE, STOP, SignalWatch
 from pipeengine.checkpoint.restoring import prepare_restore
 from pipeengine.checkpoint.step_folders import candidates, tell
 from pipeengine.checkpoint.tensor_file import HostBuffer, TensorFile, stream
-from pipeengine.checkpoint.writing import Task, Writing
+from pipeengine.checkpoint.writing import Task, Writing, make_room
 from pipeengine.errors import InputError
 
 _UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
@@ -54,6 +54,7 @@ class Checkpoints:
                 raise InputError(f"{name} is a {type(part).__name__} without state_dict and load_state_dict; leave it "
                                  "out, or give it both")
         self._keep, self._background = keep, background
+        self._constants = Constants.of(pipe.holdings())
         self._buffer = HostBuffer()
         self._writing: Writing | None = None
         self._signals = SignalWatch(pipe.holdings().workers.wishes)
@@ -109,14 +110,18 @@ class Checkpoints:
         everybody = workers.all_gather_object({**share.claims(), "step": step, "folder": str(self._folder),
                                                "attempt": uuid.uuid4().hex[:12]})
         check_claims(everybody)
+        attempt = everybody[0]["attempt"]
         tensors = files_to_write(share, everybody, workers.rank)
 
         def prepare() -> Writing:
             files = {name: TensorFile.of(own) for name, own in tensors.items()}
             sources = self._buffer.copy([(files[name], own) for name, own in tensors.items()]) if self._background \
                 else [stream(files[name], own) for name, own in tensors.items()]
-            last = closing(holdings, self._parts, share, step, everybody) if workers.rank == 0 else None
-            return Writing(Task(self._folder, step, everybody[0]["attempt"], workers.rank, workers.size,
+            last = closing(holdings, self._parts, share, step, everybody, self._constants) \
+                if workers.rank == 0 else None
+            if workers.rank == 0:
+                make_room(self._folder, step, attempt)
+            return Writing(Task(self._folder, step, attempt, workers.rank, workers.size,
                                 [(name, file, source) for (name, file), source in zip(files.items(), sources)],
                                 record_of(share), last, self._keep, frozenset(self._passed_over)))
         self._writing = workers.run_synchronized(prepare)
@@ -154,6 +159,11 @@ class Checkpoints:
         or where the newest whole one is of another model or of other parts.
         """
         return int(self._guarded(self._load))       # type: ignore[call-overload]
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this worker is still at work on a save: worker 0 until it has its name."""
+        return self._writing is not None and not self._writing.is_done
 
     @property
     def passed_over(self) -> dict[str, str]:

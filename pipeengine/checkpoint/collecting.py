@@ -125,11 +125,25 @@ class Closing:
     counters: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Constants:
+    """What is the same in all checkpoints of a pipeline, made once."""
+
+    plan: bytes
+    versions: dict[str, str]
+
+    @classmethod
+    def of(cls, holdings: Holdings) -> Constants:
+        """The plan as JSON, and the versions that write."""
+        return cls(json.dumps(holdings.plan()).encode(),
+                   {"pipeengine": _version("pipeengine"), "torch": str(torch.__version__),
+                    "python": sys.version.split()[0]})
+
+
 def closing(holdings: Holdings, parts: Mapping[str, Any], share: Share, step: int,
-            everybody: Sequence[Mapping[str, Any]]) -> Closing:
+            everybody: Sequence[Mapping[str, Any]], constants: Constants) -> Closing:
     """Worker 0's part of a save, made while nothing changes."""
-    texts = config_files(holdings.model)
-    texts[PLAN] = json.dumps(holdings.plan()).encode()
+    texts = {**config_files(holdings.model), PLAN: constants.plan}
     facts = {
         "step": step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -139,8 +153,7 @@ def closing(holdings: Holdings, parts: Mapping[str, Any], share: Share, step: in
         "plan": {"stages": holdings.num_stages, "schedule": holdings.schedule,
                  "digest": hashlib.sha256(texts[PLAN]).hexdigest()},
         "parts": {name: type(part).__name__ for name, part in parts.items()},
-        "versions": {"pipeengine": _version("pipeengine"), "torch": str(torch.__version__),
-                     "python": sys.version.split()[0]},
+        "versions": constants.versions,
     }
     optimizers = frozenset(name for name, part in share.parts.items() if isinstance(part, OptimizerShare))
     alike = {name: all_alike(everybody, name) for name in share.parts}

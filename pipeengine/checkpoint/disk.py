@@ -39,12 +39,12 @@ def explained(path: Path, what: str = "write") -> Iterator[None]:
         raise InputError(f"cannot {what} {where}: {error.strerror or error}; {following}") from error
 
 
-def make_folder(path: Path) -> None:
-    """A folder with all its parents, there to stay."""
+def make_folder(path: Path, lasting: bool = True) -> None:
+    """A folder with all its parents; there to stay, unless it will be renamed anyway."""
     with explained(path):
         missing = [one for one in (path, *path.parents) if not one.exists()]
         path.mkdir(parents=True, exist_ok=True)
-        for one in missing:
+        for one in missing if lasting else ():
             _sync(one.parent)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeengine.checkpoint.disk import explained, open_regular, read_small
-from pipeengine.checkpoint.tensor_file import CHUNK_BYTES, DTYPES
+from pipeengine.checkpoint.tensor_file import CHUNK_BYTES, DTYPES, Entry, TensorFile
 from pipeengine.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -165,8 +165,11 @@ def _verify_file(path: Path, entry: Mapping[str, Any]) -> None:
             return
         parts = sorted(tensors.items(), key=lambda item: (item[1]["start"], item[1]["end"]))
         data_bytes = max((one["end"] for _, one in parts), default=0)
-        if data_bytes > size:
-            raise InputError(f"{path} is damaged: {size:,} bytes cannot hold {data_bytes:,} of tensors; {_AGAIN}")
+        header = TensorFile(tuple(Entry(name, one["dtype"], tuple(one["shape"]), one["start"], one["end"])
+                                  for name, one in parts)).header()
+        if len(header) + data_bytes != size or hashlib.sha256(header).hexdigest() != entry["header"]:
+            raise InputError(f"{path}: {size:,} bytes and its header are not those of the {len(parts)} tensors that "
+                             f"the manifest lists; {_AGAIN}")
         _compare(file.read, size - data_bytes, entry["header"], path, "the header")
         place = 0
         for name, one in parts:

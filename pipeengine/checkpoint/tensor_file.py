@@ -46,11 +46,12 @@ class TensorFile:
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> TensorFile:
-        """The file of ``tensors``, widest elements first, so that each is aligned. Raises ``InputError`` for a tensor
-        that safetensors has no form for, by name."""
+        """The file of ``tensors``, widest elements first and then the largest, so that each is aligned. Raises
+        ``InputError`` for a tensor that safetensors has no form for, by name."""
         entries: list[Entry] = []
         place = 0
-        for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        largest_first = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), -item[1].numel(), item[0]))
+        for name, tensor in largest_first:
             end = place + tensor.numel() * tensor.element_size()
             entries.append(Entry(name, dtype_name(name, tensor), tuple(tensor.shape), place, end))
             place = end

@@ -7,8 +7,10 @@ background meets no message of a step, and a script that ends while it is writte
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +28,7 @@ from pipeengine.checkpoint.tensor_file import Source, TensorFile, write_tensors
 from pipeengine.errors import InputError
 
 _POLL_SECONDS = 0.01
+_NICE = 10
 _FOLDER_SECONDS = 60.0          # what a shared file system may take to show a folder that worker 0 has made
 _STILL_SECONDS = 60.0           # at exit: how long nothing may have been written before worker 0 gives a save up
 
@@ -52,6 +55,12 @@ class Task:
         return self.folder / saving_name(self.step, self.attempt)
 
 
+def make_room(folder: Path, step: int, attempt: str) -> None:
+    """Worker 0, before anybody writes: the folder that a save is written in."""
+    disk.make_folder(folder)
+    disk.make_folder(folder / saving_name(step, attempt), lasting=False)
+
+
 class Writing:
     """A task that is carried out, here or on a thread of its own; a problem is raised by whoever waits for it."""
 
@@ -71,6 +80,9 @@ class Writing:
             self._write()
 
     def _run(self) -> None:
+        if sys.platform == "linux":         # there a thread has a priority of its own; steps come first
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         self._write()
         self._close()
 
@@ -143,12 +155,8 @@ class Writing:
 
 def write_part(task: Task) -> None:
     """This worker's files and its record, on the disk when this returns. Raises ``InputError`` for what fails."""
-    if task.rank == 0:
-        disk.make_folder(task.folder)
-        disk.make_folder(task.path)
-    else:
-        _await_folder(task)
     try:
+        _await_folder(task)
         files = {name: write_tensors(task.path / name, file, source) for name, file, source in task.files}
         text = json.dumps({"files": files, "parts": task.parts}).encode()
         record = _record_path(task.path, task.rank)

@@ -1,4 +1,4 @@
-"""``pipeengine``: plan, profile, simulate and report from the command line.
+"""``pipeengine``: plan, profile, simulate, report and look at checkpoints from the command line.
 
 With ``--format json`` the answer is one JSON object on stdout, an error included; the exit status is 2 when there is no
 valid answer. torch is imported only for commands that are given a model.
@@ -18,6 +18,7 @@ import networkx
 from partitioners.graph import to_json
 from partitioners.reporting import command
 from partitioners.units import format_bytes, format_seconds, parse_flops, parse_rate
+from pipeengine.cli import checkpoint as checkpoint_command
 from pipeengine.cli import search as search_command
 from pipeengine.cli import simulate as simulate_command
 from pipeengine.device_cards import DeviceCard
@@ -47,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     simulate_command.add_arguments(commands.add_parser("simulate", help="what a schedule would take"))
     search_command.add_arguments(commands.add_parser("search", help="the best way to use so many devices"))
     _report_arguments(commands.add_parser("report", help="a finished run as a table, a page or a trace"))
+    checkpoint_command.add_arguments(commands.add_parser("checkpoint", help="what a run has saved, and whether it is "
+                                                         "whole"))
     args = parser.parse_args(arguments)
     status, text = _COMMANDS[args.command](args)
     try:
@@ -259,6 +262,7 @@ def _search(args: argparse.Namespace) -> tuple[int, str]:
     return search_command.run(args, _is_graph_file, _progress())
 
 
-_COMMANDS = {"plan": _plan, "profile": _profile, "search": _search, "simulate": simulate_command.run, "report": _report}
+_COMMANDS = {"plan": _plan, "profile": _profile, "search": _search, "simulate": simulate_command.run, "report": _report,
+             "checkpoint": checkpoint_command.run}
 if __name__ == "__main__":
     raise SystemExit(main())
