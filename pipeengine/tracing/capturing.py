@@ -52,7 +52,7 @@ def capture(model: torch.nn.Module, example: object, *, loss_fn: Callable | None
     with FakedModel(model, device) as faked_model:
         recording, log = _record_until_faithful(model, inputs, loss_fn, faked_model, leaf_modules, rng_of_place)
     # What is not what it was when it was read, now that the model is as before, was written by the forward itself.
-    return replace(recording, python=PythonReads.of(log.entries()))
+    return replace(recording, python=PythonReads.of(log.entries()), reshaped=faked_model.reshaped)
 
 
 def _record_until_faithful(model, inputs: Inputs, loss_fn, faked_model: FakedModel, leaf_modules: dict[str, str],

@@ -34,6 +34,7 @@ class ModuleCalls:
         self._values, self._calls, self._writer, self._real_side = values, calls, writer, real_side
         self._leaf_modules, self._reads, self._python_random = leaf_modules, reads, python_random
         self._run_for_real = faked_model.run_for_real
+        self._reshaped = faked_model.reshaped
         self._paths = {module: path for path, module in faked_model.modules.items()}
 
     def call(self, original: Callable, module: torch.nn.Module, args: tuple, kwargs: dict) -> object:
@@ -87,6 +88,7 @@ class ModuleCalls:
         if before is not None and before != self._python_random():
             raise NotTraceable(path, "its forward draws from Python's or NumPy's random numbers")
         plain = plain and all(len(c) == count for c, count in containers)
+        plain = plain and not any(other == path or other.startswith(f"{path}.") for other in self._reshaped)
         self._calls.calls[call.index] = Call(path, call.scope, call.parent, start, len(self._writer.nodes), *encoded,
                                              self._values.output_template(output), current_modes(), plain)
         return output
