@@ -115,7 +115,7 @@ def test_a_parameter_of_two_stages_is_held_by_both():
 
 
 def test_unread_parameters_go_to_their_neighbours():
-    """Those of a path that this batch does not take stay with the rest of their module; without one, with the tensor before."""
+    """Those of a path that this batch does not take stay with the rest of their module; else with what is before."""
     flow = flow_of(0, 1)
     plan = placement({flow.recording.nodes[n].name: 1 for n in flow.placed}, 2)
     holders = plan.settle(flow, plan.assign(flow), PARAMETERS).holders
