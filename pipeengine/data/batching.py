@@ -3,11 +3,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from pipeengine.data.checksum import checksum, combine
+from pipeengine.data.packed_images import PACKED_NAMES, packed_entries
 from pipeengine.errors import InputError
 from pipeengine.tracing import Inputs, tree_encode, tree_map
 
@@ -17,7 +18,8 @@ class Batch:
     """A batch, taken apart; ``take_apart`` makes it.
 
     ``tensors`` are its distinct tensors in a fixed order, ``dims`` the dimension along which each is split (None: goes
-    whole to every micro-batch). ``key`` is everything but the numbers.
+    whole to every micro-batch). ``key`` is everything but the numbers. ``packed``: of some tensors, by index, how many
+    entries of dimension 0 belong to each row.
     """
 
     inputs: Inputs
@@ -25,6 +27,7 @@ class Batch:
     dims: tuple[int | None, ...]
     rows: int
     key: tuple
+    packed: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     def sizes(self, num_microbatches: int) -> tuple[int, ...]:
         """Rows of each micro-batch, as ``tensor_split`` makes them; at most one micro-batch per row."""
@@ -35,9 +38,18 @@ class Batch:
         """For each micro-batch its tensors, in the order of ``tensors``, on ``device``."""
         count = min(num_microbatches, self.rows)
         moved = [tensor.to(device) for tensor in self.tensors]
-        parts = [[tensor] * count if dim is None else torch.tensor_split(tensor, count, dim)
-                 for tensor, dim in zip(moved, self.dims)]
+        entries = list(zip(*self.packed_sizes(num_microbatches)))
+        cut = dict(zip(self.packed, entries))
+        parts = [torch.split(tensor, cut[index]) if index in cut else
+                 [tensor] * count if dim is None else torch.tensor_split(tensor, count, dim)
+                 for index, (tensor, dim) in enumerate(zip(moved, self.dims))]
         return [list(part) for part in zip(*parts)]
+
+    def packed_sizes(self, num_microbatches: int) -> tuple[tuple[int, ...], ...]:
+        """For each micro-batch, how many entries of each packed tensor it gets."""
+        sizes = self.sizes(num_microbatches)
+        starts = [sum(sizes[:number]) for number in range(len(sizes) + 1)]
+        return tuple(tuple(sum(rows[a:b]) for rows in self.packed.values()) for a, b in zip(starts, starts[1:]))
 
     def again(self, tensors: Sequence[torch.Tensor]) -> Inputs:
         """The inputs with other tensors in the place of ``tensors``, in their order; shared tensors stay shared."""
@@ -59,8 +71,9 @@ def take_apart(inputs: Inputs, *, names: Sequence[str], batch_dims: Mapping[str,
 
     ``names`` are those of positional arguments. ``batch_dims`` says by name along which dimension a tensor is split,
     or None for what goes whole. The rows are those of the first tensor with such a dimension, else dimension 0 of the
-    first tensor that has one; a tensor not named is split if its dimension 0 has as many. A tensor that stands
-    under several names is split once, as the first of them says. Raises ``InputError`` for what cannot be a batch.
+    first tensor that has one; a tensor not named is split if its dimension 0 has as many, or if it holds the images of
+    all rows one after another (see ``packing``). A tensor that stands under several names is split once, as the first
+    of them says. Raises ``InputError`` for what cannot be a batch.
     """
     dims = dict(batch_dims or {})
     named = [*((names[i] if i < len(names) else f"argument {i}", value) for i, value in enumerate(inputs.args)),
@@ -87,12 +100,16 @@ def take_apart(inputs: Inputs, *, names: Sequence[str], batch_dims: Mapping[str,
         return ("tensor", seen[id(value)], tuple(value.shape), value.dtype,
                 tuple(value.stride()) if value.layout == torch.strided else value.layout)
     key = tuple((name, _hashable(tree_encode(value, lambda x, name=name: leaf(name, x)))) for name, value in named)
-    rows = _rows(tensors, wanted)
+    # What holds the images of all rows says nothing about their number, where something else does.
+    order = sorted(range(len(tensors)), key=lambda index: owners[index] in PACKED_NAMES)
+    rows = _rows([tensors[index] for index in order], [wanted[index] for index in order])
     for tensor, want, name in zip(tensors, wanted, owners):
         if name == "target" and want == "rows" and tensor.dim() and tensor.shape[0] not in (1, rows):
             raise InputError(f"target has {tensor.shape[0]} rows, the batch has {rows}; give as many, or pass "
                              "batch_dims={'target': None} if every micro-batch shall have the whole of it")
-    return Batch(inputs, tuple(tensors), tuple(_dim(t, want, rows) for t, want in zip(tensors, wanted)), rows, key)
+    packed = packed_entries({name: t for t, want, name in zip(tensors, wanted, owners) if want == "rows"}, rows)
+    return Batch(inputs, tuple(tensors), tuple(_dim(t, want, rows) for t, want in zip(tensors, wanted)), rows, key,
+                 {index: packed[name] for index, name in enumerate(owners) if name in packed})
 
 
 def _rows(tensors: Sequence[torch.Tensor], wanted: Sequence[object]) -> int:

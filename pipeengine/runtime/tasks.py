@@ -118,9 +118,10 @@ class TaskMaker:
 
     def _specialize(self, batch: Batch, kind: tuple, parts: Sequence[list[torch.Tensor]], sizes: Sequence[int],
                     keys: Sequence[int], training: bool) -> tuple[Specialization, ...]:
-        alike: dict[int, Specialization] = {}       # by rows, where no guard tells micro-batches apart
+        alike: dict[tuple, Specialization] = {}     # by rows, where no guard tells micro-batches apart
         chosen = []
-        for tensors, size, key in zip(parts, sizes, keys):
+        packed = batch.packed_sizes(self.reader.num_microbatches)
+        for tensors, size, key in zip(parts, zip(sizes, packed), keys):
             specialization = alike.get(size) or self.specializations.find(
                 (kind, size), tensors, partial(batch.again, tensors), key, outputs=not training)
             if specialization.guards is None:

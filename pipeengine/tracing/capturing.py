@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
+from torch.nn.parameter import UninitializedTensorMixin
 
 from pipeengine.errors import CaptureError
 from pipeengine.rng import keyed
@@ -52,7 +53,7 @@ def capture(model: torch.nn.Module, example: object, *, loss_fn: Callable | None
     with FakedModel(model, device) as faked_model:
         recording, log = _record_until_faithful(model, inputs, loss_fn, faked_model, leaf_modules, rng_of_place)
     # What is not what it was when it was read, now that the model is as before, was written by the forward itself.
-    return replace(recording, python=PythonReads.of(log.entries()))
+    return replace(recording, python=PythonReads.of(log.entries()), reshaped=faked_model.reshaped)
 
 
 def _record_until_faithful(model, inputs: Inputs, loss_fn, faked_model: FakedModel, leaf_modules: dict[str, str],
@@ -171,8 +172,12 @@ def _never_opened(model: torch.nn.Module) -> dict[str, str]:
     for path, module in model.named_modules():
         reason = _reason_to_keep_whole(module)
         if reason and not path:
-            raise CaptureError(f"the model itself {reason}; a pipeline would not run that. Remove it, or wrap the part "
-                               "that needs it in a submodule")
+            way_out = "Give the model before torch.compile (model._orig_mod), and compile parts of it instead" \
+                if "compiled" in reason else "Remove it, or wrap the part that needs it in a submodule"
+            raise CaptureError(f"the model itself {reason}; a pipeline would not run that. {way_out}")
+        if any(isinstance(p, UninitializedTensorMixin) for p in module.parameters(recurse=False)):
+            raise CaptureError(f"module {path or '(root)'} is lazy: its parameters have no shape yet; run it once on a "
+                               "small batch before you make the pipeline")
         if reason:
             kept_whole[path] = reason
     return kept_whole

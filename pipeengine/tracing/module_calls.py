@@ -34,6 +34,8 @@ class ModuleCalls:
         self._values, self._calls, self._writer, self._real_side = values, calls, writer, real_side
         self._leaf_modules, self._reads, self._python_random = leaf_modules, reads, python_random
         self._run_for_real = faked_model.run_for_real
+        self._reshaped = faked_model.reshaped
+        self._learned = False               # whether the last whole module ran on made-up tensors
         self._paths = {module: path for path, module in faked_model.modules.items()}
 
     def call(self, original: Callable, module: torch.nn.Module, args: tuple, kwargs: dict) -> object:
@@ -87,6 +89,7 @@ class ModuleCalls:
         if before is not None and before != self._python_random():
             raise NotTraceable(path, "its forward draws from Python's or NumPy's random numbers")
         plain = plain and all(len(c) == count for c, count in containers)
+        plain = plain and not any(other == path or other.startswith(f"{path}.") for other in self._reshaped)
         self._calls.calls[call.index] = Call(path, call.scope, call.parent, start, len(self._writer.nodes), *encoded,
                                              self._values.output_template(output), current_modes(), plain)
         return output
@@ -103,6 +106,7 @@ class ModuleCalls:
         watch = WriteWatch((*tensors(fakes), *(self._values.entry(value).tensor for value in attributes)))
         recompute = self._writer.saved.recomputing
         output = self._run_whole(original, module, path, fakes)
+        self._refuse_numbers(output, path)
         self._refuse_objects(output, path, "a leaf", "returns a", "which cannot cross to another stage; return tensors")
         outcome = Outcome(output, watch.written(), self._writer.meter.random)
         reads = tensors((args, kwargs))
@@ -132,7 +136,13 @@ class ModuleCalls:
                 reason = self._leaf_modules.get(path, otherwise)
                 raise CaptureError(f"module {path} is kept whole ({reason}) and {what} {type(leaf).__name__}, {why}")
 
+    def _refuse_numbers(self, output: object, path: str) -> None:
+        """A number that was made from made-up tensors must not be frozen in what its caller does with it."""
+        if self._learned and _has_numbers(output):
+            raise NotTraceable(self._calls.path, f"module {path} hands it a Python number that it makes from tensors")
+
     def _run_whole(self, original: Callable, module: torch.nn.Module, path: str, fakes: tuple) -> object:
+        self._learned = False
         before = self._python_random() if self._python_random else None
         # It will run as it is. What a module of torch drops decides about the node: whether it draws random numbers.
         drops = path not in self._leaf_modules and not vars(module).keys().isdisjoint(("p", "dropout"))
@@ -149,6 +159,7 @@ class ModuleCalls:
 
     def _learn(self, original: Callable, module: torch.nn.Module, path: str, fakes: tuple) -> object:
         """Run a module on made-up real tensors to learn what its output looks like."""
+        self._learned = True
         try:
             with self._writer.saved.paused():
                 output, cost = self._run_for_real(module, original, *fakes, self._values.real_of)
@@ -167,6 +178,15 @@ class ModuleCalls:
 
 def _ids(structure: object) -> list[int]:
     return [id(leaf) for leaf in leaves(structure)]
+
+
+def _has_numbers(structure: object) -> bool:
+    """Whether a module's output holds numbers beside its tensors."""
+    if isinstance(structure, (int, float, complex)):
+        return True
+    if isinstance(structure, Mapping):
+        return any(map(_has_numbers, structure.values()))
+    return isinstance(structure, (tuple, list)) and any(map(_has_numbers, structure))
 
 
 def _is_leaf(module: torch.nn.Module) -> bool:

@@ -153,6 +153,7 @@ class Recording:
     buffers: frozenset[str] = frozenset()
     modes: Modes = Modes(True, False, ())
     python: PythonReads = field(default=PythonReads(), repr=False)    # what it read besides tensors
+    reshaped: frozenset[str] = frozenset()      # modules whose first forward swapped modules, and what it changed so
 
     @cached_property
     def _index(self) -> dict[int, int]:

@@ -128,6 +128,34 @@ def test_what_is_wrong_is_refused(factor):
         check_recording(model, flow, stage_of, 3, inputs, None)
 
 
+class OwnNoise(Words):
+    """Draws from a generator of its own, which no two runs leave alike: that is not its rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(3)
+
+    def embed_noise(self, x):
+        return x + torch.randn(x.shape, generator=self.generator)
+
+    def forward(self, ids, labels, extra=None):
+        return super().forward(ids, labels) + self.embed_noise(self.embed.weight).square().mean()
+
+
+class AroundNoise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = OwnNoise(), nn.Linear(1, 1)
+
+    def forward(self, ids, labels):
+        return self.outer(self.inner(ids, labels)[None])[0]
+
+
+def test_a_model_that_does_not_repeat_itself_is_refused():
+    with pytest.raises(pe.CaptureError, match="does not do what the model does"):
+        pe.Pipeline(AroundNoise(), dict(ids=ids(0), labels=ids(1)), num_stages=2, costs="analytic")
+
+
 class Diffusion(nn.Module):
     """A random time that the first and the last stage read."""
 
