@@ -11,7 +11,7 @@ import torch
 from partitioners import Plan
 from pipeengine.assembly import Assembly, assemble
 from pipeengine.checkpoint import collect_state, load_state, save_weights
-from pipeengine.distributed import connect, total_norm
+from pipeengine.distributed import GuardSettings, connect, total_norm
 from pipeengine.options import Options
 from pipeengine.report import RunReport, measured_timeline, predict, report_text, save_report, stage_rows
 from pipeengine.runtime import Executor, StepRunner, TaskMaker
@@ -58,7 +58,7 @@ class Pipeline:
                           num_stages, plan, costs, loss_fn, target, loss_weight, batch_dims, weights, seed, check,
                           recompute)
         self._model, self._device = model, _device(model, device)
-        self._workers = connect(mesh, self._device, _launched())
+        self._workers = connect(mesh, self._device, _launched(), settings=GuardSettings.of(os.environ))
         try:
             self._assembly: Assembly = assemble(options, self._workers, self._device)
         except BaseException:
@@ -66,8 +66,9 @@ class Pipeline:
             raise
         made = self._assembly
         tasks = TaskMaker(made.reader, made.specializations, made.programs, seed, loss_weight)
-        self._runner = StepRunner(tasks, made.programs, Executor(made.transport, made.rng), made.transport, made.ties,
-                                  self._workers, made.layout.worker_of, made.num_parts)
+        executor = Executor(made.transport, made.rng, self._workers.activity)
+        self._runner = StepRunner(tasks, made.programs, executor, made.transport, made.ties, self._workers,
+                                  made.layout.worker_of, made.num_parts)
 
     # -- steps ------------------------------------------------------------------------------------------------------
 

@@ -207,7 +207,7 @@ def scenarios(report) -> None:
 
 @cache
 def workers() -> Workers:
-    found = Workers(NUM_WORKERS, scenarios, limit=120)
+    found = Workers(NUM_WORKERS, scenarios, limit=300)
     found.join()
     return found
 

@@ -5,26 +5,27 @@ all of them run it?), the loss after it, and, when something breaks, its cause.
 """
 from __future__ import annotations
 
-import json
-import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
-from time import sleep
 from typing import Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from pipeengine.distributed.activity import Unwatched
 from pipeengine.distributed.codec import decode_or_raise, encode_or_tell
 from pipeengine.distributed.failure import ConnectionLost, Description, start
+from pipeengine.distributed.guard import Guard, GuardSettings
 from pipeengine.distributed.local import LocalTransport, Transport
 from pipeengine.distributed.tied_parameters import NoTies, Tie, TiedParameters
 from pipeengine.distributed.transport import DistributedTransport
-from pipeengine.distributed.waiting import Waiter, give_up
+from pipeengine.distributed.waiting import Waiter, give_up, new_group
 from pipeengine.errors import InputError, PipeEngineError, WorkerError
 from pipeengine.torch_private import default_store
 
 _SLOTS = 8
+_VERDICT_SECONDS = 2.0      # until the guard has said who is to blame
 T = TypeVar("T")
 
 
@@ -35,6 +36,7 @@ class Workers(Protocol):
     rank: int
     size: int
     backend: str | None
+    activity: Unwatched
 
     def run_synchronized(self, what: Callable[[], T]) -> T:
         """Do something that needs no other worker, on all of them; if it fails on one, raise its error on all."""
@@ -84,6 +86,7 @@ class SingleProcess:
     backend = None
 
     def __init__(self) -> None:
+        self.activity = Unwatched()
         self._published: dict[int, str] = {}
 
     def run_synchronized(self, what: Callable[[], T]) -> T:
@@ -142,15 +145,29 @@ class SingleProcess:
 class ProcessGroupWorkers:
     """The processes of a pipeline, on a control group of their own."""
 
-    def __init__(self, ranks: Sequence[int], timeout: timedelta, backend: str = "gloo"):
+    def __init__(self, ranks: Sequence[int], timeout: timedelta, backend: str = "gloo",
+                 settings: GuardSettings | None = None):
         self.ranks, self.backend = tuple(ranks), backend
         self.rank, self.size = self.ranks.index(dist.get_rank()), len(self.ranks)
         self.timeout = timeout
-        self.waiter = Waiter(self.interrupted)
-        self._name: str | None = None
-        self._group: dist.ProcessGroup | None = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
-        self._store = dist.PrefixStore("pipeengine", default_store())
-        self._name = self.broadcast_object(uuid.uuid4().hex)
+        self._group: dist.ProcessGroup | None = None
+        self._store = self._own_store()
+        self._guard = Guard(self.rank, self.size, settings or GuardSettings())
+        self.activity = self._guard.activity
+        self.waiter = Waiter(self._guard.interrupted, waits=self._guard.activity.wait)
+        try:
+            self._guard.connect(self._store, self.waiter.run)
+            self._group = new_group(ranks, "gloo", timeout, self.waiter)
+        except BaseException as error:
+            failure = self.fail(error, "while connecting")
+            self.close()
+            raise failure from None
+
+    def _own_store(self) -> dist.Store:
+        """A part of the default store for these workers alone: every one of them counts the pipelines it has made."""
+        name = "pipeengine/" + "-".join(map(str, self.ranks))
+        number = default_store().add(f"{name}/made/{self.rank}", 1)
+        return dist.PrefixStore(f"{name}/{number}", default_store())
 
     def connect_stages(self, worker_of: Sequence[int], device: torch.device) -> Transport:
         """A transport with groups of its own; every worker calls it."""
@@ -220,12 +237,13 @@ class ProcessGroupWorkers:
     # -- records ----------------------------------------------------------------------------------------------------
 
     def publish(self, text: str) -> None:
-        """Leave a text for the others to find; nobody waits."""
-        self._store.set(f"{self._name}/records/{self.rank}", text)
+        """Leave a text for the others to find; nobody waits. Where the store is gone, nobody finds it."""
+        with suppress(RuntimeError, dist.DistError):
+            self.waiter.run(lambda: self._store.set(f"records/{self.rank}", text))
 
     def published(self) -> dict[int, str]:
         """What each worker has left last, for those that have."""
-        keys = {rank: f"{self._name}/records/{rank}" for rank in range(self.size)}
+        keys = {rank: f"records/{rank}" for rank in range(self.size)}
         return {rank: self._store.get(key).decode() for rank, key in keys.items() if self._store.check([key])}
 
     # -- agreement --------------------------------------------------------------------------------------------------
@@ -269,38 +287,20 @@ class ProcessGroupWorkers:
 
     # -- failure ----------------------------------------------------------------------------------------------------
 
-    def interrupted(self) -> Exception | None:
-        """The failure of another worker, if one has been recorded."""
-        if self._group is None or self._name is None:
-            return None
-        try:
-            return self._recorded() if self._store.check([f"{self._name}/failure"]) else None
-        except Exception:           # the store is gone: the wait itself will tell
-            return None
-
-    def _recorded(self) -> WorkerError:
-        record = json.loads(self._store.get(f"{self._name}/failure"))
-        return WorkerError(f"worker {record['rank']} failed {record['where']}: {record['error']}\n"
-                           f"--- traceback of worker {record['rank']} ---\n{record['traceback']}")
-
     def fail(self, error: BaseException, where: str) -> BaseException:
-        """Record ``error`` unless another worker was first, and return what this worker is to raise."""
-        told = Description.of(error)
-        record = {"rank": self.rank, "where": where, "error": f"{told.kind}: {told.text}", "traceback": told.traceback}
-        secondary = isinstance(error, ConnectionLost)
-        try:
-            if secondary:
-                # A closed connection is a consequence: leave the first word to the worker that failed.
-                for _ in range(20):
-                    if self._store.check([f"{self._name}/failure"]):
-                        return self._recorded()
-                    sleep(0.05)
-            if self._store.add(f"{self._name}/failures", 1) == 1:
-                self._store.set(f"{self._name}/failure", json.dumps(record))
-                return self._own_failure(error, where, secondary)
-            return error if isinstance(error, (KeyboardInterrupt, SystemExit)) else self._recorded()
-        except Exception:           # no store any more: its host is gone
-            return self._own_failure(error, where, secondary)
+        """Tell the others of ``error`` unless another worker is to blame; returns what this worker is to raise."""
+        verdict = self._guard.verdict()
+        lost = isinstance(error, ConnectionLost)
+        if verdict is None:
+            if not lost:
+                self._guard.tell(Description.of(error), where)
+            # A closed connection is a consequence: the guard knows of what.
+            verdict = self._guard.verdict(_VERDICT_SECONDS)
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            return error
+        if verdict is None or verdict.rank == self.rank and verdict.kind == "failed":
+            return self._own_failure(error, where, lost)
+        return verdict.error()
 
     def _own_failure(self, error: BaseException, where: str, secondary: bool) -> BaseException:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
@@ -312,14 +312,16 @@ class ProcessGroupWorkers:
         return WorkerError(f"worker {self.rank} failed {where}: {type(error).__name__}: {error}")
 
     def close(self) -> None:
-        """Give up the control group. Dropping the last reference closes the connections."""
+        """Give up the control group and the guard. Dropping the last reference closes the connections."""
         self.waiter.close()
         group, self._group = self._group, None
         if group is not None:
             give_up(group)
+        self._guard.close()
 
 
-def connect(mesh: object, device: torch.device, launched: bool, timeout: timedelta = timedelta(minutes=10)) -> Workers:
+def connect(mesh: object, device: torch.device, launched: bool, timeout: timedelta = timedelta(minutes=10),
+            settings: GuardSettings | None = None) -> Workers:
     """The workers of this job: the ``pp`` dimension of ``mesh``, the default process group, or this process alone.
 
     Where processes were ``launched`` (by torchrun) without a process group, one is started.
@@ -327,14 +329,14 @@ def connect(mesh: object, device: torch.device, launched: bool, timeout: timedel
     if mesh is not None:
         group = mesh.get_group("pp") if "pp" in (mesh.mesh_dim_names or ()) else mesh.get_group()
         ranks = dist.get_process_group_ranks(group)
-        return ProcessGroupWorkers(ranks, timeout, _backend(device)) if len(ranks) > 1 else SingleProcess()
+        return ProcessGroupWorkers(ranks, timeout, _backend(device), settings) if len(ranks) > 1 else SingleProcess()
     if not dist.is_initialized():
         if not launched:
             return SingleProcess()
         dist.init_process_group("gloo" if device.type == "cpu" else None, timeout=timeout)
     if dist.get_world_size() == 1:
         return SingleProcess()
-    return ProcessGroupWorkers(range(dist.get_world_size()), timeout, _backend(device))
+    return ProcessGroupWorkers(range(dist.get_world_size()), timeout, _backend(device), settings)
 
 
 def _backend(device: torch.device) -> str:

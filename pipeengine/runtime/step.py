@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TypeVar
@@ -50,19 +51,33 @@ class StepRunner:
         self._tasks, self._programs, self.executor, self.transport = tasks, programs, executor, transport
         self.ties, self._workers, self._worker_of = ties, workers, worker_of
         self.progress = Progress(num_microbatches)
+        self._run_before: set[int] = set()
 
     def step(self, inputs: Inputs) -> torch.Tensor | None:
         """Forward and backward of a whole batch; returns its loss, detached, on every worker."""
-        prepared = self._prepare(inputs, training=True)
-        with torch.enable_grad():
-            self.guarded(lambda: self._train(prepared))
+        with self._call("step"):
+            prepared = self._prepare(inputs, training=True)
+            with torch.enable_grad(), self._run("step", prepared):
+                self.guarded(lambda: self._train(prepared))
         return self.progress.loss
 
     def evaluate(self, inputs: Inputs, gather: bool) -> object:
         """Forward only; the model's output for the whole batch on the worker of the last stage, or everywhere."""
-        with torch.no_grad():
+        with torch.no_grad(), self._call("evaluate"):
             prepared = self._prepare(inputs, training=False)
-            return self.guarded(lambda: self._evaluate(prepared, gather))
+            with self._run("evaluate", prepared):
+                return self.guarded(lambda: self._evaluate(prepared, gather))
+
+    def _call(self, name: str, *, takes_long: bool = True) -> AbstractContextManager[None]:
+        """Inside, the guard knows that this worker is in this call."""
+        step = self.progress.step
+        return self._workers.activity.section(f"{name} {step}" if name == "step" else name, step, takes_long=takes_long)
+
+    def _run(self, name: str, prepared: Prepared) -> AbstractContextManager[None]:
+        """Inside, stages run; what runs for the first time may be compiled, which takes long."""
+        new = prepared.recorded not in self._run_before
+        self._run_before.add(prepared.recorded)
+        return self._call(name, takes_long=new)
 
     def _prepare(self, inputs: Inputs, *, training: bool) -> Prepared:
         """The batch made ready on this worker, once all workers agree that theirs is the same."""
