@@ -2,7 +2,7 @@
 everybody's."""
 
 from pipeengine.distributed.activity import Activity, Unwatched
-from pipeengine.distributed.failure import headline
+from pipeengine.distributed.failure import ConnectionLost, headline
 from pipeengine.distributed.grad_norm import total_norm
 from pipeengine.distributed.guard import GuardSettings
 from pipeengine.distributed.local import LocalTransport, Transport
@@ -12,6 +12,7 @@ from pipeengine.distributed.workers import ProcessGroupWorkers, SingleProcess, W
 
 __all__ = [
     "Activity",
+    "ConnectionLost",
     "DistributedTransport",
     "GuardSettings",
     "LocalTransport",

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,7 +22,9 @@ OPERATIONS = {"F": 1, "B": 2, "I": 3, "W": 4, "SA": 5, "RA": 6, "SG": 7, "RG": 8
 
 
 class Unwatched:
-    """Nobody looks: one process, which has no guard."""
+    """Nobody looks: one process, which has no guard. ``call`` is the call of the pipeline that this worker is in."""
+
+    call = ""
 
     def at(self, operation: str, stage: int, microbatch: int) -> None:
         """An action of a step begins."""
@@ -33,17 +36,18 @@ class Unwatched:
 
 
 class Activity(Unwatched):
-    """The section that this worker is in (a call of the pipeline, or a part of one), and its place inside.
+    """The call of the pipeline that this worker is in, and its place inside; one for all pipelines of a process.
 
-    ``file`` holds the memory that the guard reads.
+    ``file`` holds the memory that the guards read.
     """
 
     def __init__(self) -> None:
         self.file = os.memfd_create("pipeengine")
         os.ftruncate(self.file, RECORD_BYTES)
         self._memory = mmap.mmap(self.file, RECORD_BYTES)
-        self._progress, self.step = 0, 0
-        self._section, self._calls = "", dict[str, int]()
+        weakref.finalize(self, os.close, self.file)
+        self._progress, self.step, self.call = 0, 0, ""
+        self._calls: dict[str, int] = {}
 
     def at(self, operation: str, stage: int, microbatch: int) -> None:
         """An action of a step begins."""
@@ -52,26 +56,24 @@ class Activity(Unwatched):
 
     @contextmanager
     def section(self, name: str, step: int = 0, *, takes_long: bool = False) -> Iterator[None]:
-        """Inside, this worker does ``name``; its first word says which kind of call. ``takes_long``: no limit is
-        learnt."""
-        outer = self._section, self._memory[LONG_AT]
+        """Inside, this worker is in the call ``name``. ``takes_long``: no limit is learnt."""
+        outer = self.call, self._memory[LONG_AT]
         self.step = step
         self._enter(name, takes_long)
         try:
             yield
         finally:
-            kind = name.partition(" ")[0]
-            self._calls[kind] = self._calls.get(kind, 0) + 1
+            self._calls[name] = self._calls.get(name, 0) + 1
             self._calls[""] = self._calls.get("", 0) + 1
             self._enter(outer[0], bool(outer[1]))
 
     def _enter(self, name: str, takes_long: bool) -> None:
-        self._section = name
+        self.call = name
         self._progress += 1
-        text = name.encode()[:RECORD_BYTES - SECTION_AT - 1]
+        text = (f"{name} {self.step}" if name == "step" else name).encode()[:RECORD_BYTES - SECTION_AT - 1]
         self._memory[SECTION_AT:RECORD_BYTES] = text + bytes(RECORD_BYTES - SECTION_AT - len(text))
         self._memory[LONG_AT] = takes_long
-        CALLS.pack_into(self._memory, CALLS_AT, self._calls.get(name.partition(" ")[0], 0))
+        CALLS.pack_into(self._memory, CALLS_AT, self._calls.get(name, 0))
         MARK.pack_into(self._memory, 0, self._progress, self.step, 0, 0, 0)
 
     def wait(self, waits: bool) -> None:
@@ -81,9 +83,3 @@ class Activity(Unwatched):
     def leave(self) -> None:
         """The script ends."""
         self._memory[LEAVING_AT] = 1
-
-    def close(self) -> None:
-        """Give the memory's file up; writing to the memory stays harmless."""
-        if self.file >= 0:
-            os.close(self.file)
-            self.file = -1

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from pipeengine.distributed.activity import Activity
-from pipeengine.distributed.failure import Description
+from pipeengine.distributed.failure import ConnectionLost, Description
 from pipeengine.distributed.guard_process import Lines
 from pipeengine.errors import InputError, WorkerError
 
@@ -89,31 +89,36 @@ class Verdict(NamedTuple):
     what: str
     traceback: str = ""
 
-    def error(self) -> WorkerError:
-        """What every worker raises."""
+    def text(self) -> str:
+        """What every worker raises as a ``WorkerError``."""
         text = f"worker {self.rank} {self.what}"
         if self.traceback:
             text += f"\n--- traceback of worker {self.rank} ---\n{self.traceback}"
-        return WorkerError(text)
+        return text
+
+
+class Told(ConnectionLost):
+    """Another worker is lost, so this one need not wait any longer; everybody has been told."""
 
 
 class Guard:
     """Watches this worker and the others. ``activity`` is where this worker says what it is doing."""
 
     # What a process does is a fact of the process: a worker that makes a second pipeline must say so to those who wait
-    # for it in the first.
+    # for it in the first, and hear from them.
     _open: weakref.WeakSet[Guard] = weakref.WeakSet()
 
     def __init__(self, rank: int, size: int, settings: GuardSettings):
         self.rank, self.size, self._settings = rank, size, settings
-        self.activity = Activity()
+        self.activity: Activity = next((guard.activity for guard in Guard._open), None) or Activity()
         self._lines, self._process = _start(self.activity.file)
         self._verdict: Verdict | None = None
         self._broken = ""
-        self._finalizer = weakref.finalize(self, _end, os.getpid(), self._lines, self._process, self.activity)
+        self._finalizer = weakref.finalize(self, _end, os.getpid(), self._lines, self._process)
         self._finalizer.atexit = False
         self._at_exit = _leaver(weakref.ref(self))
         atexit.register(self._at_exit)
+        Guard._open.add(self)
 
     def connect(self, store: dist.Store, call: Callable[[Callable[[], str]], str]) -> None:
         """Meet the other guards; ``call`` runs what may block on ``store``, which is these workers' own."""
@@ -131,7 +136,6 @@ class Guard:
         if not self.rank:
             port = self._receive(self._settings.join, "port")
             store.set("hub", json.dumps({"address": [bind, port], "token": token}))
-        Guard._open.add(self)
 
     def _address(self, store: dist.Store, call: Callable[[Callable[[], str]], str]) -> str:
         """Where worker 0's guard listens: on the loopback alone, where all workers are on this machine."""
@@ -186,10 +190,14 @@ class Guard:
                 break
         return self._verdict
 
-    def interrupted(self) -> WorkerError | None:
-        """The error that ends a wait, if another worker is lost."""
-        verdict = self.verdict()
-        return verdict and verdict.error()
+    def interrupted(self) -> Told | None:
+        """The error that ends a wait, if another worker of this pipeline, or of another one of this process, is
+        lost."""
+        for guard in (self, *Guard._open):
+            verdict = guard.verdict()
+            if verdict is not None and (guard is self or verdict.kind != "closed"):
+                return Told(verdict.text())
+        return None
 
     def tell(self, told: Description, where: str) -> None:
         """This worker has failed by itself: let the others know."""
@@ -203,11 +211,6 @@ class Guard:
         atexit.unregister(self._at_exit)
         self._finalizer()
 
-    @classmethod
-    def activities(cls) -> list[Activity]:
-        """Those of all guards of this process."""
-        return [guard.activity for guard in list(cls._open)]
-
 
 def _start(memory: int) -> tuple[Lines, subprocess.Popen]:
     here = Path(__file__).parent
@@ -220,13 +223,12 @@ def _start(memory: int) -> tuple[Lines, subprocess.Popen]:
     return Lines(own), process
 
 
-def _end(owner: int, lines: Lines, process: subprocess.Popen, activity: Activity) -> None:
+def _end(owner: int, lines: Lines, process: subprocess.Popen) -> None:
     if os.getpid() == owner:            # and not a forked child, which shares the connection
         lines.send({"closed": True})
         with suppress(OSError):
             lines.connection.shutdown(socket.SHUT_WR)
     lines.connection.close()
-    activity.close()
     # The one that judges lives on for a moment, for the others; it ends by itself and is reaped by Python.
     with suppress(subprocess.TimeoutExpired):
         process.wait(0.02)

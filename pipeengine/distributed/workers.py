@@ -5,9 +5,11 @@ all of them run it?), the loss after it, and, when something breaks, its cause.
 """
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import cache
 from typing import Protocol, TypeVar, cast
 
 import torch
@@ -16,7 +18,7 @@ import torch.distributed as dist
 from pipeengine.distributed.activity import Unwatched
 from pipeengine.distributed.codec import decode_or_raise, encode_or_tell
 from pipeengine.distributed.failure import ConnectionLost, Description, start
-from pipeengine.distributed.guard import Guard, GuardSettings
+from pipeengine.distributed.guard import Guard, GuardSettings, Told
 from pipeengine.distributed.local import LocalTransport, Transport
 from pipeengine.distributed.tied_parameters import NoTies, Tie, TiedParameters
 from pipeengine.distributed.transport import DistributedTransport
@@ -156,8 +158,9 @@ class ProcessGroupWorkers:
         self.activity = self._guard.activity
         self.waiter = Waiter(self._guard.interrupted, waits=self._guard.activity.wait)
         try:
-            self._guard.connect(self._store, self.waiter.run)
-            self._group = new_group(ranks, "gloo", timeout, self.waiter)
+            with self.activity.section("construction", takes_long=True):
+                self._guard.connect(self._store, self.waiter.run)
+                self._group = new_group(ranks, "gloo", timeout, self.waiter)
         except BaseException as error:
             failure = self.fail(error, "while connecting")
             self.close()
@@ -229,10 +232,35 @@ class ProcessGroupWorkers:
 
     def all_reduce(self, tensor: torch.Tensor, largest: bool = False) -> torch.Tensor:
         """Sum (or maximum) over all workers."""
+        if tensor.dim() == 0 and tensor.dtype == torch.float64:     # in the record that says which call this is
+            mine = self._record()
+            mine[-1:].view(torch.float64)[0] = tensor
+            parts = torch.stack([row[-1:].view(torch.float64)[0] for row in self._exchange(mine)])
+            return (parts.max() if largest else parts.sum()).to(tensor.device)
         moved = tensor.detach().cpu()
         kind = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
         self._wait(start(dist.all_reduce, moved, kind, group=self._group, async_op=True))
         return moved.to(tensor.device)
+
+    def _record(self, *numbers: int) -> torch.Tensor:
+        """What every call begins with: which call it is, then ``numbers``; the last slot is free."""
+        mine = torch.zeros(_SLOTS, dtype=torch.int64)
+        filled = torch.tensor([fact & (1 << 63) - 1 for fact in (_number(self.activity.call), *numbers)])
+        mine[:len(filled)] = filled
+        return mine
+
+    def _exchange(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        """Every worker's record. Raises ``InputError`` on every worker where they are in different calls: all records
+        have one size and shape, so that no two kinds of collective meet."""
+        rows = [torch.empty_like(mine) for _ in self.ranks]
+        self._wait(start(dist.all_gather, rows, mine, group=self._group, async_op=True))
+        if any(int(row[0]) != int(mine[0]) for row in rows):
+            calls = self.all_gather_object(self.activity.call)
+            odd = next(rank for rank, call in enumerate(calls) if call != calls[0])
+            raise InputError(f"workers make different calls: worker 0 calls {calls[0]}, worker {odd} {calls[odd]}; "
+                             "every worker must make the same calls in the same order (is one of them inside an "
+                             "'if rank == 0'?)")
+        return rows
 
     # -- records ----------------------------------------------------------------------------------------------------
 
@@ -260,14 +288,11 @@ class ProcessGroupWorkers:
     def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str]) -> None:
         """One small gather: the same ``facts`` everywhere, and nobody has a ``problem``; else the same error
         everywhere."""
-        mine = torch.zeros(_SLOTS, dtype=torch.int64)
-        mine[0] = problem is not None
-        mine[1:1 + len(facts)] = torch.tensor([fact & (1 << 63) - 1 for fact in facts])
-        found = [torch.empty_like(mine) for _ in self.ranks]
-        self._wait(start(dist.all_gather, found, mine, group=self._group, async_op=True))
+        mine = self._record(problem is not None, *facts)
+        found = self._exchange(mine)
         if all(torch.equal(other, mine) for other in found) and problem is None:
             return
-        rows = [other.tolist() for other in found]
+        rows = [other.tolist()[1:] for other in found]
         if any(row[0] for row in rows):
             self._raise_first(problem)
         for number, name in enumerate(names, 1):
@@ -289,6 +314,8 @@ class ProcessGroupWorkers:
 
     def fail(self, error: BaseException, where: str) -> BaseException:
         """Tell the others of ``error`` unless another worker is to blame; returns what this worker is to raise."""
+        if isinstance(error, Told):
+            return WorkerError(str(error))
         verdict = self._guard.verdict()
         lost = isinstance(error, ConnectionLost)
         if verdict is None:
@@ -300,7 +327,7 @@ class ProcessGroupWorkers:
             return error
         if verdict is None or verdict.rank == self.rank and verdict.kind == "failed":
             return self._own_failure(error, where, lost)
-        return verdict.error()
+        return WorkerError(verdict.text())
 
     def _own_failure(self, error: BaseException, where: str, secondary: bool) -> BaseException:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
@@ -337,6 +364,12 @@ def connect(mesh: object, device: torch.device, launched: bool, timeout: timedel
     if dist.get_world_size() == 1:
         return SingleProcess()
     return ProcessGroupWorkers(range(dist.get_world_size()), timeout, _backend(device), settings)
+
+
+@cache
+def _number(call: str) -> int:
+    """A number that stands for a call, the same on every worker."""
+    return int.from_bytes(hashlib.sha256(call.encode()).digest()[:7], "big")
 
 
 def _backend(device: torch.device) -> str:
