@@ -11,7 +11,7 @@ import torch
 from partitioners import Plan
 from pipeengine.assembly import Assembly, assemble
 from pipeengine.checkpoint import collect_state, load_state, save_weights
-from pipeengine.distributed import GuardSettings, connect, total_norm
+from pipeengine.distributed import connect, total_norm
 from pipeengine.options import Options
 from pipeengine.report import RunReport, measured_timeline, predict, report_text, save_report, stage_rows
 from pipeengine.runtime import Executor, StepRunner, TaskMaker
@@ -58,7 +58,7 @@ class Pipeline:
                           num_stages, plan, costs, loss_fn, target, loss_weight, batch_dims, weights, seed, check,
                           recompute)
         self._model, self._device = model, _device(model, device)
-        self._workers = connect(mesh, self._device, _launched(), settings=GuardSettings.of(os.environ))
+        self._workers = connect(mesh, self._device, _launched(), environment=os.environ)
         try:
             with self._workers.activity.section("construction", takes_long=True):
                 self._assembly: Assembly = assemble(options, self._workers, self._device)

@@ -37,6 +37,7 @@ LINE = {
         "options",
         "assembly",
         "pipeline",
+        "launch",
         "cli",
         "__main__",
     ),

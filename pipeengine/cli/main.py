@@ -18,6 +18,7 @@ import networkx
 from partitioners.graph import to_json
 from partitioners.reporting import command
 from partitioners.units import format_bytes, format_seconds, parse_flops, parse_rate
+from pipeengine.cli import launch as launch_command
 from pipeengine.cli import simulate as simulate_command
 from pipeengine.errors import InputError, PipeEngineError
 
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _profile_arguments(commands.add_parser("profile", help="what every part of a model takes on this machine"))
     simulate_command.add_arguments(commands.add_parser("simulate", help="what a schedule would take"))
     _report_arguments(commands.add_parser("report", help="a finished run as a table, a page or a trace"))
+    launch_command.add_arguments(commands.add_parser("launch", help="start a script on several workers, again if one "
+                                                     "of them is lost"))
     args = parser.parse_args(arguments)
     status, text = _COMMANDS[args.command](args)
     try:
@@ -235,6 +238,7 @@ def _report(args: argparse.Namespace) -> tuple[int, str]:
                  "chrome": lambda: json.dumps(chrome_trace(*timelines))}
         return _write(forms[args.format](), args.output)
     return _answer(args, make)
-_COMMANDS = {"plan": _plan, "profile": _profile, "simulate": simulate_command.run, "report": _report}
+_COMMANDS = {"plan": _plan, "profile": _profile, "simulate": simulate_command.run, "report": _report,
+             "launch": launch_command.run}
 if __name__ == "__main__":
     raise SystemExit(main())

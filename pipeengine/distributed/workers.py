@@ -20,6 +20,7 @@ from pipeengine.distributed.codec import decode_or_raise, encode_or_tell
 from pipeengine.distributed.failure import ConnectionLost, Description, start
 from pipeengine.distributed.guard import Guard, GuardSettings, Told
 from pipeengine.distributed.local import LocalTransport, Transport
+from pipeengine.distributed.rendezvous import start_group
 from pipeengine.distributed.tied_parameters import NoTies, Tie, TiedParameters
 from pipeengine.distributed.transport import DistributedTransport
 from pipeengine.distributed.waiting import Waiter, give_up, new_group
@@ -348,11 +349,13 @@ class ProcessGroupWorkers:
 
 
 def connect(mesh: object, device: torch.device, launched: bool, timeout: timedelta = timedelta(minutes=10),
-            settings: GuardSettings | None = None) -> Workers:
+            environment: Mapping[str, str] | None = None) -> Workers:
     """The workers of this job: the ``pp`` dimension of ``mesh``, the default process group, or this process alone.
 
-    Where processes were ``launched`` (by torchrun) without a process group, one is started.
+    Where processes were ``launched`` (by torchrun) without a process group, one is started, as ``environment`` says.
     """
+    environment = environment or {}
+    settings = GuardSettings.of(environment)
     if mesh is not None:
         group = mesh.get_group("pp") if "pp" in (mesh.mesh_dim_names or ()) else mesh.get_group()
         ranks = dist.get_process_group_ranks(group)
@@ -360,7 +363,7 @@ def connect(mesh: object, device: torch.device, launched: bool, timeout: timedel
     if not dist.is_initialized():
         if not launched:
             return SingleProcess()
-        dist.init_process_group("gloo" if device.type == "cpu" else None, timeout=timeout)
+        start_group(device, environment, timeout)
     if dist.get_world_size() == 1:
         return SingleProcess()
     return ProcessGroupWorkers(range(dist.get_world_size()), timeout, _backend(device), settings)
