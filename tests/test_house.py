@@ -35,6 +35,7 @@ LINE = {
         "runtime",
         "report",
         "options",
+        "agreement",
         "assembly",
         "pipeline",
         "launch",
