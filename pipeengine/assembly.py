@@ -17,6 +17,7 @@ import torch
 import partitioners
 from partitioners import Plan
 from partitioners.plan import check_rules
+from pipeengine.agreement import agree_on_construction
 from pipeengine.autograd import Recompute, find_deferrable
 from pipeengine.checkpoint import fetch_missing, load_stage, release_foreign
 from pipeengine.costs import analytic, cost_graph, made_up_target, measure, price_modules, price_stages
@@ -56,11 +57,18 @@ class Layout:
     splits_backward: bool
     memory_model: partitioners.MemoryModel
     recompute: Recompute
+    order: str                                  # the whole schedule, as text
 
     @property
     def num_stages(self) -> int:
         """Stages of the whole pipeline."""
         return self.choice.num_stages
+
+    def facts(self) -> dict[str, object]:
+        """What every worker must have alike, by name."""
+        order = hashlib.sha256(self.order.encode()).hexdigest()[:12]
+        return {"num_stages": self.num_stages, "schedule": self.choice.name, "the schedule's order": f"one with hash "
+                f"{order}", "recompute": (sorted(self.recompute.stages), sorted(self.recompute.modules))}
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ def assemble(options: Options, workers: Workers, device: torch.device) -> Assemb
     reader = BatchReader.of(options.model, device, count, loss_fn=options.loss_fn,
                             batch_dims=options.batch_dims)
     recorded = workers.run_synchronized(lambda: record(options, reader))
-    agree_on_construction(options, layout, recorded.flow, workers)
+    agree_on_construction(options, layout.facts(), recorded.flow, workers)
     link = link_times(workers)
     graph = workers.run_synchronized(lambda: price(recorded.flow, options, layout, device, workers.rank))
     price_modules(graph, recorded.flow, layout.recompute.spans(recorded.flow.recording))
@@ -161,7 +169,9 @@ def lay_out(options: Options, plan: Plan | None, num_microbatches: int, num_work
     choice = ScheduleChoice(options.schedule, num_stages, num_microbatches, num_workers)
     schedule = choice.build()
     return Layout(choice, choice.worker_of(schedule), splits_backward(schedule), memory_model_of(schedule),
-                  Recompute.of(options.recompute, num_stages, options.model))
+                  Recompute.of(options.recompute, num_stages, options.model),
+                  # One that is searched for follows from costs, which come later and are equal by then.
+                  "" if options.schedule == "auto" else schedule.to_text())
 
 
 def _count_stages(options: Options, plan: Plan | None, microbatches: int, num_workers: int) -> int:
@@ -194,32 +204,6 @@ def record(options: Options, reader: BatchReader) -> Recorded:
     if not any(recording.values[v].spec.requires_grad for v in flow.goals):
         raise InputError("the loss does not depend on any parameter that needs a gradient; is every parameter frozen?")
     return Recorded(flow, inputs, len(parts), batch)
-
-
-def agree_on_construction(options: Options, layout: Layout, flow: Dataflow, workers: Workers) -> None:
-    """Raise ``InputError`` on every worker unless all were given the same."""
-    facts = {"num_stages": layout.num_stages, "num_microbatches": layout.choice.num_microbatches,
-             "schedule": layout.choice.name, "seed": options.seed,
-             "recompute": (sorted(layout.recompute.stages), sorted(layout.recompute.modules)),
-             "the model or the example": f"that with hash {_number(_identity(options.model, flow))}",
-             "what the forward or the loss reads from Python": f"values with hash {flow.recording.python.digest}"}
-    everybody = workers.all_gather_object(facts)
-    for name, first in everybody[0].items():
-        other = next((rank for rank, theirs in enumerate(everybody) if theirs[name] != first), None)
-        if other is not None:
-            raise InputError(f"workers disagree on {name}: worker 0 has {first}, worker {other} has "
-                             f"{everybody[other][name]}; start every worker with the same arguments")
-
-
-def _identity(model: torch.nn.Module, flow: Dataflow) -> str:
-    """The model and the example, as text: what workers must agree on."""
-    parameters = [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in model.named_parameters()]
-    nodes = [(node.name, [flow.recording.values[v].spec.shape for v in node.results]) for node in flow.recording.nodes]
-    return repr((parameters, nodes))
-
-
-def _number(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 # -- costs and plan ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from partitioners import Plan
 from pipeengine.assembly import Assembly, assemble
 from pipeengine.checkpoint import Holdings, collect_state, load_state, save_weights
 from pipeengine.distributed import connect, total_norm
-from pipeengine.errors import InputError
 from pipeengine.options import Options
 from pipeengine.report import RunReport, measured_timeline, predict, report_text, save_report, stage_rows
 from pipeengine.runtime import Executor, StepRunner, TaskMaker
@@ -60,16 +59,18 @@ class Pipeline:
                           num_stages, plan, costs, loss_fn, target, loss_weight, batch_dims, weights, seed, check,
                           recompute)
         self._model, self._device = model, _device(model, device)
-        self._workers = connect(mesh, self._device, _launched())
+        self._workers = connect(mesh, self._device, _launched(), environment=os.environ)
         try:
-            self._assembly: Assembly = assemble(options, self._workers, self._device)
+            with self._workers.activity.section("construction", takes_long=True):
+                self._assembly: Assembly = assemble(options, self._workers, self._device)
         except BaseException:
             self._workers.close()
             raise
         made = self._assembly
         tasks = TaskMaker(made.reader, made.specializations, made.programs, seed, loss_weight)
-        self._runner = StepRunner(tasks, made.programs, Executor(made.transport, made.rng), made.transport, made.ties,
-                                  self._workers, made.layout.worker_of, made.num_parts)
+        executor = Executor(made.transport, made.rng, self._workers.activity)
+        self._runner = StepRunner(tasks, made.programs, executor, made.transport, made.ties, self._workers,
+                                  made.layout.worker_of, made.num_parts)
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
@@ -123,10 +124,9 @@ class Pipeline:
 
         For models that fit into worker 0's memory; ``save_weights`` writes any model, each worker its own part.
         """
-        self._runner.check_open()
         tensors = self._assembly.tensors
-        return self._runner.guarded(
-            lambda: collect_state(self._model, tensors.first_name, tensors.owner, self._workers))
+        return self._runner.collective(
+            "full_state_dict", lambda: collect_state(self._model, tensors.first_name, tensors.owner, self._workers))
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor], strict: bool = True) -> None:
         """Put ``state`` (original names, of the whole model or of this worker's share) into the held tensors.
@@ -134,19 +134,19 @@ class Pipeline:
         Every worker calls it. With ``strict``, names that the model does not have and held ones that are missing are an
         error; a wrong shape always is: ``InputError`` on every worker, and nothing has changed.
         """
-        self._runner.check_open()
         own = self.state_dict()
-        self._workers.run_synchronized(lambda: load_state(own, self._assembly.tensors.first_name, state, strict))
+        self._runner.collective("load_state_dict", lambda: self._workers.run_synchronized(
+            lambda: load_state(own, self._assembly.tensors.first_name, state, strict)))
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Scale all gradients so that their norm over all stages, shared ones counted once, is at most ``max_norm``.
 
         Returns the norm before scaling, 0-dimensional, on every worker.
         """
-        self._runner.check_open()
         owned = self._assembly.tensors.owned
         counted = [p.grad for name, p in self.named_parameters() if p.grad is not None and name in owned]
-        total = self._runner.guarded(lambda: total_norm(counted, norm_type, self._workers, self._device))
+        total = self._runner.reduction("clip_grad_norm_", lambda: total_norm(counted, norm_type, self._workers,
+                                                                               self._device))
         scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
         for parameter in self.parameters():
             if parameter.grad is not None:
@@ -165,7 +165,7 @@ class Pipeline:
     def verify_shared(self) -> None:
         """Raise ``WorkerError`` unless every copy of every shared parameter holds the same bits; every worker calls
         it."""
-        self._runner.guarded(self._assembly.ties.verify)
+        self._runner.collective("verify_shared", self._assembly.ties.verify)
 
     def save_weights(self, folder: str | Path) -> None:
         """Write all weights as safetensors with a sharded index in the original names; every worker calls it.
@@ -173,9 +173,8 @@ class Pipeline:
         At any moment the folder holds the old weights or the new, whole. Raises ``InputError``, the same on every
         worker, where it cannot be written; training can go on.
         """
-        self._runner.check_open()
-        self._runner.guarded(lambda: save_weights(self._model, self._assembly.tensors.owned, Path(folder),
-                                                  self._workers), harmless=InputError)
+        self._runner.collective(f"save_weights({str(folder)!r})", lambda: save_weights(
+            self._model, self._assembly.tensors.owned, Path(folder), self._workers))
 
     def holdings(self) -> Holdings:
         """What checkpoints need to know of this worker's share; see ``Checkpoints``."""

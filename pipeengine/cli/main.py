@@ -19,6 +19,7 @@ from partitioners.graph import to_json
 from partitioners.reporting import command
 from partitioners.units import format_bytes, format_seconds, parse_flops, parse_rate
 from pipeengine.cli import checkpoint as checkpoint_command
+from pipeengine.cli import launch as launch_command
 from pipeengine.cli import search as search_command
 from pipeengine.cli import simulate as simulate_command
 from pipeengine.device_cards import DeviceCard
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _report_arguments(commands.add_parser("report", help="a finished run as a table, a page or a trace"))
     checkpoint_command.add_arguments(commands.add_parser("checkpoint", help="what a run has saved, and whether it is "
                                                          "whole"))
+    launch_command.add_arguments(commands.add_parser("launch", help="start a script on several workers, again if one "
+                                                     "of them is lost"))
     args = parser.parse_args(arguments)
     status, text = _COMMANDS[args.command](args)
     try:
@@ -263,6 +266,6 @@ def _search(args: argparse.Namespace) -> tuple[int, str]:
 
 
 _COMMANDS = {"plan": _plan, "profile": _profile, "search": _search, "simulate": simulate_command.run, "report": _report,
-             "checkpoint": checkpoint_command.run}
+             "checkpoint": checkpoint_command.run, "launch": launch_command.run}
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -72,8 +72,8 @@ def take_apart(inputs: Inputs, *, names: Sequence[str], batch_dims: Mapping[str,
     ``names`` are those of positional arguments. ``batch_dims`` says by name along which dimension a tensor is split,
     or None for what goes whole. The rows are those of the first tensor with such a dimension, else dimension 0 of the
     first tensor that has one; a tensor not named is split if its dimension 0 has as many, or if it holds the images of
-    all rows one after another (see ``packing``). A tensor that stands under several names is split once, as the first
-    of them says. Raises ``InputError`` for what cannot be a batch.
+    all rows one after another (see ``packed_images``). A tensor that stands under several names is split once, as the
+    first of them says. Raises ``InputError`` for what cannot be a batch.
     """
     dims = dict(batch_dims or {})
     named = [*((names[i] if i < len(names) else f"argument {i}", value) for i, value in enumerate(inputs.args)),

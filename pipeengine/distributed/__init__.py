@@ -1,8 +1,10 @@
 """The workers of one pipeline: who they are, what they agree on, how values travel, how one failure becomes
 everybody's."""
 
-from pipeengine.distributed.failure import headline
+from pipeengine.distributed.activity import Activity, Unwatched
+from pipeengine.distributed.failure import ConnectionLost, headline
 from pipeengine.distributed.grad_norm import total_norm
+from pipeengine.distributed.guard import GuardSettings
 from pipeengine.distributed.local import LocalTransport, Transport
 from pipeengine.distributed.tied_parameters import NoTies, Tie, TiedParameters
 from pipeengine.distributed.transport import DistributedTransport
@@ -10,7 +12,10 @@ from pipeengine.distributed.wishes import Wishes
 from pipeengine.distributed.workers import ProcessGroupWorkers, SingleProcess, Workers, connect
 
 __all__ = [
+    "Activity",
+    "ConnectionLost",
     "DistributedTransport",
+    "GuardSettings",
     "LocalTransport",
     "NoTies",
     "ProcessGroupWorkers",
@@ -18,6 +23,7 @@ __all__ = [
     "Tie",
     "TiedParameters",
     "Transport",
+    "Unwatched",
     "Wishes",
     "Workers",
     "connect",

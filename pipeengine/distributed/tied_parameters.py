@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from pipeengine.distributed.failure import start
-from pipeengine.distributed.waiting import Waiter, give_up
+from pipeengine.distributed.waiting import Waiter, give_up, new_group
 from pipeengine.errors import WorkerError
 
 
@@ -54,7 +54,7 @@ class TiedParameters:
                  backend: str, timeout: timedelta, waiter: Waiter):
         self._ties, self._tensors, self._worker, self._ranks = tuple(ties), dict(tensors), worker, tuple(ranks)
         self._waiter = waiter
-        self._groups = {workers: dist.new_group([ranks[w] for w in workers], backend=backend, timeout=timeout)
+        self._groups = {workers: new_group([ranks[w] for w in workers], backend, timeout, waiter)
                         for workers in sorted({tie.workers for tie in ties})}
         self._before: dict[str, torch.Tensor | None] = {}
         self.messages, self.bytes = 0, 0

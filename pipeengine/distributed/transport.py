@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from pipeengine.distributed.failure import start
 from pipeengine.distributed.local import LocalTransport
-from pipeengine.distributed.waiting import Waiter, give_up
+from pipeengine.distributed.waiting import Waiter, give_up, new_group
 from pipeengine.errors import WorkerError
 from pipeengine.program import UNDERWAY
 from pipeengine.stages import ACTIVATION, Layout, allocate, check_header, has_arrived, header, pack, unpack
@@ -29,13 +29,13 @@ class DistributedTransport:
         self._device, self._tagged, self._waiter = device, backend == "gloo", waiter
         self._groups: dict[tuple[int, int], dist.ProcessGroup] = {}
         if self._tagged:
-            group = dist.new_group(list(ranks), backend=backend, timeout=timeout)
+            group = new_group(ranks, backend, timeout, waiter)
             self._groups = {(a, b): group for a in range(len(ranks)) for b in range(len(ranks))}
         else:
             for a in range(len(ranks)):
                 for b in range(len(ranks)):
                     if a != b:
-                        self._groups[a, b] = dist.new_group([ranks[a], ranks[b]], backend=backend, timeout=timeout)
+                        self._groups[a, b] = new_group([ranks[a], ranks[b]], backend, timeout, waiter)
         self._place = {pair: tuple(dist.get_group_rank(group, self._ranks[end]) for end in pair)
                        for pair, group in self._groups.items()}
         self._local = LocalTransport()

@@ -5,27 +5,31 @@ all of them run it?), the loss after it, and, when something breaks, its cause.
 """
 from __future__ import annotations
 
-import json
-import uuid
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
-from time import sleep
+from functools import cache
 from typing import Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from pipeengine.distributed.activity import Unwatched
 from pipeengine.distributed.codec import decode_or_raise, encode_or_tell
 from pipeengine.distributed.failure import ConnectionLost, Description, start
+from pipeengine.distributed.guard import Guard, GuardSettings, Told
 from pipeengine.distributed.local import LocalTransport, Transport
+from pipeengine.distributed.rendezvous import start_group
 from pipeengine.distributed.tied_parameters import NoTies, Tie, TiedParameters
 from pipeengine.distributed.transport import DistributedTransport
-from pipeengine.distributed.waiting import Waiter, give_up
+from pipeengine.distributed.waiting import Waiter, give_up, new_group
 from pipeengine.distributed.wishes import Wishes
 from pipeengine.errors import InputError, PipeEngineError, WorkerError
 from pipeengine.torch_private import default_store
 
 _SLOTS = 8
+_VERDICT_SECONDS = 2.0      # until the guard has said who is to blame
 T = TypeVar("T")
 
 
@@ -36,6 +40,7 @@ class Workers(Protocol):
     rank: int
     size: int
     backend: str | None
+    activity: Unwatched
     wishes: Wishes
 
     def run_synchronized(self, what: Callable[[], T]) -> T:
@@ -86,6 +91,7 @@ class SingleProcess:
     backend = None
 
     def __init__(self) -> None:
+        self.activity = Unwatched()
         self._published: dict[int, str] = {}
         self.wishes = Wishes()
 
@@ -146,16 +152,31 @@ class SingleProcess:
 class ProcessGroupWorkers:
     """The processes of a pipeline, on a control group of their own."""
 
-    def __init__(self, ranks: Sequence[int], timeout: timedelta, backend: str = "gloo"):
+    def __init__(self, ranks: Sequence[int], timeout: timedelta, backend: str = "gloo",
+                 settings: GuardSettings | None = None):
         self.ranks, self.backend = tuple(ranks), backend
         self.rank, self.size = self.ranks.index(dist.get_rank()), len(self.ranks)
         self.timeout = timeout
-        self.waiter = Waiter(self.interrupted)
         self.wishes = Wishes()
-        self._name: str | None = None
-        self._group: dist.ProcessGroup | None = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
-        self._store = dist.PrefixStore("pipeengine", default_store())
-        self._name = self.broadcast_object(uuid.uuid4().hex)
+        self._group: dist.ProcessGroup | None = None
+        self._store = self._own_store()
+        self._guard = Guard(self.rank, self.size, settings or GuardSettings())
+        self.activity = self._guard.activity
+        self.waiter = Waiter(self._guard.interrupted, waits=self._guard.activity.wait)
+        try:
+            with self.activity.section("construction", takes_long=True):
+                self._guard.connect(self._store, self.waiter.run)
+                self._group = new_group(ranks, "gloo", timeout, self.waiter)
+        except BaseException as error:
+            failure = self.fail(error, "while connecting")
+            self.close()
+            raise failure from None
+
+    def _own_store(self) -> dist.Store:
+        """A part of the default store for these workers alone: every one of them counts the pipelines it has made."""
+        name = "pipeengine/" + "-".join(map(str, self.ranks))
+        number = default_store().add(f"{name}/made/{self.rank}", 1)
+        return dist.PrefixStore(f"{name}/{number}", default_store())
 
     def connect_stages(self, worker_of: Sequence[int], device: torch.device) -> Transport:
         """A transport with groups of its own; every worker calls it."""
@@ -217,20 +238,46 @@ class ProcessGroupWorkers:
 
     def all_reduce(self, tensor: torch.Tensor, largest: bool = False) -> torch.Tensor:
         """Sum (or maximum) over all workers."""
+        if tensor.dim() == 0 and tensor.dtype == torch.float64:     # in the record that says which call this is
+            mine = self._record()
+            mine[-1:].view(torch.float64)[0] = tensor
+            parts = torch.stack([row[-1:].view(torch.float64)[0] for row in self._exchange(mine)])
+            return (parts.max() if largest else parts.sum()).to(tensor.device)
         moved = tensor.detach().cpu()
         kind = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
         self._wait(start(dist.all_reduce, moved, kind, group=self._group, async_op=True))
         return moved.to(tensor.device)
 
+    def _record(self, *numbers: int) -> torch.Tensor:
+        """What every call begins with: which call it is, then ``numbers``; the last slot is free."""
+        mine = torch.zeros(_SLOTS, dtype=torch.int64)
+        filled = torch.tensor([fact & (1 << 63) - 1 for fact in (_number(self.activity.call), *numbers)])
+        mine[:len(filled)] = filled
+        return mine
+
+    def _exchange(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        """Every worker's record. Raises ``InputError`` on every worker where they are in different calls: all records
+        have one size and shape, so that no two kinds of collective meet."""
+        rows = [torch.empty_like(mine) for _ in self.ranks]
+        self._wait(start(dist.all_gather, rows, mine, group=self._group, async_op=True))
+        if any(int(row[0]) != int(mine[0]) for row in rows):
+            calls = self.all_gather_object(self.activity.call)
+            odd = next(rank for rank, call in enumerate(calls) if call != calls[0])
+            raise InputError(f"workers make different calls: worker 0 calls {calls[0]}, worker {odd} {calls[odd]}; "
+                             "every worker must make the same calls in the same order (is one of them inside an "
+                             "'if rank == 0'?)")
+        return rows
+
     # -- records ----------------------------------------------------------------------------------------------------
 
     def publish(self, text: str) -> None:
-        """Leave a text for the others to find; nobody waits."""
-        self._store.set(f"{self._name}/records/{self.rank}", text)
+        """Leave a text for the others to find; nobody waits. Where the store is gone, nobody finds it."""
+        with suppress(RuntimeError, dist.DistError):
+            self.waiter.run(lambda: self._store.set(f"records/{self.rank}", text))
 
     def published(self) -> dict[int, str]:
         """What each worker has left last, for those that have."""
-        keys = {rank: f"{self._name}/records/{rank}" for rank in range(self.size)}
+        keys = {rank: f"records/{rank}" for rank in range(self.size)}
         return {rank: self._store.get(key).decode() for rank, key in keys.items() if self._store.check([key])}
 
     # -- agreement --------------------------------------------------------------------------------------------------
@@ -247,18 +294,15 @@ class ProcessGroupWorkers:
     def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str]) -> None:
         """One small gather: the same ``facts`` everywhere, and nobody has a ``problem``; else the same error
         everywhere."""
-        mine = torch.zeros(_SLOTS, dtype=torch.int64)
-        mine[0] = problem is not None
-        mine[1:1 + len(facts)] = torch.tensor([fact & (1 << 63) - 1 for fact in facts])
+        mine = self._record(problem is not None, *facts)
         mine[-1] = self.wishes.own()
-        found = [torch.empty_like(mine) for _ in self.ranks]
-        self._wait(start(dist.all_gather, found, mine, group=self._group, async_op=True))
+        found = self._exchange(mine)
         for other in found:
             self.wishes.hear(int(other[-1]))
             other[-1] = mine[-1]        # what a worker asks for is no disagreement
         if all(torch.equal(other, mine) for other in found) and problem is None:
             return
-        rows = [other.tolist() for other in found]
+        rows = [other.tolist()[1:] for other in found]
         if any(row[0] for row in rows):
             self._raise_first(problem)
         for number, name in enumerate(names, 1):
@@ -278,38 +322,22 @@ class ProcessGroupWorkers:
 
     # -- failure ----------------------------------------------------------------------------------------------------
 
-    def interrupted(self) -> Exception | None:
-        """The failure of another worker, if one has been recorded."""
-        if self._group is None or self._name is None:
-            return None
-        try:
-            return self._recorded() if self._store.check([f"{self._name}/failure"]) else None
-        except Exception:           # the store is gone: the wait itself will tell
-            return None
-
-    def _recorded(self) -> WorkerError:
-        record = json.loads(self._store.get(f"{self._name}/failure"))
-        return WorkerError(f"worker {record['rank']} failed {record['where']}: {record['error']}\n"
-                           f"--- traceback of worker {record['rank']} ---\n{record['traceback']}")
-
     def fail(self, error: BaseException, where: str) -> BaseException:
-        """Record ``error`` unless another worker was first, and return what this worker is to raise."""
-        told = Description.of(error)
-        record = {"rank": self.rank, "where": where, "error": f"{told.kind}: {told.text}", "traceback": told.traceback}
-        secondary = isinstance(error, ConnectionLost)
-        try:
-            if secondary:
-                # A closed connection is a consequence: leave the first word to the worker that failed.
-                for _ in range(20):
-                    if self._store.check([f"{self._name}/failure"]):
-                        return self._recorded()
-                    sleep(0.05)
-            if self._store.add(f"{self._name}/failures", 1) == 1:
-                self._store.set(f"{self._name}/failure", json.dumps(record))
-                return self._own_failure(error, where, secondary)
-            return error if isinstance(error, (KeyboardInterrupt, SystemExit)) else self._recorded()
-        except Exception:           # no store any more: its host is gone
-            return self._own_failure(error, where, secondary)
+        """Tell the others of ``error`` unless another worker is to blame; returns what this worker is to raise."""
+        if isinstance(error, Told):
+            return WorkerError(str(error))
+        verdict = self._guard.verdict()
+        lost = isinstance(error, ConnectionLost)
+        if verdict is None:
+            if not lost:
+                self._guard.tell(Description.of(error), where)
+            # A closed connection is a consequence: the guard knows of what.
+            verdict = self._guard.verdict(_VERDICT_SECONDS)
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            return error
+        if verdict is None or verdict.rank == self.rank and verdict.kind == "failed":
+            return self._own_failure(error, where, lost)
+        return WorkerError(verdict.text())
 
     def _own_failure(self, error: BaseException, where: str, secondary: bool) -> BaseException:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
@@ -321,29 +349,39 @@ class ProcessGroupWorkers:
         return WorkerError(f"worker {self.rank} failed {where}: {type(error).__name__}: {error}")
 
     def close(self) -> None:
-        """Give up the control group. Dropping the last reference closes the connections."""
+        """Give up the control group and the guard. Dropping the last reference closes the connections."""
         self.waiter.close()
         group, self._group = self._group, None
         if group is not None:
             give_up(group)
+        self._guard.close()
 
 
-def connect(mesh: object, device: torch.device, launched: bool, timeout: timedelta = timedelta(minutes=10)) -> Workers:
+def connect(mesh: object, device: torch.device, launched: bool, timeout: timedelta = timedelta(minutes=10),
+            environment: Mapping[str, str] | None = None) -> Workers:
     """The workers of this job: the ``pp`` dimension of ``mesh``, the default process group, or this process alone.
 
-    Where processes were ``launched`` (by torchrun) without a process group, one is started.
+    Where processes were ``launched`` (by torchrun) without a process group, one is started, as ``environment`` says.
     """
+    environment = environment or {}
+    settings = GuardSettings.of(environment)
     if mesh is not None:
         group = mesh.get_group("pp") if "pp" in (mesh.mesh_dim_names or ()) else mesh.get_group()
         ranks = dist.get_process_group_ranks(group)
-        return ProcessGroupWorkers(ranks, timeout, _backend(device)) if len(ranks) > 1 else SingleProcess()
+        return ProcessGroupWorkers(ranks, timeout, _backend(device), settings) if len(ranks) > 1 else SingleProcess()
     if not dist.is_initialized():
         if not launched:
             return SingleProcess()
-        dist.init_process_group("gloo" if device.type == "cpu" else None, timeout=timeout)
+        start_group(device, environment, timeout)
     if dist.get_world_size() == 1:
         return SingleProcess()
-    return ProcessGroupWorkers(range(dist.get_world_size()), timeout, _backend(device))
+    return ProcessGroupWorkers(range(dist.get_world_size()), timeout, _backend(device), settings)
+
+
+@cache
+def _number(call: str) -> int:
+    """A number that stands for a call, the same on every worker."""
+    return int.from_bytes(hashlib.sha256(call.encode()).digest()[:7], "big")
 
 
 def _backend(device: torch.device) -> str:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeengine.autograd import Queue
 from pipeengine.autograd import run as run_deferred
-from pipeengine.distributed import Transport
+from pipeengine.distributed import Transport, Unwatched
 from pipeengine.rng import RngStreams
 from pipeengine.stages import ACTIVATION, GRADIENT, Runnable
 from pipeengine.torch_private import engine_run_backward
@@ -34,8 +34,9 @@ class Executor:
     """Runs the actions of one worker. ``records`` holds (op, stage, microbatch, start, end) of the last step, in
     seconds."""
 
-    def __init__(self, transport: Transport, rng: RngStreams):
+    def __init__(self, transport: Transport, rng: RngStreams, activity: Unwatched | None = None):
         self._transport, self._rng = transport, rng
+        self.activity = activity or Unwatched()
         self._do = {"F": self._forward, "B": self._backward, "I": self._input_gradient, "W": self._weight_gradient,
                     "SA": self._send_activation, "RA": self._post_activation,
                     "SG": self._send_gradient, "RG": self._post_gradient}
@@ -53,11 +54,12 @@ class Executor:
         self.loss: torch.Tensor | None = None
         self.outputs: dict[int, list] = {}
         self.records.clear()
-        do = self._do
+        do, at = self._do, self.activity.at
         try:
             for action in actions:
                 self.position = action
                 op, stage, microbatch, peer = action
+                at(op, stage, microbatch)
                 do[op](stage, microbatch, peer)
             self._transport.finish()
             self.position = ()

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TypeVar
 
 import torch
 
-from pipeengine.distributed import NoTies, TiedParameters, Transport, Workers, headline
+from pipeengine.distributed import ConnectionLost, NoTies, TiedParameters, Transport, Workers, headline
 from pipeengine.errors import InputError, WorkerError
 from pipeengine.runtime.executor import Executor
 from pipeengine.runtime.outputs import merge_outputs
@@ -60,36 +61,63 @@ class StepRunner:
         self._tasks, self._programs, self.executor, self.transport = tasks, programs, executor, transport
         self.ties, self._workers, self._worker_of = ties, workers, worker_of
         self.progress = Progress(num_microbatches)
+        self._run_before: set[int] = set()
 
     def step(self, inputs: Inputs) -> torch.Tensor | None:
         """Forward and backward of a whole batch; returns its loss, detached, on every worker."""
-        prepared = self._prepare(inputs, training=True)
-        with torch.enable_grad():
-            self.guarded(lambda: self._train(prepared))
+        with self._call("step"):
+            prepared = self._prepare(inputs, training=True)
+            with torch.enable_grad(), self._run("step", prepared):
+                self.guarded(lambda: self._train(prepared))
         return self.progress.loss
 
     def evaluate(self, inputs: Inputs, gather: bool) -> object:
         """Forward only; the model's output for the whole batch on the worker of the last stage, or everywhere."""
-        with torch.no_grad():
+        call = "evaluate(gather=True)" if gather else "evaluate"
+        with torch.no_grad(), self._call(call):
             prepared = self._prepare(inputs, training=False)
-            return self.guarded(lambda: self._evaluate(prepared, gather))
+            with self._run(call, prepared):
+                return self.guarded(lambda: self._evaluate(prepared, gather))
+
+    def _call(self, name: str, *, takes_long: bool = True) -> AbstractContextManager[None]:
+        """Inside, the guard knows that this worker is in this call, and so do the others when they meet it."""
+        return self._workers.activity.section(name, self.progress.step, takes_long=takes_long)
+
+    def collective(self, call: str, what: Callable[[], T], harmless: type[BaseException] = InputError) -> T:
+        """``what()`` on every worker, once all of them are in the same ``call``; else ``InputError`` on all."""
+        self.check_open()
+        with self._call(call):
+            self.guarded(lambda: self._workers.agree((), None, ()), harmless=InputError)
+            return self.guarded(what, harmless=harmless)
+
+    def reduction(self, call: str, what: Callable[[], T]) -> T:
+        """The same for what exchanges one number, which travels with the name of the call."""
+        self.check_open()
+        with self._call(call, takes_long=False):
+            return self.guarded(what, harmless=InputError)
+
+    def _run(self, name: str, prepared: Prepared) -> AbstractContextManager[None]:
+        """Inside, stages run; what runs for the first time may be compiled, which takes long."""
+        new = prepared.recorded not in self._run_before
+        self._run_before.add(prepared.recorded)
+        return self._call(name, takes_long=new)
 
     def _prepare(self, inputs: Inputs, *, training: bool) -> Prepared:
         """The batch made ready on this worker, once all workers agree that theirs is the same."""
         self.check_open()
         progress = self.progress
-        progress.calls += 1
+        call = progress.calls + 1
         problem, prepared = None, None
         try:
-            prepared = self._tasks.prepare(inputs, training=training, step=progress.step, call=progress.calls)
+            prepared = self._tasks.prepare(inputs, training=training, step=progress.step, call=call)
         except InputError as error:
             problem = error
         except Exception as error:
             problem = InputError(f"this batch cannot be used: {type(error).__name__}: {error}")
             problem.__cause__ = error
-        facts = (progress.calls, prepared.digest, prepared.python, prepared.recorded) if prepared else \
-            (progress.calls, 0, 0, 0)
+        facts = (call, prepared.digest, prepared.python, prepared.recorded) if prepared else (call, 0, 0, 0)
         self.guarded(lambda: self._workers.agree(facts, problem, _FACTS), harmless=InputError)
+        progress.calls = call           # one that was refused everywhere has not happened
         assert prepared is not None, "a problem of one worker is raised on all"
         return prepared
 
@@ -149,9 +177,9 @@ class StepRunner:
         """Run something that talks to other workers; a failure becomes the same error on every worker."""
         try:
             return what()
-        except harmless:
-            raise
         except BaseException as error:
+            if isinstance(error, harmless) and not isinstance(error, ConnectionLost):
+                raise
             failure = self._workers.fail(error, f"in step {self.progress.step}{self._where()}")
             self.ties.restore()
             self.give_up(headline(failure))
@@ -174,7 +202,7 @@ class StepRunner:
     def close(self) -> None:
         """Give up the connections once every worker is here."""
         if self.progress.closed is None:
-            self.guarded(lambda: self._workers.all_gather_object(None))     # nobody leaves while another is at work
+            self.collective("close", lambda: None)      # nobody leaves while another is at work
             self.give_up("closed by its owner")
 
     def give_up(self, why: str) -> None:
