@@ -37,6 +37,7 @@ LINE = {
         "options",
         "assembly",
         "pipeline",
+        "integrations",
         "cli",
         "__main__",
     ),
