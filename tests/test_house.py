@@ -43,6 +43,7 @@ LINE = {
         "assembly",
         "pipeline",
         "run",
+        "integrations",
         "launch",
         "cli",
         "__main__",
