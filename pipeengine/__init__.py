@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pipeengine.costs import DeviceDescription, profile
     from pipeengine.pipeline import Pipeline
     from pipeengine.program import Program, lower
+    from pipeengine.run import Run
     from pipeengine.schedules import Schedule
     from pipeengine.simulation import Costs, Timeline, simulate
     from pipeengine.synthesis import build
@@ -34,12 +35,12 @@ if TYPE_CHECKING:
 _LATER = {"Pipeline": "pipeline", "capture": "tracing", "profile": "costs", "simulate": "simulation",
           "Recording": "tracing", "Timeline": "simulation", "Costs": "simulation", "Schedule": "schedules",
           "Program": "program", "lower": "program", "build": "synthesis", "DeviceDescription": "costs",
-          "Checkpoints": "checkpoint"}
+          "Checkpoints": "checkpoint", "Run": "run"}
 
 __all__ = ["Boundary", "CaptureError", "Checkpoints", "Costs", "DeviceDescription", "GraphError", "InfeasibleError",
            "InputError", "PartitionError", "PipeEngineError", "Pipeline", "Plan", "PlanError", "Program", "Recording",
-           "Schedule", "ScheduleError", "Timeline", "WorkerError", "build", "capture", "lower", "partition", "profile",
-           "simulate"]
+           "Run", "Schedule", "ScheduleError", "Timeline", "WorkerError", "build", "capture", "lower", "partition",
+           "profile", "simulate"]
 
 try:
     __version__ = version("pipeengine")

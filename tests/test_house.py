@@ -165,7 +165,7 @@ def test_public_names_are_exact():
     """What the front door offers, and nothing else by accident."""
     assert set(pipeengine.__all__) == {
         "Pipeline", "Checkpoints", "capture", "profile", "partition", "simulate", "build", "lower",
-        "Boundary", "Costs", "DeviceDescription", "Plan", "Program", "Recording", "Schedule", "Timeline",
+        "Boundary", "Costs", "DeviceDescription", "Plan", "Program", "Recording", "Run", "Schedule", "Timeline",
         "CaptureError", "GraphError", "InfeasibleError", "InputError", "PartitionError", "PipeEngineError", "PlanError",
         "ScheduleError", "WorkerError"}
     for name in pipeengine.__all__:

@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
+from pipeengine.distributed.board import Board, LocalBoard, StoreBoard
 from pipeengine.distributed.failure import ConnectionLost, Description, start
 from pipeengine.distributed.local import LocalTransport, Transport
 from pipeengine.distributed.tied_parameters import NoTies, Tie, TiedParameters
@@ -37,6 +38,7 @@ class Workers(Protocol):
     size: int
     backend: str | None
     wishes: Wishes
+    board: Board
 
     def run_synchronized(self, what: Callable[[], T]) -> T:
         """Do something that needs no other worker, on all of them; if it fails on one, raise its error on all."""
@@ -87,7 +89,7 @@ class SingleProcess:
 
     def __init__(self) -> None:
         self._published: dict[int, str] = {}
-        self.wishes = Wishes()
+        self.wishes, self.board = Wishes(), LocalBoard()
 
     def run_synchronized(self, what: Callable[[], T]) -> T:
         """Do it."""
@@ -156,6 +158,7 @@ class ProcessGroupWorkers:
         self._group: dist.ProcessGroup | None = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
         self._store = dist.PrefixStore("pipeengine", default_store())
         self._name = self.broadcast_object(uuid.uuid4().hex)
+        self.board = StoreBoard(dist.PrefixStore(f"{self._name}/board", self._store))
 
     def connect_stages(self, worker_of: Sequence[int], device: torch.device) -> Transport:
         """A transport with groups of its own; every worker calls it."""

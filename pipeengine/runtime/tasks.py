@@ -69,12 +69,14 @@ class BatchReader:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch, ready to run. ``digest`` is of the batch, ``recorded`` of what was recorded for it."""
+    """A batch, ready to run. ``digest`` is of the batch, ``recorded`` of what was recorded for it,
+    ``amount`` how many tokens or rows it holds."""
 
     tasks: tuple[Task, ...]
     specializations: tuple[Specialization, ...]
     digest: int
     recorded: int
+    amount: tuple[int, str]
 
     @property
     def edges(self) -> frozenset[Edge]:
@@ -110,7 +112,7 @@ class TaskMaker:
         recorded = 0
         for specialization in chosen:
             recorded = mix(recorded, specialization.digest)
-        return Prepared(tasks, chosen, batch.digest(), recorded)
+        return Prepared(tasks, chosen, batch.digest(), recorded, batch.amount())
 
     def _specialize(self, batch: Batch, kind: tuple, parts: Sequence[list[torch.Tensor]], sizes: Sequence[int],
                     keys: Sequence[int], training: bool) -> tuple[Specialization, ...]:
