@@ -78,7 +78,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("number, code", ((signal.SIGTERM, 0), (signal.SIGINT, 130)))
 def test_a_signal_saves_and_ends(tmp_path, number, code):
-    """The signal reaches one worker only; both save the same step and end, and the next start goes on there."""
+    """Both workers save the same step and end, and the next start goes on there."""
     first = Workers(2, work, str(tmp_path), None, 5)
     first.wait_for("begins")
     while "waits" not in first.workers[0].reports:
