@@ -1,9 +1,11 @@
 """A run in one process: what its folder holds, how it ends, goes on and is told of."""
 import gc
 import json
+import re
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -183,3 +185,29 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(tmp_path):
             run.log(accuracy=[1.0])
     run.close()
     assert isinstance(run, Run) and "torch" in sys.modules
+
+
+def test_the_example_of_the_docs_runs(tmp_path, monkeypatch, capsys):
+    """docs/runs.md as it stands; started again, nothing is left, and ``--watch`` says so."""
+    from pipeengine.cli import main
+    text = (Path(pe.__file__).parents[1] / "docs" / "runs.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(code, names := {})
+    assert names["step"] == 24 and names["run"].first_step == 0
+    exec(code, names := {})
+    assert "step" not in names and names["run"].first_step == 25
+    capsys.readouterr()
+    assert main(["report", "--watch", "runs/first"]) == 0
+    assert capsys.readouterr().out.startswith("step 25 of 25, done\n  loss ")
+    assert main(["report", "--watch", "runs"]) == 2
+
+
+def test_every_value_is_in_the_docs(tmp_path):
+    """The table of docs/runs.md names what a run tells, and nothing else."""
+    text = (Path(pe.__file__).parents[1] / "docs" / "runs.md").read_text()
+    train(tmp_path, 12)
+    told = {re.sub(r"_\d+$", "", name) for record in read_metrics(tmp_path / "metrics.jsonl") for name in record
+            if name.startswith("pipeline/")}
+    for name in told:
+        assert name in text or name.removeprefix("pipeline/").split("/")[0] in text, name
