@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pipeengine.exploration import Search, search
     from pipeengine.pipeline import Pipeline
     from pipeengine.program import Program, lower
+    from pipeengine.run import Run
     from pipeengine.schedules import Schedule
     from pipeengine.simulation import Costs, Timeline, simulate
     from pipeengine.synthesis import build
@@ -42,6 +43,7 @@ _LATER = {
     "Program": "program",
     "Recording": "tracing",
     "ResumableLoader": "data",
+    "Run": "run",
     "Schedule": "schedules",
     "Search": "exploration",
     "ShuffledSampler": "data",
@@ -73,6 +75,7 @@ __all__ = [
     "Program",
     "Recording",
     "ResumableLoader",
+    "Run",
     "Schedule",
     "ScheduleError",
     "Search",

@@ -238,6 +238,16 @@ class Pipeline:
         return self._runner.progress.step
 
     @property
+    def num_workers(self) -> int:
+        """Workers of the whole pipeline."""
+        return self._workers.size
+
+    @property
+    def amount(self) -> tuple[int, str]:
+        """What the last step's batch held: (number, "tokens") for a table of integers, else (number, "rows")."""
+        return self._runner.progress.amount
+
+    @property
     def rank(self) -> int:
         """This worker's number in the pipeline."""
         return self._workers.rank

@@ -172,7 +172,8 @@ def test_public_names_are_exact():
     """What the front door offers, and nothing else by accident."""
     assert set(pipeengine.__all__) == {
         "Pipeline", "Checkpoints", "capture", "profile", "partition", "simulate", "search", "build", "lower",
-        "Boundary", "Costs", "DeviceDescription", "Plan", "Program", "Recording", "Schedule", "Search", "Timeline",
+        "Boundary", "Costs", "DeviceDescription", "Plan", "Program", "Recording", "Run", "Schedule", "Search",
+        "Timeline",
         "CaptureError", "GraphError", "InfeasibleError", "InputError", "PartitionError", "PipeEngineError", "PlanError",
         "ScheduleError", "WorkerError", "PackedDataset", "ResumableLoader", "ShuffledSampler", "TokenDataset"}
     for name in pipeengine.__all__:

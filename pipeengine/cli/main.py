@@ -6,6 +6,7 @@ valid answer. torch is imported only for commands that are given a model.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -243,15 +244,20 @@ def _table(rows: list[dict]) -> str:
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="a folder that save_report() wrote, or its report.json")
+    parser.add_argument("run", help="the folder of a run, one that save_report() wrote, or its report.json")
+    parser.add_argument("--watch", action="store_true", help="show how far the run is until it is done")
     parser.add_argument("--format", choices=("text", "json", "html", "chrome"), default="text")
     parser.add_argument("-o", "--output", metavar="FILE", help="write there instead of printing")
 
 
 def _report(args: argparse.Namespace) -> tuple[int, str]:
-    from pipeengine.report import RunReport, chrome_trace, report_html, report_text
+    from pipeengine.report import RunReport, chrome_trace, report_html, report_text, watch
 
     def make() -> str:
+        if args.watch:
+            with contextlib.suppress(KeyboardInterrupt):
+                watch(Path(args.run), _shown_over())
+            return ""
         path = Path(args.run)
         found = RunReport.load(path / "report.json" if path.is_dir() else path)
         timelines = [timeline for timeline in (found.predicted, found.measured) if timeline is not None]
@@ -259,6 +265,17 @@ def _report(args: argparse.Namespace) -> tuple[int, str]:
                  "chrome": lambda: json.dumps(chrome_trace(*timelines))}
         return _write(forms[args.format](), args.output)
     return _answer(args, make)
+
+
+def _shown_over() -> Callable[[str], None]:
+    """Print texts over each other on a terminal, under each other elsewhere."""
+    lines = [0]
+
+    def show(text: str) -> None:
+        back = f"\x1b[{lines[0]}F\x1b[J" if lines[0] and sys.stdout.isatty() else ""
+        print(back + text, flush=True)
+        lines[0] = text.count("\n") + 1
+    return show
 
 
 def _search(args: argparse.Namespace) -> tuple[int, str]:

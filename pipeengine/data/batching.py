@@ -29,6 +29,14 @@ class Batch:
     key: tuple
     packed: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
+    def amount(self) -> tuple[int, str]:
+        """How much the batch holds: (elements, "tokens") of its first two-dimensional tensor of integers that is split
+        along dimension 0, else (rows, "rows")."""
+        for tensor, dim in zip(self.tensors, self.dims):
+            if dim == 0 and tensor.dim() == 2 and tensor.dtype in (torch.int64, torch.int32):
+                return tensor.numel(), "tokens"
+        return self.rows, "rows"
+
     def sizes(self, num_microbatches: int) -> tuple[int, ...]:
         """Rows of each micro-batch, as ``tensor_split`` makes them; at most one micro-batch per row."""
         count = min(num_microbatches, self.rows)

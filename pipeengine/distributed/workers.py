@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from pipeengine.distributed.activity import Unwatched
+from pipeengine.distributed.board import Board, LocalBoard, StoreBoard
 from pipeengine.distributed.codec import decode_or_raise, encode_or_tell
 from pipeengine.distributed.failure import ConnectionLost, Description, start
 from pipeengine.distributed.guard import Guard, GuardSettings, Told
@@ -42,6 +43,7 @@ class Workers(Protocol):
     backend: str | None
     activity: Unwatched
     wishes: Wishes
+    board: Board
 
     def run_synchronized(self, what: Callable[[], T]) -> T:
         """Do something that needs no other worker, on all of them; if it fails on one, raise its error on all."""
@@ -93,7 +95,7 @@ class SingleProcess:
     def __init__(self) -> None:
         self.activity = Unwatched()
         self._published: dict[int, str] = {}
-        self.wishes = Wishes()
+        self.wishes, self.board = Wishes(), LocalBoard()
 
     def run_synchronized(self, what: Callable[[], T]) -> T:
         """Do it."""
@@ -160,6 +162,7 @@ class ProcessGroupWorkers:
         self.wishes = Wishes()
         self._group: dist.ProcessGroup | None = None
         self._store = self._own_store()
+        self.board = StoreBoard(dist.PrefixStore("board", self._store))
         self._guard = Guard(self.rank, self.size, settings or GuardSettings())
         self.activity = self._guard.activity
         self.waiter = Waiter(self._guard.interrupted, waits=self._guard.activity.wait)

@@ -43,6 +43,7 @@ class Progress:
     loss: torch.Tensor | None = None
     trained_loss: torch.Tensor | None = None
     closed: str | None = None
+    amount: tuple[int, str] = (0, "rows")
 
     def counters(self) -> dict[str, int]:
         """The numbers that random numbers are keyed by: part of the state of a training."""
@@ -132,6 +133,7 @@ class StepRunner:
         self.ties.reduce()
         if progress.step < 3 or progress.step % 10 == 0:
             self._publish(start)
+        progress.amount = prepared.amount
         progress.loss = progress.trained_loss = self._spread_loss(prepared.specializations[0], self.executor.loss)
         progress.step += 1
 

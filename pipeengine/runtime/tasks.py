@@ -70,7 +70,7 @@ class BatchReader:
 @dataclass(frozen=True)
 class Prepared:
     """A batch, ready to run. ``digest`` is of the batch, ``recorded`` of what was recorded for it, ``python`` of what
-    that read from Python.
+    that read from Python, ``amount`` how many tokens or rows it holds.
     """
 
     tasks: tuple[Task, ...]
@@ -78,6 +78,7 @@ class Prepared:
     digest: int
     recorded: int
     python: int
+    amount: tuple[int, str]
 
     @property
     def edges(self) -> frozenset[Edge]:
@@ -114,7 +115,7 @@ class TaskMaker:
         for specialization in chosen:
             recorded = mix(recorded, specialization.digest)
             python = mix(python, specialization.recording.python.digest)
-        return Prepared(tasks, chosen, batch.digest(), recorded, python)
+        return Prepared(tasks, chosen, batch.digest(), recorded, python, batch.amount())
 
     def _specialize(self, batch: Batch, kind: tuple, parts: Sequence[list[torch.Tensor]], sizes: Sequence[int],
                     keys: Sequence[int], training: bool) -> tuple[Specialization, ...]:

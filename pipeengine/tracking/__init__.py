@@ -5,9 +5,9 @@ loaded for TensorBoard only.
 """
 
 from pipeengine.tracking.metrics import MetricsFile, plain_values, read_metrics, series
-from pipeengine.tracking.progress import Progress
+from pipeengine.tracking.progress import Progress, duration
 from pipeengine.tracking.telling import Teller
-from pipeengine.tracking.trackers import TRACKERS, Tracker, TrackerSetting, make_tracker
+from pipeengine.tracking.trackers import TRACKERS, Tracker, TrackerSetting, make_tracker, name_of
 
-__all__ = ["MetricsFile", "Progress", "TRACKERS", "Teller", "Tracker", "TrackerSetting", "make_tracker",
-           "plain_values", "read_metrics", "series"]
+__all__ = ["MetricsFile", "Progress", "TRACKERS", "Teller", "Tracker", "TrackerSetting", "duration", "make_tracker",
+           "name_of", "plain_values", "read_metrics", "series"]

@@ -61,6 +61,8 @@ class MLflow:
         self._run_name, self._run_id, self._folder = run_name, run_id, folder
         self.tracker: Any = None
         self._mlflow_id = ""
+        self._waiting: tuple[list, list] = ([], [])
+        self._sent = 0.0
 
     def start(self) -> None:
         """Find the run of this id, or begin one."""
@@ -85,19 +87,30 @@ class MLflow:
             self.tracker.log_batch(self._mlflow_id, params=new[first:first + 100])
 
     def log(self, values: dict, step: int | None, **kwargs: Any) -> None:
-        """Numbers as metrics, texts as tags."""
+        """Numbers as metrics, texts as tags; written together about every two seconds, as each write is slow."""
         from mlflow.entities import Metric, RunTag
         numbers, now = _numbers(values), int(time.time() * 1000)
-        self.tracker.log_batch(
-            self._mlflow_id, metrics=[Metric(name, value, now, step or 0) for name, value in numbers.items()],
-            tags=[RunTag(name, str(value)) for name, value in values.items() if name not in numbers])
+        metrics, tags = self._waiting
+        metrics += [Metric(name, value, now, step or 0) for name, value in numbers.items()]
+        tags += [RunTag(name, str(value)) for name, value in values.items() if name not in numbers]
+        if len(metrics) > 500 or len(tags) > 50 or time.monotonic() - self._sent > 2:
+            self._flush()
+
+    def _flush(self) -> None:
+        (metrics, tags), self._waiting = self._waiting, ([], [])
+        last_tags = list({tag.key: tag for tag in tags}.values())
+        for first in range(0, max(len(metrics), 1), 800):
+            self.tracker.log_batch(self._mlflow_id, metrics=metrics[first:first + 800],
+                                   tags=last_tags if first == 0 else [])
+        self._sent = time.monotonic()
 
     def log_artifact(self, path: Path) -> None:
         """Copy a file to the run."""
         self.tracker.log_artifact(self._mlflow_id, str(path))
 
     def finish(self) -> None:
-        """Mark the run as finished."""
+        """Write what waits and mark the run as finished."""
+        self._flush()
         self.tracker.set_terminated(self._mlflow_id)
 
 

@@ -6,9 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
-
-from pipeengine.tracking.trackers import Tracker
+from typing import Any, NamedTuple
 
 _END = None
 
@@ -16,7 +14,7 @@ _END = None
 class _Call(NamedTuple):
     """One thing to do with a tracker."""
     what: str
-    do: Callable[[Tracker], object]
+    do: Callable[[Any], object]
 
 
 def _say(line: str) -> None:
@@ -29,10 +27,10 @@ class Teller:
     ``tell`` never waits and never raises. Where the tracker cannot be made, or raises, or falls ``capacity`` calls
     behind, ``say`` is told once and the training goes on: after an error in ``make`` or ``start`` the tracker is given
     up, after another one it is told the next thing. ``close(patience)`` returns when all is told, or when the tracker
-    has taken more than ``patience`` seconds over one call.
+    has taken more than ``patience`` seconds over one call or three times as many over all that was left.
     """
 
-    def __init__(self, name: str, make: Callable[[], Tracker], *, capacity: int = 10_000,
+    def __init__(self, name: str, make: Callable[[], object], *, capacity: int = 10_000,
                  say: Callable[[str], None] = _say):
         self.name, self._make, self._say = name, make, say
         self._calls: queue.Queue[_Call | None] = queue.Queue(capacity)
@@ -43,7 +41,7 @@ class Teller:
         self._thread = threading.Thread(target=self._run, name=f"tracker {name}", daemon=True)
         self._thread.start()
 
-    def tell(self, what: str, do: Callable[[Tracker], object]) -> None:
+    def tell(self, what: str, do: Callable[[Any], object]) -> None:
         """Have ``do(tracker)`` called some time; ``what`` names it where it fails."""
         if self._gave_up.is_set():
             return
@@ -57,7 +55,8 @@ class Teller:
 
     def close(self, patience: float = 20.0) -> bool:
         """Whether the tracker has been told everything it was to be told."""
-        self._moved, ended = time.monotonic(), False
+        begin = self._moved = time.monotonic()
+        ended = False
         while self._thread.is_alive() and not ended:
             try:
                 self._calls.put(_END, timeout=0.1)
@@ -65,11 +64,12 @@ class Teller:
             except queue.Full:
                 if time.monotonic() - self._moved > patience:
                     break
-        while self._thread.is_alive() and time.monotonic() - self._moved <= patience:
+        while self._thread.is_alive() and time.monotonic() - self._moved <= patience \
+                and time.monotonic() - begin <= 3 * patience:
             self._thread.join(0.05)
         if self._thread.is_alive():
             self._gave_up.set()
-            self._say(f"tracker {self.name} has not answered for {patience:g} s with "
+            self._say(f"tracker {self.name} is not done after {time.monotonic() - begin:.3g} s with "
                       f"{self._calls.qsize() - ended:,} calls left: left behind; metrics.jsonl has everything")
             return False
         return not self._lost and not self._errors

@@ -97,8 +97,9 @@ def log_records(data, first):
 
 
 def test_weights_and_biases_offline(tmp_path):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     two_starts("wandb", tmp_path)
+    wandb.teardown()            # its own process writes the file, and may still be at it
     folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert len(folders) == 2 and {folder.name.rpartition("-")[2] for folder in folders} == {RUN}
     from wandb.proto import wandb_internal_pb2
