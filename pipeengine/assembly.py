@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import networkx
@@ -23,6 +23,7 @@ from pipeengine.checkpoint import fetch_missing, load_stage, release_foreign
 from pipeengine.costs import analytic, cost_graph, made_up_target, measure, price_modules, price_stages
 from pipeengine.distributed import NoTies, Tie, TiedParameters, Transport, Workers
 from pipeengine.errors import InputError, PlanError, ScheduleError
+from pipeengine.exploration import Choice, Configuration, configuration_in
 from pipeengine.options import Options
 from pipeengine.rng import RngStreams
 from pipeengine.runtime import BatchReader, ProgramCache, ScheduleChoice, splits_backward
@@ -97,6 +98,7 @@ class Assembly:
 
 def assemble(options: Options, workers: Workers, device: torch.device) -> Assembly:
     """Everything a step needs. Every worker calls it; it raises the same error on each of them."""
+    options = configured(options, workers)
     given = read_plan(options.plan, workers)
     layout = workers.run_synchronized(lambda: lay_out(options, given, workers.size))
     reader = BatchReader.of(options.model, device, options.num_microbatches, loss_fn=options.loss_fn,
@@ -122,6 +124,34 @@ def assemble(options: Options, workers: Workers, device: torch.device) -> Assemb
 
 
 # -- what was asked for -----------------------------------------------------------------------------------------------
+
+
+def configured(options: Options, workers: Workers) -> Options:
+    """The options, with what a plan that a search has found says besides its cuts.
+
+    Raises ``InputError`` where an option says otherwise, or the plan what cannot be run.
+    """
+    told = workers.broadcast_object(workers.run_synchronized(
+        lambda: None if workers.rank or (found := configuration_in(options.plan)) is None else asdict(found)))
+    if told is None:
+        return options
+    plan = Configuration.from_json(told)
+    if plan.num_replicas > 1 or plan.shard:
+        raise InputError(f"the plan has {plan.num_replicas} replicas" + (f" and shards the {plan.shard}" if plan.shard else
+                         "") + ", and one pipeline is run; search again with replicas=1")
+    if workers.size not in (1, plan.num_workers):
+        raise InputError(f"the plan is for {plan.num_workers} workers, there are {workers.size}; start "
+                         f"{plan.num_workers}, or search for {workers.size}")
+    wanted = {"num_stages": plan.num_stages, "num_microbatches": plan.num_microbatches, "schedule": plan.schedule,
+              "recompute": plan.recompute or False}
+    for name, default in (("num_stages", None), ("num_microbatches", 1), ("schedule", "gpipe"), ("recompute", False)):
+        own = getattr(options, name)
+        if own not in (default, wanted[name]):
+            raise InputError(f"{name} is {own!r}, and the plan was found for {wanted[name]!r}; leave {name} out, or give "
+                             "the plan alone: plan=search.best.plan")
+    if isinstance(options.plan, Choice):
+        wanted["plan"] = options.plan.plan
+    return replace(options, **wanted)
 
 
 def read_plan(plan: Plan | str | Path | None, workers: Workers) -> Plan | None:

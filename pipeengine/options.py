@@ -10,6 +10,7 @@ import torch
 
 from partitioners import Plan
 from pipeengine.errors import InputError
+from pipeengine.exploration import Choice
 from pipeengine.schedules import Schedule
 
 
@@ -22,7 +23,7 @@ class Options:
     num_microbatches: int
     schedule: str | Callable[..., Schedule] | Schedule
     num_stages: int | None
-    plan: Plan | str | Path | None
+    plan: Plan | Choice | str | Path | None
     costs: str | networkx.DiGraph | None
     loss_fn: Callable | None
     target: object
