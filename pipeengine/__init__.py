@@ -22,6 +22,7 @@ from pipeengine.errors import (
 )
 
 if TYPE_CHECKING:
+    from pipeengine.checkpoint import Checkpoints
     from pipeengine.costs import DeviceDescription, profile
     from pipeengine.exploration import Search, search
     from pipeengine.pipeline import Pipeline
@@ -34,12 +35,12 @@ if TYPE_CHECKING:
 _LATER = {"Pipeline": "pipeline", "capture": "tracing", "profile": "costs", "simulate": "simulation",
           "Recording": "tracing", "Timeline": "simulation", "Costs": "simulation", "Schedule": "schedules",
           "Program": "program", "lower": "program", "build": "synthesis", "DeviceDescription": "costs",
-          "Search": "exploration", "search": "exploration"}
+          "Checkpoints": "checkpoint", "Search": "exploration", "search": "exploration"}
 
-__all__ = ["Boundary", "CaptureError", "Costs", "DeviceDescription", "GraphError", "InfeasibleError", "InputError",
-           "PartitionError", "PipeEngineError", "Pipeline", "Plan", "PlanError", "Program", "Recording", "Schedule",
-           "ScheduleError", "Search", "Timeline", "WorkerError", "build", "capture", "lower", "partition", "profile",
-           "search", "simulate"]
+__all__ = ["Boundary", "CaptureError", "Checkpoints", "Costs", "DeviceDescription", "GraphError", "InfeasibleError",
+           "InputError", "PartitionError", "PipeEngineError", "Pipeline", "Plan", "PlanError", "Program", "Recording",
+           "Schedule", "ScheduleError", "Search", "Timeline", "WorkerError", "build", "capture", "lower", "partition",
+           "profile", "search", "simulate"]
 
 try:
     __version__ = version("pipeengine")

@@ -98,7 +98,7 @@ class Assembly:
 
 def assemble(options: Options, workers: Workers, device: torch.device) -> Assembly:
     """Everything a step needs. Every worker calls it; it raises the same error on each of them."""
-    options = configured(options, workers)
+    options = read_configuration(options, workers)
     given = read_plan(options.plan, workers)
     layout = workers.run_synchronized(lambda: lay_out(options, given, workers.size))
     reader = BatchReader.of(options.model, device, options.num_microbatches, loss_fn=options.loss_fn,
@@ -109,6 +109,7 @@ def assemble(options: Options, workers: Workers, device: torch.device) -> Assemb
     graph = workers.run_synchronized(lambda: price(recorded.flow, options, layout, device, workers.rank))
     price_modules(graph, recorded.flow, layout.recompute.spans(recorded.flow.recording))
     plan = make_plan(graph, given, options, layout, link, workers)
+    layout = workers.run_synchronized(lambda: with_recomputation(layout, plan, options.model))
     priced = price_stages(plan, layout.recompute.stages)
     programs = ProgramCache(layout.choice, workers.rank, costs_of(priced, link))
     placement, tensors = workers.run_synchronized(lambda: place(options, recorded, plan, layout, workers.rank))
@@ -126,35 +127,15 @@ def assemble(options: Options, workers: Workers, device: torch.device) -> Assemb
 # -- what was asked for -----------------------------------------------------------------------------------------------
 
 
-def configured(options: Options, workers: Workers) -> Options:
-    """The options, with what a plan that a search has found says besides its cuts.
-
-    Raises ``InputError`` where an option says otherwise, or the plan what cannot be run.
-    """
+def read_configuration(options: Options, workers: Workers) -> Options:
+    """The options, with what the first worker's plan says besides its cuts, if a search has found it."""
     told = workers.broadcast_object(workers.run_synchronized(
         lambda: None if workers.rank or (found := configuration_in(options.plan)) is None else asdict(found)))
-    if told is None:
-        return options
-    plan = Configuration.from_json(told)
-    if plan.num_replicas > 1 or plan.shard:
-        raise InputError(f"the plan has {plan.num_replicas} replicas" + (f" and shards the {plan.shard}" if plan.shard else
-                         "") + ", and one pipeline is run; search again with replicas=1")
-    if workers.size not in (1, plan.num_workers):
-        raise InputError(f"the plan is for {plan.num_workers} workers, there are {workers.size}; start "
-                         f"{plan.num_workers}, or search for {workers.size}")
-    wanted = {"num_stages": plan.num_stages, "num_microbatches": plan.num_microbatches, "schedule": plan.schedule,
-              "recompute": plan.recompute or False}
-    for name, default in (("num_stages", None), ("num_microbatches", 1), ("schedule", "gpipe"), ("recompute", False)):
-        own = getattr(options, name)
-        if own not in (default, wanted[name]):
-            raise InputError(f"{name} is {own!r}, and the plan was found for {wanted[name]!r}; leave {name} out, or give "
-                             "the plan alone: plan=search.best.plan")
-    if isinstance(options.plan, Choice):
-        wanted["plan"] = options.plan.plan
-    return replace(options, **wanted)
+    return options if told is None else workers.run_synchronized(
+        lambda: options.configured(Configuration.from_json(told), workers.size))
 
 
-def read_plan(plan: Plan | str | Path | None, workers: Workers) -> Plan | None:
+def read_plan(plan: Plan | Choice | str | Path | None, workers: Workers) -> Plan | None:
     """The plan that the first worker was given, on every worker."""
     def read() -> dict | None:
         if plan is None or workers.rank:
@@ -222,7 +203,8 @@ def agree_on_construction(options: Options, layout: Layout, flow: Dataflow, work
     facts = {"num_stages": layout.num_stages, "num_microbatches": options.num_microbatches,
              "schedule": layout.choice.name, "seed": options.seed,
              "recompute": (sorted(layout.recompute.stages), sorted(layout.recompute.modules)),
-             "the model or the example": f"that with hash {_number(_identity(options.model, flow))}"}
+             "the model or the example": f"that with hash {_number(_identity(options.model, flow))}",
+             "what the forward or the loss reads from Python": f"values with hash {flow.recording.python.digest}"}
     everybody = workers.all_gather_object(facts)
     for name, first in everybody[0].items():
         other = next((rank for rank, theirs in enumerate(everybody) if theirs[name] != first), None)
@@ -319,6 +301,17 @@ def fitting_plan(plan: Plan, graph: networkx.DiGraph, num_stages: int) -> Plan:
                         + (f" (first {missing[0]})" if missing else "") + "; plan this model")
     check_rules(plan, graph)
     return plan
+
+
+def with_recomputation(layout: Layout, plan: Plan, model: torch.nn.Module) -> Layout:
+    """The layout with what the plan says is recomputed. Raises ``PlanError`` for what is no module of the model."""
+    modules = [path for cost in plan.stages for path in cost.recomputed]
+    known = {path for path, _ in model.named_modules()}
+    unknown = next((path for path in modules if path not in known), None)
+    if unknown is not None:
+        raise PlanError(f"the plan recomputes {unknown!r}, which is no module of the model; plan this model with "
+                        "pipeengine plan --recompute, or pass recompute= instead")
+    return replace(layout, recompute=layout.recompute.also(modules))
 
 
 # -- stages -----------------------------------------------------------------------------------------------------------

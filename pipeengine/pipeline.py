@@ -10,8 +10,10 @@ import torch
 
 from partitioners import Plan
 from pipeengine.assembly import Assembly, assemble
-from pipeengine.checkpoint import collect_state, load_state, save_weights
+from pipeengine.checkpoint import Holdings, collect_state, load_state, save_weights
 from pipeengine.distributed import connect, total_norm
+from pipeengine.errors import InputError
+from pipeengine.exploration import Choice
 from pipeengine.options import Options
 from pipeengine.report import RunReport, measured_timeline, predict, report_text, save_report, stage_rows
 from pipeengine.runtime import Executor, StepRunner, TaskMaker
@@ -28,7 +30,8 @@ class Pipeline:
     - ``num_microbatches`` (1): micro-batches that a batch is cut into, at most one per row.
     - ``schedule`` ("gpipe"): a name such as "1f1b", "zb-h1" or "auto", a function, a ``Schedule``, its text or file.
     - ``num_stages`` (the number of workers): more means several stages per worker.
-    - ``plan`` (made here): a ``Plan`` or the path of one; that of worker 0 counts.
+    - ``plan`` (made here): a ``Plan``, what ``pe.search`` found (``search.best``), or the path of one; that of worker 0
+      counts.
     - ``costs`` ("measured"): "measured", "analytic", or a cost graph from ``pe.profile``.
     - ``loss_fn`` (the model's own loss): a function of output and target; ``target`` is an example of the latter.
     - ``loss_weight`` (shares of targets or rows): a function of a micro-batch's inputs that says what its loss counts
@@ -49,7 +52,7 @@ class Pipeline:
 
     def __init__(self, model: torch.nn.Module, example: object, *, num_microbatches: int = 1,
                  schedule: str | Path | Callable[..., Schedule] | Schedule = "gpipe", num_stages: int | None = None,
-                 plan: Plan | str | Path | None = None, costs: str | networkx.DiGraph | None = None,
+                 plan: Plan | Choice | str | Path | None = None, costs: str | networkx.DiGraph | None = None,
                  loss_fn: Callable | None = None, target: object = None, loss_weight: Callable | None = None,
                  batch_dims: Mapping[str, int | None] | None = None, weights: str | Path | None = None,
                  device: torch.device | str | None = None, mesh: object = None, seed: int = 0, check: bool = True,
@@ -166,8 +169,22 @@ class Pipeline:
         self._runner.guarded(self._assembly.ties.verify)
 
     def save_weights(self, folder: str | Path) -> None:
-        """Write all weights as safetensors with a sharded index in the original names; every worker calls it."""
-        save_weights(self._model, self._assembly.tensors.owned, Path(folder), self._workers)
+        """Write all weights as safetensors with a sharded index in the original names; every worker calls it.
+
+        At any moment the folder holds the old weights or the new, whole. Raises ``InputError``, the same on every
+        worker, where it cannot be written; training can go on.
+        """
+        self._runner.check_open()
+        self._runner.guarded(lambda: save_weights(self._model, self._assembly.tensors.owned, Path(folder),
+                                                  self._workers), harmless=InputError)
+
+    def holdings(self) -> Holdings:
+        """What checkpoints need to know of this worker's share; see ``Checkpoints``."""
+        made, progress = self._assembly, self._runner.progress
+        tensors = made.tensors
+        return Holdings(self._model, tensors.first_name, tensors.held, tensors.owned, self._workers,
+                        made.programs.name, self.num_stages, lambda: made.plan.to_json(), progress.counters,
+                        progress.set_counters, self._runner.check_open, self._runner.guarded)
 
     # -- what happened ----------------------------------------------------------------------------------------------
 
@@ -216,6 +233,11 @@ class Pipeline:
     def num_stages(self) -> int:
         """Stages of the whole pipeline."""
         return self._assembly.layout.num_stages
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that have been trained, those before a checkpoint was loaded included; dropout is keyed by it."""
+        return self._runner.progress.step
 
     @property
     def rank(self) -> int:

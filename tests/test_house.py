@@ -165,7 +165,7 @@ def test_no_function_hides_behind_a_module():
 def test_public_names_are_exact():
     """What the front door offers, and nothing else by accident."""
     assert set(pipeengine.__all__) == {
-        "Pipeline", "capture", "profile", "partition", "simulate", "search", "build", "lower",
+        "Pipeline", "Checkpoints", "capture", "profile", "partition", "simulate", "search", "build", "lower",
         "Boundary", "Costs", "DeviceDescription", "Plan", "Program", "Recording", "Schedule", "Search", "Timeline",
         "CaptureError", "GraphError", "InfeasibleError", "InputError", "PartitionError", "PipeEngineError", "PlanError",
         "ScheduleError", "WorkerError"}

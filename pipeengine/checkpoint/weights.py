@@ -1,14 +1,13 @@
-"""Weights in and out: each worker makes or reads only what its own stages hold."""
+"""Weights in: each worker makes or reads only what its own stages hold."""
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-from pipeengine.checkpoint.hugging_face import INDEX, SINGLE, Source, files_of, read, safetensors, sources_of
+from pipeengine.checkpoint.hugging_face import Source, files_of, read, sources_of
 from pipeengine.checkpoint.slots import get_tensor, put_tensor, tensor_slots
 from pipeengine.errors import InputError
 from pipeengine.rng import generators, mix, place_number
@@ -179,37 +178,3 @@ def _aliases(model: torch.nn.Module) -> dict[str, list[str]]:
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
         found[first.setdefault(id(tensor), name)].append(name)
     return found
-
-
-def save_weights(model: torch.nn.Module, owned: Collection[str], folder: Path, workers) -> None:
-    """Every worker writes the tensors it owns; the first one writes the index, last, and the model's config if it has
-    one."""
-    persistent = set(model.state_dict(keep_vars=True))
-    slots = tensor_slots(model)
-    aliases = _aliases(model)
-
-    def write() -> tuple[str, list[str], int]:
-        mine = {name: get_tensor(*slots[name][0]).detach().cpu().contiguous() for name in slots
-                if name in owned and any(alias in persistent for alias in aliases[name])}
-        file = SINGLE if workers.size == 1 else f"model-{workers.rank + 1:05}-of-{workers.size:05}.safetensors"
-        folder.mkdir(parents=True, exist_ok=True)
-        safetensors().torch.save_file(mine, folder / file, metadata={"format": "pt"})
-        return file, list(mine), sum(t.numel() * t.element_size() for t in mine.values())
-    written = workers.all_gather_object(workers.run_synchronized(write))
-
-    def finish() -> None:
-        if workers.rank:
-            return
-        config = getattr(model, "config", None)
-        if hasattr(config, "save_pretrained"):
-            config.save_pretrained(folder)
-        if workers.size > 1:
-            index = {"metadata": {"total_size": sum(size for _, _, size in written)},
-                     "weight_map": {name: file for file, names, _ in written for name in names}}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        # What an earlier save with another number of workers has left would be read in the place of this.
-        current = {file for file, _, _ in written} | ({INDEX} if workers.size > 1 else set())
-        for path in (folder / SINGLE, folder / INDEX, *folder.glob("model-?????-of-?????.safetensors")):
-            if path.name not in current:
-                path.unlink(missing_ok=True)
-    workers.run_synchronized(finish)

@@ -46,6 +46,10 @@ def profile(model: torch.nn.Module, example: object, *, num_microbatches: int = 
     graph.graph["made_with"] = {"rows": batch.rows, "row": list(batch.tensors[0].shape[1:]),
                                 "num_microbatches": len(parts), "flops": training_flops(flow),
                                 **_source(costs, where)}
+    weights = [p for p in model.parameters() if p.requires_grad]
+    if weights:
+        size = sum(p.numel() * p.element_size() for p in weights)
+        graph.graph["made_with"]["bytes_per_weight"] = size / max(1, sum(p.numel() for p in weights))
     return graph
 
 

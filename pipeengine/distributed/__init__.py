@@ -6,6 +6,7 @@ from pipeengine.distributed.grad_norm import total_norm
 from pipeengine.distributed.local import LocalTransport, Transport
 from pipeengine.distributed.tied_parameters import NoTies, Tie, TiedParameters
 from pipeengine.distributed.transport import DistributedTransport
+from pipeengine.distributed.wishes import Wishes
 from pipeengine.distributed.workers import ProcessGroupWorkers, SingleProcess, Workers, connect
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Tie",
     "TiedParameters",
     "Transport",
+    "Wishes",
     "Workers",
     "connect",
     "headline",

@@ -6,21 +6,22 @@ all of them run it?), the loss after it, and, when something breaks, its cause.
 from __future__ import annotations
 
 import json
-import pickle
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from time import sleep
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from pipeengine.distributed.codec import decode_or_raise, encode_or_tell
 from pipeengine.distributed.failure import ConnectionLost, Description, start
 from pipeengine.distributed.local import LocalTransport, Transport
 from pipeengine.distributed.tied_parameters import NoTies, Tie, TiedParameters
 from pipeengine.distributed.transport import DistributedTransport
 from pipeengine.distributed.waiting import Waiter, give_up
+from pipeengine.distributed.wishes import Wishes
 from pipeengine.errors import InputError, PipeEngineError, WorkerError
 from pipeengine.torch_private import default_store
 
@@ -35,6 +36,7 @@ class Workers(Protocol):
     rank: int
     size: int
     backend: str | None
+    wishes: Wishes
 
     def run_synchronized(self, what: Callable[[], T]) -> T:
         """Do something that needs no other worker, on all of them; if it fails on one, raise its error on all."""
@@ -85,6 +87,7 @@ class SingleProcess:
 
     def __init__(self) -> None:
         self._published: dict[int, str] = {}
+        self.wishes = Wishes()
 
     def run_synchronized(self, what: Callable[[], T]) -> T:
         """Do it."""
@@ -92,6 +95,7 @@ class SingleProcess:
 
     def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str]) -> None:
         """Raise the ``problem``, if there is one."""
+        self.wishes.hear(self.wishes.own())
         if problem is not None:
             raise problem
 
@@ -147,6 +151,7 @@ class ProcessGroupWorkers:
         self.rank, self.size = self.ranks.index(dist.get_rank()), len(self.ranks)
         self.timeout = timeout
         self.waiter = Waiter(self.interrupted)
+        self.wishes = Wishes()
         self._name: str | None = None
         self._group: dist.ProcessGroup | None = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
         self._store = dist.PrefixStore("pipeengine", default_store())
@@ -173,7 +178,7 @@ class ProcessGroupWorkers:
 
     def all_gather_object(self, value: T) -> list[T]:
         """Every worker's ``value``, in order of rank."""
-        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        data = encode_or_tell(value)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in self.ranks]
         self._wait(start(dist.all_gather, sizes, torch.tensor([data.numel()]), group=self._group, async_op=True))
         longest = max(int(size) for size in sizes)
@@ -181,18 +186,19 @@ class ProcessGroupWorkers:
         padded[:data.numel()] = data
         parts = [torch.empty(longest, dtype=torch.uint8) for _ in self.ranks]
         self._wait(start(dist.all_gather, parts, padded, group=self._group, async_op=True))
-        return [pickle.loads(bytes(part[:int(size)].tolist())) if int(size) < 1 << 12 else
-                pickle.loads(part[:int(size)].numpy().tobytes()) for part, size in zip(parts, sizes)]
+        return [cast(T, decode_or_raise(part[:int(size)], rank))
+                for rank, (part, size) in enumerate(zip(parts, sizes))]
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
         """``source``'s ``value`` on every worker."""
-        data = torch.frombuffer(bytearray(pickle.dumps(value if self.rank == source else None)), dtype=torch.uint8)
+        data = encode_or_tell(value) if self.rank == source else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([data.numel()])
         self._wait(start(dist.broadcast, size, self.ranks[source], group=self._group, async_op=True))
         if self.rank != source:
             data = torch.empty(int(size), dtype=torch.uint8)
         self._wait(start(dist.broadcast, data, self.ranks[source], group=self._group, async_op=True))
-        return value if self.rank == source else pickle.loads(data.numpy().tobytes())
+        arrived = cast(T, decode_or_raise(data, source))
+        return value if self.rank == source else arrived
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """A small tensor of ``source`` on every worker; all pass one of the same shape and dtype."""
@@ -244,8 +250,12 @@ class ProcessGroupWorkers:
         mine = torch.zeros(_SLOTS, dtype=torch.int64)
         mine[0] = problem is not None
         mine[1:1 + len(facts)] = torch.tensor([fact & (1 << 63) - 1 for fact in facts])
+        mine[-1] = self.wishes.own()
         found = [torch.empty_like(mine) for _ in self.ranks]
         self._wait(start(dist.all_gather, found, mine, group=self._group, async_op=True))
+        for other in found:
+            self.wishes.hear(int(other[-1]))
+            other[-1] = mine[-1]        # what a worker asks for is no disagreement
         if all(torch.equal(other, mine) for other in found) and problem is None:
             return
         rows = [other.tolist() for other in found]
@@ -264,7 +274,7 @@ class ProcessGroupWorkers:
         """Raise the problem of the first worker that has one, on every worker."""
         for rank, description in enumerate(self.all_gather_object(problem and Description.of(problem))):
             if description is not None:
-                raise problem if rank == self.rank else description.error(rank)
+                raise problem if rank == self.rank else Description(*description).error(rank)
 
     # -- failure ----------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from pipeengine.exploration.point_search import CLOSE, ROUNDS, Candidate, PointS
 from pipeengine.exploration.space import Point, Space, Training
 
 _PREFERENCE = {None: 0, "none": 0, "stages": 1, "blocks": 2, "optimizer": 1, "replicas": 1}
-EFFORT = 60_000_000     # of tables filled and actions played through; about microseconds of one quiet core
+EFFORT = 25_000_000     # of tables filled and actions played through; about microseconds of one quiet core
 _BUBBLES = {"gpipe": 1.0, "1f1b": 1.0, "zb-h1": 0.5, "zb-h2": 0.4, "interleaved-1f1b": 1.0, "bfs": 1.0,
             "interleaved-zb": 0.6, "zb-v": 0.3, "v-half": 0.6, "v-min": 0.8, "dualpipe-v": 0.5, "auto": 0.4}
 """About how much of 1F1B's bubble (of a stage instead of a worker, with several) is left: for the order of the search
@@ -57,7 +57,7 @@ def search_space(space: Space, hardware: Hardware, training: Training, chain_for
                                  ("searched", ROUNDS, effort)):
         for number, point in enumerate(queue):
             known = best.seconds if best else math.inf
-            if done[point].bound >= known * (1 - CLOSE):
+            if done[point].bound >= known * (1 - (CLOSE if rounds else 1e-12)):
                 continue
             late = time_limit is not None and time.monotonic() - started > time_limit
             if late or spent > budget:
@@ -72,7 +72,8 @@ def search_space(space: Space, hardware: Hardware, training: Training, chain_for
             if progress:
                 progress(f"{number + 1:,} of {len(queue):,} configurations {what}, "
                          + (f"best {best.seconds:.4g} s: {best.point}" if best else "none fits so far"))
-        queue.sort(key=lambda point: (_estimate(point, done[point].bound), _order(point)))
+        queue.sort(key=lambda point: (rounds is not None or not _is_plain(point), _estimate(point, done[point].bound),
+                                      _order(point)))
     verdicts = [_inherited(done, point) for point in queue]
     lowest = min((verdict.bound for verdict in verdicts), default=math.inf)
     lower_bound = min(lowest, best.seconds) if best else lowest
@@ -99,6 +100,11 @@ def _inherited(done: Mapping[Point, Verdict], point: Point) -> Verdict:
         return verdict
     above = _inherited(done, better)
     return replace(verdict, bound=max(verdict.bound, above.bound), why=above.why)
+
+
+def _is_plain(point: Point) -> bool:
+    """Whether a point is one of the few that fit if anything does: looked at first, so that there is a best early."""
+    return point.rows == 1 and point.recompute == "blocks" and point.schedule == "1f1b"
 
 
 def _estimate(point: Point, bound: float) -> float:

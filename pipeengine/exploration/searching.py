@@ -31,9 +31,11 @@ Choices = Sequence[Any] | Any
 
 
 def search(model: torch.nn.Module | nx.DiGraph, example: object = None, *, num_devices: int,
-           memory: float | None = None, device: str | DeviceCard | None = None, bandwidth: float | None = None,
+           memory: float | None = None,
+           device: str | DeviceCard | None = None, bandwidth: float | None = None,
            inside: float | None = None, node_size: int | None = None, latency: float | None = None,
-           rows: int | None = None, optimizer: str = "adamw", costs: str = "analytic", loss_fn: Callable | None = None, target: object = None,
+           rows: int | None = None, optimizer: str = "adamw", costs: str = "analytic",
+           loss_fn: Callable | None = None, target: object = None,
            replicas: Choices = (), stages: Choices = (), stages_per_worker: Choices = Space.stages_per_worker,
            microbatch_rows: Choices = (), schedule: Choices = Space.schedule, recompute: Choices = Space.recompute,
            shard: Choices = Space.shard, near: Choices = Space.near, effort: int = EFFORT,

@@ -20,9 +20,11 @@ def step_bytes(plan: Plan, schedule: Schedule) -> tuple[float, ...]:
 
 def stage_bytes(plan: Plan, schedule: Schedule) -> tuple[float, ...]:
     """The most that each stage needs by itself: weights, optimizer, and what its own actions add to them."""
-    factor = plan.setting.memory_model.parameter_factor - 1         # the gradients come with the actions
+    model = plan.setting.memory_model
     op, stage, _ = schedule.columns
-    return tuple(factor * cost.param_bytes + most_added(plan, op[stage == number], stage[stage == number])
+    # The gradients come with the actions.
+    return tuple(model.weights(cost.param_bytes, cost.frozen_bytes) - (cost.param_bytes - cost.frozen_bytes)
+                 + most_added(plan, op[stage == number], stage[stage == number])
                  for number, cost in enumerate(plan.stages))
 
 
@@ -32,6 +34,7 @@ def most_added(plan: Plan, op: np.ndarray, stage: np.ndarray) -> float:
     activation, kept, scratch, first, parameters = (
         np.array([getattr(cost, name) for cost in plan.stages], float)[stage]
         for name in ("activation_bytes", "kept_bytes", "workspace_bytes", "first_workspace_bytes", "param_bytes"))
+    parameters = parameters - np.array([cost.frozen_bytes for cost in plan.stages], float)[stage]
     grows = np.zeros(len(op), bool)
     for own in np.unique(stage).tolist():
         backward = np.flatnonzero((stage == own) & ((op == B) | (op == W)))

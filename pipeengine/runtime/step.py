@@ -6,7 +6,7 @@ the pipeline is still open.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TypeVar
@@ -20,13 +20,15 @@ from pipeengine.runtime.outputs import merge_outputs
 from pipeengine.runtime.programs import ProgramCache
 from pipeengine.runtime.tasks import Prepared, TaskMaker
 from pipeengine.stages import Specialization
-from pipeengine.tracing import Inputs
+from pipeengine.tracing import Inputs, fill, tensors
 
 _ACTIONS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient",
             "SA": "sending an activation", "RA": "receiving an activation",
             "SG": "sending a gradient", "RG": "receiving a gradient"}
 T = TypeVar("T")
-_FACTS = ("the number of calls", "the batch", "the recorded model")
+_FACTS = ("the number of calls", "the batch",
+          "what the forward or the loss reads from Python (attributes, configs, globals, closures), which every worker "
+          "must set alike", "the recorded model")
 
 
 @dataclass
@@ -40,6 +42,14 @@ class Progress:
     loss: torch.Tensor | None = None
     trained_loss: torch.Tensor | None = None
     closed: str | None = None
+
+    def counters(self) -> dict[str, int]:
+        """The numbers that random numbers are keyed by: part of the state of a training."""
+        return {"step": self.step, "calls": self.calls}
+
+    def set_counters(self, counters: Mapping[str, int]) -> None:
+        """Go on from such numbers; every worker is given the same."""
+        self.step, self.calls = int(counters["step"]), int(counters["calls"])
 
 
 class StepRunner:
@@ -77,7 +87,8 @@ class StepRunner:
         except Exception as error:
             problem = InputError(f"this batch cannot be used: {type(error).__name__}: {error}")
             problem.__cause__ = error
-        facts = (progress.calls, prepared.digest, prepared.recorded) if prepared else (progress.calls, 0, 0)
+        facts = (progress.calls, prepared.digest, prepared.python, prepared.recorded) if prepared else \
+            (progress.calls, 0, 0, 0)
         self.guarded(lambda: self._workers.agree(facts, problem, _FACTS), harmless=InputError)
         assert prepared is not None, "a problem of one worker is raised on all"
         return prepared
@@ -89,6 +100,7 @@ class StepRunner:
         self.transport.begin(progress.calls, prepared.digest)
         start = perf_counter()
         self.executor.run(actions, tasks)
+        self._tasks.specializations.ran()
         self.ties.reduce()
         if progress.step < 3 or progress.step % 10 == 0:
             self._publish(start)
@@ -99,11 +111,22 @@ class StepRunner:
         tasks, first = prepared.tasks, prepared.specializations[0]
         self.transport.begin(self.progress.calls, prepared.digest)
         self.executor.run(self._programs.actions(len(tasks), prepared.edges, training=False), tasks)
+        self._tasks.specializations.ran()
         loss = self.progress.loss = self._spread_loss(first, self.executor.loss)
         last = self._worker_of[first.split.output_stage]
         outputs = [self.executor.outputs.get(m) for m in range(len(tasks))]
         merged = merge_outputs(prepared.specializations, outputs if self._workers.rank == last else None, tasks, loss)
-        return self._workers.broadcast_object(merged, last) if gather else merged
+        return self._share(merged, first, last) if gather else merged
+
+    def _share(self, merged: object, specialization: Specialization, last: int) -> object:
+        """The output of worker ``last`` everywhere: its tensors travel, every worker's own recording gives it form."""
+        own = tensors(merged) if self._workers.rank == last else []
+        arrived = self._workers.broadcast_object(own, last)
+        if self._workers.rank == last:
+            return merged
+        values = iter(arrived)
+        device = self._tasks.reader.device
+        return fill(specialization.recording.output, lambda _: next(values).to(device))
 
     def _spread_loss(self, specialization: Specialization, own: torch.Tensor | None) -> torch.Tensor | None:
         """The loss of the worker that has it, on every worker."""

@@ -69,12 +69,15 @@ class BatchReader:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch, ready to run. ``digest`` is of the batch, ``recorded`` of what was recorded for it."""
+    """A batch, ready to run. ``digest`` is of the batch, ``recorded`` of what was recorded for it, ``python`` of what
+    that read from Python.
+    """
 
     tasks: tuple[Task, ...]
     specializations: tuple[Specialization, ...]
     digest: int
     recorded: int
+    python: int
 
     @property
     def edges(self) -> frozenset[Edge]:
@@ -99,7 +102,7 @@ class TaskMaker:
         parts = batch.split(self.reader.num_microbatches, self.reader.device)
         sizes = batch.sizes(self.reader.num_microbatches)
         keys = [mix(self.seed, step if training else _EVALUATION + call, index) for index in range(len(parts))]
-        kind = batch.key, self._state_key(training), batch.dims
+        kind = batch.key, (training, *self.specializations.look(), current_modes().autocast), batch.dims
         chosen = self._specialize(batch, kind, parts, sizes, keys, training)
         weights = self._weigh(chosen, parts, sizes, batch, kind)
         split = self.programs.split_backward_stages(len(parts)) if training else (frozenset(),) * len(parts)
@@ -107,10 +110,11 @@ class TaskMaker:
             Task([*specialization.own_copies(tensors), *terms], specialization.stages.of(stages), weight, key, size)
             for tensors, specialization, terms, weight, key, stages, size in zip(
                 parts, chosen, weights.terms, weights.loss, keys, split, sizes))
-        recorded = 0
+        recorded = python = 0
         for specialization in chosen:
             recorded = mix(recorded, specialization.digest)
-        return Prepared(tasks, chosen, batch.digest(), recorded)
+            python = mix(python, specialization.recording.python.digest)
+        return Prepared(tasks, chosen, batch.digest(), recorded, python)
 
     def _specialize(self, batch: Batch, kind: tuple, parts: Sequence[list[torch.Tensor]], sizes: Sequence[int],
                     keys: Sequence[int], training: bool) -> tuple[Specialization, ...]:
@@ -123,12 +127,6 @@ class TaskMaker:
                 alike[size] = specialization
             chosen.append(specialization)
         return tuple(chosen)
-
-    def _state_key(self, training: bool) -> tuple:
-        """Everything besides the batch that eager execution would depend on."""
-        modules = bytes(module.training for module in self.reader.model.modules())
-        needs = bytes(p.requires_grad for p in self.reader.model.parameters())
-        return training, modules, needs, current_modes().autocast
 
     def _weigh(self, chosen: Sequence[Specialization], parts: Sequence[list[torch.Tensor]], sizes: Sequence[int],
                batch: Batch, kind: tuple) -> Weights:

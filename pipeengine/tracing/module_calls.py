@@ -3,16 +3,19 @@ node.
 """
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 
 import torch
 
 from pipeengine.errors import CaptureError
+from pipeengine.tracing.born_objects import is_cache, with_empty_caches
 from pipeengine.tracing.fake_model import FakedModel
 from pipeengine.tracing.modes import current_modes
 from pipeengine.tracing.node_writer import NodeWriter, Outcome, Step, WriteWatch
 from pipeengine.tracing.open_calls import CallStack, NotTraceable, OpenCall
 from pipeengine.tracing.pytree import leaves, tensors
+from pipeengine.tracing.read_log import ReadLog
 from pipeengine.tracing.real_side import RealSide
 from pipeengine.tracing.recording import OPAQUE, Call
 from pipeengine.tracing.value_table import ValueTable, is_shareable
@@ -25,10 +28,11 @@ class ModuleCalls:
     """Opens a module, so that what it does is written down, or runs it as one node."""
 
     def __init__(self, values: ValueTable, calls: CallStack, writer: NodeWriter, real_side: RealSide,
-                 faked_model: FakedModel, leaf_modules: Mapping[str, str], python_random: PythonRandom | None):
+                 faked_model: FakedModel, leaf_modules: Mapping[str, str], reads: ReadLog,
+                 python_random: PythonRandom | None):
         """``leaf_modules``: path of a module that is kept whole -> why. ``python_random``: None where nobody draws."""
         self._values, self._calls, self._writer, self._real_side = values, calls, writer, real_side
-        self._leaf_modules, self._python_random = leaf_modules, python_random
+        self._leaf_modules, self._reads, self._python_random = leaf_modules, reads, python_random
         self._run_for_real = faked_model.run_for_real
         self._paths = {module: path for path, module in faked_model.modules.items()}
 
@@ -95,7 +99,7 @@ class ModuleCalls:
                              "an object born in the forward that cannot be made again for every micro-batch; "
                              "switch it off (for a Hugging Face cache: model.config.use_cache = False)")
         encoded = self._values.encode((args, kwargs))
-        fakes = self._values.fakes((args, kwargs))
+        fakes = with_empty_caches(self._values.fakes((args, kwargs)))
         watch = WriteWatch((*tensors(fakes), *(self._values.entry(value).tensor for value in attributes)))
         recompute = self._writer.saved.recomputing
         output = self._run_whole(original, module, path, fakes)
@@ -124,13 +128,16 @@ class ModuleCalls:
     def _refuse_objects(self, structure: object, path: str, otherwise: str, what: str, why: str) -> None:
         """Whatever a module kept whole takes or returns must be a tensor, or mean the same for every micro-batch."""
         for leaf in leaves(structure):
-            if not isinstance(leaf, torch.Tensor) and not is_shareable(leaf):
+            if not isinstance(leaf, torch.Tensor) and not is_shareable(leaf) and not is_cache(leaf):
                 reason = self._leaf_modules.get(path, otherwise)
                 raise CaptureError(f"module {path} is kept whole ({reason}) and {what} {type(leaf).__name__}, {why}")
 
     def _run_whole(self, original: Callable, module: torch.nn.Module, path: str, fakes: tuple) -> object:
         before = self._python_random() if self._python_random else None
-        with self._calls.hide():
+        # It will run as it is. What a module of torch drops decides about the node: whether it draws random numbers.
+        drops = path not in self._leaf_modules and not vars(module).keys().isdisjoint(("p", "dropout"))
+        as_it_is = contextlib.nullcontext() if drops else self._reads.paused()
+        with self._calls.hide(), as_it_is:
             try:
                 with self._writer.measured():
                     output = original(module, *fakes[0], **fakes[1])
