@@ -15,7 +15,7 @@ from pipeengine.exploration.point_search import CLOSE, ROUNDS, Candidate, PointS
 from pipeengine.exploration.space import Point, Space, Training
 
 _PREFERENCE = {None: 0, "none": 0, "stages": 1, "blocks": 2, "optimizer": 1, "replicas": 1}
-EFFORT = 25_000_000     # of tables filled and actions played through; about microseconds of one quiet core
+EFFORT = 60_000_000     # of tables filled and actions played through; about microseconds of one quiet core
 _BUBBLES = {"gpipe": 1.0, "1f1b": 1.0, "zb-h1": 0.5, "zb-h2": 0.4, "interleaved-1f1b": 1.0, "bfs": 1.0,
             "interleaved-zb": 0.6, "zb-v": 0.3, "v-half": 0.6, "v-min": 0.8, "dualpipe-v": 0.5, "auto": 0.4}
 """About how much of 1F1B's bubble (of a stage instead of a worker, with several) is left: for the order of the search
@@ -53,7 +53,7 @@ def search_space(space: Space, hardware: Hardware, training: Training, chain_for
                    key=lambda point: (_estimate(point, bounds[point]), _order(point)))
     done = {point: Verdict(point, bounds[point]) for point in points}
     best, started, stopped, spent = None, time.monotonic(), "", 0
-    for what, rounds, budget in (("bounded", None, effort), ("looked at", 0, 3 * effort // 4),
+    for what, rounds, budget in (("bounded", None, effort // 2), ("looked at", 0, 3 * effort // 4),
                                  ("searched", ROUNDS, effort)):
         for number, point in enumerate(queue):
             known = best.seconds if best else math.inf
