@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import networkx
@@ -25,6 +25,7 @@ from pipeengine.data import Batch
 from pipeengine.defaults import count_microbatches, progress
 from pipeengine.distributed import NoTies, Tie, TiedParameters, Transport, Workers
 from pipeengine.errors import InputError, PlanError, ScheduleError
+from pipeengine.exploration import Choice, Configuration, configuration_in
 from pipeengine.options import Options
 from pipeengine.rng import RngStreams
 from pipeengine.runtime import BatchReader, ProgramCache, ScheduleChoice, splits_backward
@@ -114,6 +115,7 @@ class Assembly:
 
 def assemble(options: Options, workers: Workers, device: torch.device) -> Assembly:
     """Everything a step needs. Every worker calls it; it raises the same error on each of them."""
+    options = read_configuration(options, workers)
     given = read_plan(options.plan, workers)
     count = workers.run_synchronized(lambda: count_microbatches(options, given, workers, device))
     layout = workers.run_synchronized(lambda: lay_out(options, given, count, workers.size))
@@ -143,7 +145,15 @@ def assemble(options: Options, workers: Workers, device: torch.device) -> Assemb
 # -- what was asked for -----------------------------------------------------------------------------------------------
 
 
-def read_plan(plan: Plan | str | Path | None, workers: Workers) -> Plan | None:
+def read_configuration(options: Options, workers: Workers) -> Options:
+    """The options, with what the first worker's plan says besides its cuts, if a search has found it."""
+    told = workers.broadcast_object(workers.run_synchronized(
+        lambda: None if workers.rank or (found := configuration_in(options.plan)) is None else asdict(found)))
+    return options if told is None else workers.run_synchronized(
+        lambda: options.configured(Configuration.from_json(told), workers.size))
+
+
+def read_plan(plan: Plan | Choice | str | Path | None, workers: Workers) -> Plan | None:
     """The plan that the first worker was given, on every worker."""
     def read() -> dict | None:
         if plan is None or workers.rank:

@@ -12,6 +12,7 @@ from partitioners import Plan
 from pipeengine.assembly import Assembly, assemble
 from pipeengine.checkpoint import Holdings, collect_state, load_state, save_weights
 from pipeengine.distributed import connect, total_norm
+from pipeengine.exploration import Choice
 from pipeengine.options import Options
 from pipeengine.report import RunReport, measured_timeline, predict, report_text, save_report, stage_rows
 from pipeengine.runtime import Executor, StepRunner, TaskMaker
@@ -29,7 +30,8 @@ class Pipeline:
       into, at most one per row.
     - ``schedule`` ("1f1b"): a name such as "1f1b", "zb-h1" or "auto", a function, a ``Schedule``, its text or file.
     - ``num_stages`` (the number of workers): more means several stages per worker.
-    - ``plan`` (made here): a ``Plan`` or the path of one; that of worker 0 counts.
+    - ``plan`` (made here): a ``Plan``, what ``pe.search`` found (``search.best``), or the path of one; that of worker 0
+      counts.
     - ``costs`` ("measured"): "measured", "analytic", or a cost graph from ``pe.profile``.
     - ``loss_fn`` (the model's own loss): a function of output and target; ``target`` is an example of the latter.
     - ``loss_weight`` (shares of targets or rows): a function of a micro-batch's inputs that says what its loss counts
@@ -50,7 +52,7 @@ class Pipeline:
 
     def __init__(self, model: torch.nn.Module, example: object, *, num_microbatches: int | None = None,
                  schedule: str | Path | Callable[..., Schedule] | Schedule = "1f1b", num_stages: int | None = None,
-                 plan: Plan | str | Path | None = None, costs: str | networkx.DiGraph | None = None,
+                 plan: Plan | Choice | str | Path | None = None, costs: str | networkx.DiGraph | None = None,
                  loss_fn: Callable | None = None, target: object = None, loss_weight: Callable | None = None,
                  batch_dims: Mapping[str, int | None] | None = None, weights: str | Path | None = None,
                  device: torch.device | str | None = None, mesh: object = None, seed: int = 0, check: bool = True,

@@ -13,6 +13,7 @@ from pipeengine.errors import InputError
 from pipeengine.tracing import Dataflow, node_refs
 
 __all__ = ["name_blocks", "price_modules", "price_stages"]
+
 _MEMBER = re.compile(r"(.*\.)?\d+")         # of a Sequential or a ModuleList: what models repeat
 
 

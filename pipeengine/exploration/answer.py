@@ -59,6 +59,9 @@ class Search:
     def _about_best(self) -> list[str]:
         if self.best is None:
             nearest = self.candidates[0].why if self.candidates else "there is no configuration"
+            if self.stopped:
+                return [f"nothing was found that fits {self.num_devices} devices, and not all was looked at (stopped "
+                        f"by {self.stopped}): {nearest}"]
             return [f"nothing fits {self.num_devices} devices: {nearest}"]
         best, config = self.best, self.best.configuration
         recompute = [f"{len(config.recompute)} {'stages' if isinstance(config.recompute[0], int) else 'blocks'} "

@@ -53,11 +53,11 @@ def search_space(space: Space, hardware: Hardware, training: Training, chain_for
                    key=lambda point: (_estimate(point, bounds[point]), _order(point)))
     done = {point: Verdict(point, bounds[point]) for point in points}
     best, started, stopped, spent = None, time.monotonic(), "", 0
-    for what, rounds, budget in (("bounded", None, effort), ("looked at", 0, 3 * effort // 4),
+    for what, rounds, budget in (("bounded", None, effort // 2), ("looked at", 0, 3 * effort // 4),
                                  ("searched", ROUNDS, effort)):
         for number, point in enumerate(queue):
             known = best.seconds if best else math.inf
-            if done[point].bound >= known * (1 - CLOSE):
+            if done[point].bound >= known * (1 - (CLOSE if rounds else 1e-12)):
                 continue
             late = time_limit is not None and time.monotonic() - started > time_limit
             if late or spent > budget:
@@ -72,7 +72,8 @@ def search_space(space: Space, hardware: Hardware, training: Training, chain_for
             if progress:
                 progress(f"{number + 1:,} of {len(queue):,} configurations {what}, "
                          + (f"best {best.seconds:.4g} s: {best.point}" if best else "none fits so far"))
-        queue.sort(key=lambda point: (_estimate(point, done[point].bound), _order(point)))
+        queue.sort(key=lambda point: (rounds is not None or not _is_plain(point), _estimate(point, done[point].bound),
+                                      _order(point)))
     verdicts = [_inherited(done, point) for point in queue]
     lowest = min((verdict.bound for verdict in verdicts), default=math.inf)
     lower_bound = min(lowest, best.seconds) if best else lowest
@@ -99,6 +100,11 @@ def _inherited(done: Mapping[Point, Verdict], point: Point) -> Verdict:
         return verdict
     above = _inherited(done, better)
     return replace(verdict, bound=max(verdict.bound, above.bound), why=above.why)
+
+
+def _is_plain(point: Point) -> bool:
+    """Whether a point is one of the few that fit if anything does: looked at first, so that there is a best early."""
+    return point.rows == 1 and point.recompute == "blocks" and point.schedule == "1f1b"
 
 
 def _estimate(point: Point, bound: float) -> float:

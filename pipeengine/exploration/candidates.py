@@ -45,6 +45,23 @@ class Configuration:
             raise PlanError(f"the plan's configuration is damaged: {error}") from error
 
 
+def configuration_in(plan: object) -> Configuration | None:
+    """What a plan that a search has found says besides; None for any other plan. A path is read.
+
+    Raises ``PlanError`` where a configuration is there but damaged.
+    """
+    if isinstance(plan, Choice):
+        return plan.configuration
+    if not isinstance(plan, (str, Path)):
+        return None
+    try:
+        obj = json.loads(Path(plan).read_bytes())
+    except (OSError, ValueError):       # whoever reads the plan itself says it best
+        return None
+    told = obj.get("configuration") if isinstance(obj, Mapping) else None
+    return None if told is None else Configuration.from_json(told)
+
+
 @dataclass(frozen=True)
 class Choice:
     """A configuration with its plan and what it takes: seconds of a step, bytes per worker at its fullest.

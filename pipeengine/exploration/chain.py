@@ -5,7 +5,6 @@ micro-batch.
 """
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,17 +17,18 @@ from partitioners.solvers import build_problem, crossing_tensors
 
 FEW_TENSORS = 2         # that may cross a place, where there are enough such places
 MOST_PLACES = 700       # a long order is cut only at so many, evenly spread over its work
-_BLOCK = re.compile(r"^(.*?\.\d+)(?=[.:#]|$)")
 
 
 @dataclass(frozen=True)
 class Figures:
-    """One entry per node, in order: seconds and bytes as the cost graph has them, and parameters with shared ones."""
+    """One entry per node, in order: seconds and bytes as the cost graph has them, and those of parameters that are
+    trained, shared ones included."""
 
     forward: np.ndarray
     backward: np.ndarray
     weight_grad: np.ndarray
     param_bytes: np.ndarray
+    frozen_bytes: np.ndarray
     grown_bytes: np.ndarray
     activation_bytes: np.ndarray
     kept_bytes: np.ndarray
@@ -39,18 +39,19 @@ class Figures:
         """The figures of ``graph``'s nodes in ``order``."""
         def column(name: str) -> np.ndarray:
             return np.array([float(graph.nodes[node].get(name, 0.0)) for node in order])
-        shared = np.array([sum((graph.nodes[node].get("shared") or {}).values()) for node in order], float)
+        shared = np.array([sum(size for name, size in (graph.nodes[node].get("shared") or {}).items()
+                               if name not in (graph.nodes[node].get("frozen") or ())) for node in order], float)
         return cls(column("forward"), column("backward"), column("weight_grad"), column("param_bytes"),
-                   column("param_bytes") + shared, column("activation_bytes"), column("kept_bytes"),
-                   column("workspace_bytes"))
+                   column("frozen_bytes"), column("param_bytes") - column("frozen_bytes") + shared,
+                   column("activation_bytes"), column("kept_bytes"), column("workspace_bytes"))
 
 
 @dataclass(frozen=True)
 class Chain:
     """Nodes in order; ``places[j]`` is how many of them stand before place j (the first 0, the last all).
 
-    ``again`` are the figures when every repeated block runs its forward twice, and ``blocks`` the path of each node's
-    block ("" for none).
+    ``again`` are the figures when every block that the graph names runs its forward twice, and ``blocks`` the path of
+    each node's block ("" for none). ``shared``: name, bytes, positions of the readers, and whether it is trained.
     """
 
     graph: nx.DiGraph
@@ -60,7 +61,7 @@ class Chain:
     again: Figures
     blocks: tuple[str, ...]
     edges: np.ndarray                   # positions of producer and reader
-    shared: tuple[tuple[str, float, tuple[int, ...]], ...]
+    shared: tuple[tuple[str, float, tuple[int, ...], bool], ...]
 
     @classmethod
     def of(cls, graph: nx.DiGraph, *, whole_blocks: bool = False, most_stages: int = 1) -> Chain:
@@ -69,7 +70,7 @@ class Chain:
                                 memory_model=MemoryModel(), num_microbatches=1, allow_empty=True)
         order = sum(problem.items, ())
         ends = np.cumsum([len(item) for item in problem.items])
-        blocks = block_paths(order)
+        blocks = tuple(graph.nodes[node].get("block") or "" for node in order)
         crossing = crossing_tensors(problem)[1:-1]
         allowed = np.ones(len(crossing), bool)
         if whole_blocks:
@@ -97,16 +98,17 @@ class Chain:
 
     @cached_property
     def own_parameters(self) -> np.ndarray:
-        """Parameter bytes up to every place, shared ones with their first reader."""
-        first = self.plain.param_bytes.copy()
-        for _, size, readers in self.shared:
-            first[readers[0]] += size
+        """Bytes of trained parameters up to every place, shared ones with their first reader."""
+        first = self.plain.param_bytes - self.plain.frozen_bytes
+        for _, size, readers, trained in self.shared:
+            first[readers[0]] += size * trained
         return self.sums(first)
 
     @cached_property
     def must_hold(self) -> np.ndarray:
         """How many nodes with parameters stand before each place; nodes, where none has any."""
-        has = self.plain.grown_bytes > 0
+        has = np.array([bool(self.graph.nodes[node].get("param_bytes") or self.graph.nodes[node].get("shared"))
+                        for node in self.order])
         return self.sums(has if has.any() else np.ones(len(has))).astype(int)
 
     @cached_property
@@ -132,24 +134,26 @@ class Chain:
         receive (``"stages"``).
         """
         stage_of = self.stage_of(cuts)
-        held = [dict.fromkeys(stage_of[list(readers)].tolist()) for *_, readers in self.shared]
-        shared = [sum(size for (_, size, _), stages in zip(self.shared, held) if stage in stages)
-                  for stage in range(len(cuts) - 1)]
+        held = [dict.fromkeys(stage_of[list(readers)].tolist()) for _, _, readers, _ in self.shared]
+        read = [[(size, trained) for (_, size, _, trained), stages in zip(self.shared, held) if stage in stages]
+                for stage in range(len(cuts) - 1)]
+        shared = [(sum(size for size, _ in own), sum(size for size, trained in own if not trained)) for own in read]
         stages = tuple(self._stage(int(self.places[a]), int(self.places[b]), shared[stage],
                                    self.again if recomputing[stage] and grain == "blocks" else self.plain)
                        for stage, (a, b) in enumerate(zip(cuts, cuts[1:])))
-        ties = tuple(Tie(name, tuple(sorted(stages_of)), round(size))
-                     for (name, size, _), stages_of in zip(self.shared, held) if len(stages_of) > 1)
+        ties = tuple(Tie(name, tuple(sorted(stages_of)), round(size), trained)
+                     for (name, size, _, trained), stages_of in zip(self.shared, held) if len(stages_of) > 1)
         plan = Plan(len(stages), {}, stages, self._boundaries(stage_of), ties, 0.0, 0.0, 0.0, "", "overlap", "")
         whole = [stage for stage, flag in enumerate(recomputing) if flag and grain == "stages"]
         return price_stages(plan, whole) if whole else plan
 
-    def _stage(self, start: int, end: int, shared: float, figures: Figures) -> StageCost:
+    def _stage(self, start: int, end: int, shared: tuple[float, float], figures: Figures) -> StageCost:
         part = {name: getattr(figures, name)[start:end] for name in figures.__dataclass_fields__}
         total = {name: float(values.sum()) for name, values in part.items()}
-        return StageCost(total["forward"], total["backward"], 0.0, total["forward"] + total["backward"],
-                         total["param_bytes"] + shared, total["activation_bytes"], 0.0, 0.0, end - start,
-                         weight_grad=total["weight_grad"], kept_bytes=total["kept_bytes"],
+        load = total["forward"] + total["backward"]
+        return StageCost(total["forward"], total["backward"], 0.0, load, total["param_bytes"] + shared[0],
+                         total["activation_bytes"], 0.0, 0.0, end - start, weight_grad=total["weight_grad"],
+                         frozen_bytes=total["frozen_bytes"] + shared[1], kept_bytes=total["kept_bytes"],
                          workspace_bytes=_scratch(part, grown=False), first_workspace_bytes=_scratch(part, grown=True))
 
     def _boundaries(self, stage_of: np.ndarray) -> tuple[Boundary, ...]:
@@ -173,21 +177,6 @@ class Chain:
                     round(sum(self.graph.nodes[self.order[node]].get("output_bytes", 0.0) for node in nodes)))
         return tuple(Boundary(*pair, *described(values.get(pair, [])), *described(gradients.get(pair, [])))
                      for pair in sorted({*values, *gradients}))
-
-
-def block_paths(order: tuple) -> tuple[str, ...]:
-    """The repeated block of each node, by its name: the module path up to its first number; "" for none.
-
-    A path that only one block has, or that leaves and comes again, is none.
-    """
-    paths = [match[1] if (match := _BLOCK.match(str(node))) else "" for node in order]
-    parents: dict[str, set[str]] = {}
-    runs: dict[str, int] = {}
-    for position, path in enumerate(paths):
-        parents.setdefault(path.rpartition(".")[0], set()).add(path)
-        runs[path] = runs.get(path, 0) + (position == 0 or paths[position - 1] != path)
-    siblings = {path: len(parents[path.rpartition(".")[0]]) for path in runs}
-    return tuple(path if path and runs[path] == 1 and siblings[path] > 1 else "" for path in paths)
 
 
 def _few_tensors(ends: np.ndarray, crossing: np.ndarray, allowed: np.ndarray, most_stages: int) -> np.ndarray:
@@ -229,26 +218,29 @@ def _scratch(part: dict[str, np.ndarray], grown: bool) -> float:
 
 
 def _computed_again(graph: nx.DiGraph, order: tuple, blocks: tuple[str, ...]) -> Figures:
-    """Every block keeps only what it reads, and runs its forward again in backward."""
+    """Every block keeps only what it reads, and runs its forward again in a backward that is not in halves."""
     plain = Figures.of(graph, order)
     backward, kept, workspace = plain.backward.copy(), plain.activation_bytes.copy(), plain.workspace_bytes.copy()
     members: dict[str, list[int]] = {}
     for position, path in enumerate(blocks):
         if path:
             members.setdefault(path, []).append(position)
+    weight, halves = plain.weight_grad.copy(), plain.kept_bytes.copy()
     for positions in members.values():
-        inside = {order[position] for position in positions}
-        read = {source for node in inside for source in graph.predecessors(node)} - inside
         backward[positions] += plain.forward[positions]
         workspace[positions[-1]] += plain.activation_bytes[positions].sum()
-        kept[positions] = 0.0
-        kept[positions[0]] = sum(float(graph.nodes[source].get("output_bytes", 0.0)) for source in read)
-    return replace(plain, backward=backward, activation_bytes=kept, workspace_bytes=workspace)
+        kept[positions] = weight[positions] = halves[positions] = 0.0
+        kept[positions[0]] = sum(float(graph.nodes[order[position]].get("block_bytes", 0.0)) for position in positions)
+    return replace(plain, backward=backward, activation_bytes=kept, workspace_bytes=workspace, weight_grad=weight,
+                   kept_bytes=halves)
 
 
-def _shared(graph: nx.DiGraph, order: tuple) -> tuple[tuple[str, float, tuple[int, ...]], ...]:
+def _shared(graph: nx.DiGraph, order: tuple) -> tuple[tuple[str, float, tuple[int, ...], bool], ...]:
     readers: dict[str, tuple[float, list[int]]] = {}
+    frozen: set[str] = set()
     for position, node in enumerate(order):
+        frozen.update(graph.nodes[node].get("frozen") or ())
         for name, size in (graph.nodes[node].get("shared") or {}).items():
             readers.setdefault(name, (float(size), []))[1].append(position)
-    return tuple((name, size, tuple(positions)) for name, (size, positions) in sorted(readers.items()))
+    return tuple((name, size, tuple(positions), name not in frozen)
+                 for name, (size, positions) in sorted(readers.items()))

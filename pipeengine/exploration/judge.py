@@ -58,11 +58,11 @@ def costs_on(scene: Scene, plan: Plan, worker_of: tuple[int, ...]) -> Costs:
     edges = {(b.source, b.target): _seconds(between, worker_of, b.source, b.target, max(b.bytes, b.gradient_bytes))
              for b in plan.boundaries}
     # A worker's stages share one reduction, and so its latency.
-    end = tuple(scene.step_end_seconds(worker, cost.param_bytes)
+    end = tuple(scene.step_end_seconds(worker, cost.param_bytes - cost.frozen_bytes)
                 - (scene.step_end_seconds(worker, 0.0) if worker in worker_of[:stage] else 0.0)
                 for stage, (worker, cost) in enumerate(zip(worker_of, plan.stages)))
     exchange = [0.0] * plan.num_stages
-    for tie in plan.ties:
+    for tie in (tie for tie in plan.ties if tie.trained):
         first = tie.stages[0]
         for stage in tie.stages:
             other = tie.stages[1] if stage == first else first
@@ -105,5 +105,6 @@ def peak_bytes(scene: Scene, plan: Plan, schedule: Schedule) -> tuple[float, ...
     """Bytes of each worker at its fullest: what it keeps all the time, and what a step adds in this order."""
     kept = [0.0] * scene.point.workers
     for stage, cost in enumerate(plan.stages):
-        kept[schedule.topology.worker_of[stage]] += scene.state_factor * cost.param_bytes
+        trained = cost.param_bytes - cost.frozen_bytes
+        kept[schedule.topology.worker_of[stage]] += scene.state_factor * trained + cost.frozen_bytes
     return tuple(a + b for a, b in zip(kept, step_bytes(plan, schedule)))

@@ -20,8 +20,8 @@ from pipeengine.schedules import B, Schedule
 from pipeengine.simulation import edges_of, microbatches_in_flight
 
 FEW_CUTS = 600          # ways to cut that are simply all priced
-ROUNDS, FEW_ROUNDS = 24, 6      # of pricing paths and cuts against each other
-CLOSE = 1e-3            # a bound this near is near enough
+ROUNDS, FEW_ROUNDS = 12, 5      # of pricing paths and cuts against each other
+CLOSE = 2e-3            # a bound this near is near enough
 _SHARES = (0.96, 0.88, 0.75)   # of the memory, to find a cut that fits
 _BISECTIONS = 14
 _LIMIT_SHARES = (0.1, 0.5)

@@ -217,7 +217,7 @@ def _window_minima(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> 
     return result
 
 
-def balance(lengths: np.ndarray, rounds: int = 300) -> np.ndarray:
+def balance(lengths: np.ndarray, rounds: int = 150) -> np.ndarray:
     """Weights of the rows (paths) for which the cheapest column (cut) is as dear as can be, nearly.
 
     Multiplicative weights on both sides (Freund and Schapire, Games and Economic Behavior 1999). Any weights give a

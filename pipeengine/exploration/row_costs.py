@@ -9,7 +9,7 @@ import networkx as nx
 from pipeengine.exploration.chain import Chain
 
 SIZES = ("forward", "backward", "weight_grad", "activation_bytes", "kept_bytes", "output_bytes", "workspace_bytes",
-         "transfer")
+         "block_bytes", "transfer")
 RECORDED_NODES = 1500       # up to which every number of rows is recorded; beyond, the fewest and the most
 
 

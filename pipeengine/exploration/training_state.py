@@ -4,11 +4,11 @@ Everything that the search knows about the memory of training state stands here.
 """
 from __future__ import annotations
 
+from partitioners.graph import OPTIMIZER_STATES, parameter_factor
 from pipeengine.errors import InputError
 
-# Bytes of optimizer state per byte of weights, in the weights' precision, as torch's optimizers keep it; "-master" adds
-# weights and moments in float32 beside weights in half precision.
-OPTIMIZERS = {"adamw": 2.0, "adam": 2.0, "adamw-master": 6.0, "momentum": 1.0, "sgd": 0.0}
+_MASTER = "-master"     # weights and moments in float32 beside weights of two bytes
+OPTIMIZERS = (*OPTIMIZER_STATES, "adamw-master")
 _TOUCHED = 2.0          # times that an update reads or writes each byte of weights and state, gradients once
 
 
@@ -26,6 +26,7 @@ def update_bytes(optimizer: str, num_replicas: int = 1, shard: str | None = None
 
 
 def _state(optimizer: str) -> float:
-    if optimizer not in OPTIMIZERS:
+    if optimizer.removesuffix(_MASTER) not in OPTIMIZER_STATES:
         raise InputError(f"optimizer {optimizer!r} is none of {', '.join(OPTIMIZERS)}")
-    return OPTIMIZERS[optimizer]
+    master = optimizer.endswith(_MASTER)
+    return parameter_factor(optimizer.removesuffix(_MASTER), bytes_per_weight=2.0, master_weights=master) - 2.0

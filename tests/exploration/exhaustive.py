@@ -93,7 +93,7 @@ def _stage(graph, stage, recomputing, grain, received):
                 data[members[-1]]["workspace_bytes"] += sum(graph.nodes[node]["activation_bytes"] for node in members)
                 for node in members:
                     data[node]["backward"] += data[node]["forward"]
-                    data[node]["activation_bytes"] = 0
+                    data[node] |= {"activation_bytes": 0, "weight_grad": 0, "kept_bytes": 0}
                 data[members[0]]["activation_bytes"] = sum(graph.nodes[u]["output_bytes"] for u in outside)
     total = {name: sum(each[name] for each in data.values()) for name in
              ("forward", "backward", "weight_grad", "param_bytes", "activation_bytes", "kept_bytes")}

@@ -14,7 +14,7 @@ from pipeengine.exploration.row_costs import blend, chains
 from pipeengine.exploration.space import Training
 
 sys.path.insert(0, str(Path(__file__).parent))
-from exhaustive import best_of_all  # noqa: E402
+from exhaustive import best_of_all, block_of  # noqa: E402
 
 SCHEDULES = ("gpipe", "1f1b", "zb-h1", "interleaved-1f1b", "interleaved-zb", "zb-v", "bfs")
 
@@ -36,6 +36,12 @@ def instance(seed):
             graph.add_edge(names[place - 1], name)
         if place > 1 and dice.random() < 0.2:
             graph.add_edge(names[place - 2], name)
+    for path in {block_of(name) for name in names} - {""}:
+        members = [name for name in names if block_of(name) == path]
+        outside = {u for name in members for u in graph.predecessors(name)} - set(members)
+        for name in members:
+            graph.nodes[name]["block"] = path
+        graph.nodes[members[0]]["block_bytes"] = sum(graph.nodes[u]["output_bytes"] for u in outside)
     if not any(graph.nodes[name]["weight_grad"] for name in names):
         graph.nodes[names[0]]["weight_grad"] = 0.1
     hardware = Hardware(dice.choice((2, 3, 4)), dice.choice((None, 150, 250, 400, 700)),
