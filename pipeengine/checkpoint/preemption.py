@@ -27,7 +27,9 @@ class SignalWatch:
             return
         self._watching = True
         for number in _BITS:
-            if signal.getsignal(number) == signal.SIG_DFL:
+            now = signal.getsignal(number)
+            # Of several pipelines in a process (a notebook's cell that ran again) the last that saves has the signals.
+            if now == signal.SIG_DFL or isinstance(getattr(now, "__self__", None), SignalWatch):
                 signal.signal(number, self._heard)
 
     def _heard(self, number: int, frame: FrameType | None) -> None:

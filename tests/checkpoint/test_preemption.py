@@ -110,8 +110,9 @@ def test_handlers_of_the_program_stay(tmp_path):
     mine = signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
         kept = signal.getsignal(signal.SIGTERM)
+        pe.Checkpoints(tmp_path, pipeline()).save(1)        # forgotten, as by a cell that runs again
         checkpoints = pe.Checkpoints(tmp_path, pipeline())
-        checkpoints.save(1)
+        checkpoints.save(2)
         assert signal.getsignal(signal.SIGTERM) is kept and signal.getsignal(signal.SIGUSR1) != signal.SIG_DFL
         checkpoints.close()
         assert signal.getsignal(signal.SIGTERM) is kept and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
