@@ -310,6 +310,7 @@ def test_a_training_that_stopped_goes_on_bit_for_bit(tmp_path):
     assert_bit_equal(*stop_and_resume(tmp_path, "dropout"))
 
 
+@pytest.mark.slow
 def test_workers_that_stopped_go_on_bit_for_bit(tmp_path):
     pytest.importorskip("peft")
     reports = launch(2, resume_on_workers, str(tmp_path), ("lora",), limit=400)
