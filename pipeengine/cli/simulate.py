@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import NamedTuple
 
 from partitioners.plan import Plan
-from partitioners.units import parse_size
+from partitioners.units import format_bytes, format_seconds, parse_size
 from pipeengine.errors import PipeEngineError, ScheduleError
 from pipeengine.program import check
 from pipeengine.report import chrome_trace, seconds_text, size_text, timeline_svg, timeline_text
@@ -50,8 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-peak",
         type=parse_size,
         metavar="A",
-        help="activations a worker may keep, in micro-batches (with "
-        "--plan, in bytes); auto is made for it (default those of 1F1B), others that need more are refused",
+        help="activations a worker may keep, in micro-batches; with --plan the memory of a device, such as 80GB, for "
+        "weights, gradients, optimizer and activations. auto is made for it (default what 1F1B needs), others that "
+        "need more are refused",
     )
     parser.add_argument("--objective", choices=("makespan", "span"),
                         help="for auto: what to make short; default makespan")
@@ -72,12 +73,18 @@ class _Result(NamedTuple):
     parts: Breakdown
     bubble: float
     messages: int
+    weights: tuple[float, ...] = ()         # bytes per worker besides activations, where they are known
+
+    @property
+    def memory(self) -> tuple[float, ...]:
+        """Per worker: activations at their peak, in bytes with what else a plan's worker holds."""
+        return tuple(map(sum, zip(self.peaks, self.weights))) if self.weights else self.peaks
 
     def to_dict(self) -> dict[str, object]:
         return {"schedule": self.schedule.name, "workers": self.timeline.num_workers,
                 "microbatches": self.schedule.num_microbatches, "stages": self.schedule.topology.num_stages,
                 "makespan": self.timeline.makespan, "span": self.timeline.span, "bubble": self.bubble,
-                "peak_activations": list(self.peaks), "messages": self.messages,
+                "peak_activations": list(self.peaks), "weight_bytes": list(self.weights), "messages": self.messages,
                 "idle_share": self.timeline.idle_share.tolist(), "breakdown": asdict(self.parts)}
 
 
@@ -161,14 +168,38 @@ def _from_plan(args: argparse.Namespace) -> Callable[[str], _Result]:
                 f"leave --workers out, or give one of {fitting}"
             )
         workers = plan.num_stages // per_worker
+        room = args.max_peak
+        if room is not None and name in SCHEDULES:
+            # What a worker holds besides depends on its stages, so the order is made twice.
+            shape = build(name, num_workers=workers, num_microbatches=microbatches, stages_per_worker=per_worker,
+                          costs=costs).topology
+            room = _room(args.max_peak, _held(plan, shape))
         schedule = build(name, num_workers=workers, num_microbatches=microbatches, stages_per_worker=per_worker,
-                         costs=costs, max_peak=args.max_peak, objective=args.objective)
+                         costs=costs, max_peak=room, objective=args.objective)
         if schedule.topology.num_stages != plan.num_stages or schedule.topology.num_routes > 1:
             raise ScheduleError(f"schedule {name} on {workers} workers has {schedule.topology.num_stages} stages, the "
                                 f"plan has {plan.num_stages}; plan for that many stages")
         work = microbatches * sum(costs.forward + costs.backward) / workers
-        return _result(schedule, costs, edges, work, args.max_peak)
+        weights = _held(plan, schedule.topology)
+        room = None if args.max_peak is None else _room(args.max_peak, weights)
+        return _result(schedule, costs, edges, work, room)._replace(weights=weights)
     return ask
+
+
+def _held(plan: Plan, topology: Topology) -> tuple[float, ...]:
+    """Bytes of weights, gradients, optimizer state and scratch that each worker holds whatever the order."""
+    held = [0.0] * topology.num_workers
+    for cost, worker in zip(plan.stages, topology.worker_of):
+        held[worker] += plan.setting.memory_model.weights(cost.param_bytes, cost.frozen_bytes) + cost.workspace_bytes
+    return tuple(held)
+
+
+def _room(memory: float, held: Sequence[float]) -> float:
+    """What is left for activations on the worker that holds most besides. Raises ``ScheduleError`` if nothing is."""
+    if memory <= max(held):
+        raise ScheduleError(f"--max-peak is {memory:,.0f} bytes, and a worker of {len(held)} needs {max(held):,.0f} "
+                            "for weights, gradients and optimizer alone; give more memory, or plan more stages")
+    return memory - max(held)
 
 
 def _stages_per_worker(name: str, args: argparse.Namespace, plan: Plan) -> int:
@@ -203,8 +234,8 @@ def _text(args: argparse.Namespace, results: list[_Result], refused: object) -> 
         f"{_signed(parts.communication)}",
         f"span      {seconds_text(timeline.span)}, of which bubble {100 * result.bubble:.2f} %",
         f"idle      {' '.join(f'{100 * share:.1f}%' for share in timeline.idle_share)}",
-        f"peak      {' '.join(f'{peak:,.6g}' for peak in result.peaks)} "
-        + ("bytes of activations" if args.plan else "micro-batches' activations"),
+        f"peak      {' '.join(map(format_bytes, result.memory))}, weights and optimizer included" if args.plan else
+        f"peak      {' '.join(f'{peak:,.6g}' for peak in result.peaks)} micro-batches' activations",
         f"messages  {result.messages:,} per step"])
 
 
@@ -218,7 +249,7 @@ def _json(args: argparse.Namespace, results: list[_Result], refused: object) -> 
 
 def _svg(args: argparse.Namespace, results: list[_Result], refused: object) -> str:
     peak = size_text if args.plan else lambda number: f"{number:.4g} micro-batches"
-    panels = [(f"{r.schedule.name}: bubble {100 * r.bubble:.1f} % of the longest span, peak {peak(max(r.peaks))}",
+    panels = [(f"{r.schedule.name}: bubble {100 * r.bubble:.1f} % of the longest span, peak {peak(max(r.memory))}",
                r.timeline) for r in results]
     return timeline_svg(panels, unit="s" if args.plan else "", hover=False)
 
@@ -241,29 +272,34 @@ def _table(args: argparse.Namespace, results: list[_Result], refused: list[tuple
         "peak",
         "messages",
     )
-    rows = [
-        (
-            r.schedule.name,
-            str(r.timeline.num_workers),
-            str(r.schedule.topology.num_stages),
-            seconds_text(r.timeline.makespan),
-            seconds_text(r.timeline.span),
-            f"{100 * r.bubble:.2f} %",
-            seconds_text(r.parts.fill_drain),
-            _signed(r.parts.imbalance),
-            _signed(r.parts.communication),
-            f"{max(r.peaks):,.4g}",
-            f"{r.messages:,}",
-        )
-        for r in sorted(results, key=lambda r: r.timeline.makespan)
-    ]
+    clock, size = (format_seconds, format_bytes) if args.plan else (seconds_text, "{:,.4g}".format)
+    groups: dict[int, list[_Result]] = {}
+    for result in sorted(results, key=lambda r: (-r.timeline.num_workers, r.timeline.makespan)):
+        groups.setdefault(result.timeline.num_workers, []).append(result)
+    rows = [_row(result, clock, size) for group in groups.values() for result in group]
     widths = [max(map(len, column)) for column in zip(heads, *rows)]
-    lines = ["  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths)))
-             for row in [heads, ["-" * w for w in widths], *rows]]
-    notes = [f"{name}: {error}" for name, error in refused]
-    best = min(results, key=lambda r: r.timeline.makespan)
-    return "\n".join([*lines, "", f"fastest step: {best.schedule.name}; times as given, peak in "
-                      + ("bytes" if args.plan else "micro-batches of a whole worker"), *notes])
+    rule, lines = ["-" * width for width in widths], [_aligned(heads, widths)]
+    for group in groups.values():
+        lines += [_aligned(rule, widths), *(_aligned(_row(result, clock, size), widths) for result in group)]
+    best = "; ".join(f"{group[0].schedule.name} on {workers} workers" for workers, group in groups.items())
+    return "\n".join([
+        *lines, "", f"fastest step: {best}" + ("; another number of workers is another number of devices" if
+                                              len(groups) > 1 else ""),
+        "times in seconds, peak with weights, gradients and optimizer" if args.plan else
+        "times as given, peak in micro-batches of a whole worker", *(f"{name}: {error}" for name, error in refused)])
+
+
+def _row(r: _Result, clock: Callable[[float], str], size: Callable[[float], str]) -> tuple[str, ...]:
+    def signed(seconds: float) -> str:
+        return clock(seconds) if seconds >= 0 else "-" + clock(-seconds)
+    return (r.schedule.name, str(r.timeline.num_workers), str(r.schedule.topology.num_stages),
+            clock(r.timeline.makespan), clock(r.timeline.span), f"{100 * r.bubble:.2f} %", clock(r.parts.fill_drain),
+            signed(r.parts.imbalance), signed(r.parts.communication), size(max(r.memory)), f"{r.messages:,}")
+
+
+def _aligned(texts: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(text.ljust(width) if not column else text.rjust(width)
+                     for column, (text, width) in enumerate(zip(texts, widths)))
 
 
 def _all_json(args: argparse.Namespace, results: list[_Result], refused: list[tuple[str, PipeEngineError]]) -> str:

@@ -5,8 +5,10 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
+import networkx
 import pytest
 
+from partitioners import partition
 from pipeengine.cli.simulate import add_arguments, run
 from pipeengine.synthesis.registry import SCHEDULES
 
@@ -182,3 +184,40 @@ def test_workers_that_a_plan_does_not_suit_are_refused(tmp_path, workers):
         "json",
     )
     assert code == 0 and json.loads(text)["workers"] == 2
+
+
+@pytest.fixture
+def planned(tmp_path):
+    """Four equal stages of 100 MB of weights each, half of them frozen, and 1 MB of activations per micro-batch."""
+    graph = networkx.DiGraph()
+    for number in range(4):
+        graph.add_node(f"n{number}", forward=1.0, backward=2.0, param_bytes=1e8, frozen_bytes=5e7, activation_bytes=1e6,
+                       output_bytes=10.0, gradient=True, order=number)
+    networkx.add_path(graph, list(graph))
+    path = tmp_path / "plan.json"
+    partition(graph, 4, num_microbatches=8).save(path)
+    return path
+
+
+def test_the_memory_of_a_plan_counts_weights_and_optimizer(planned):
+    """Adam: 4 x 50 MB and 50 MB frozen; 1F1B's first stage keeps four micro-batches, GPipe's eight."""
+    words = ["--plan", planned, "--format", "json", "--schedule"]
+    for name, kept in (("1f1b", 4e6), ("gpipe", 8e6)):
+        code, text = simulate(*words, name)
+        answer = json.loads(text)
+        assert code == 0 and answer["peak_activations"][0] == kept and answer["weight_bytes"] == [2.5e8] * 4
+    assert simulate(*words, "1f1b", "--max-peak", "254MB")[0] == 0
+    assert simulate(*words, "gpipe", "--max-peak", "257MB")[0] == 2
+    code, text = simulate(*words, "1f1b", "--max-peak", "250MB")
+    assert code == 2 and "a worker of 4 needs 250,000,000 for weights" in text
+
+
+def test_schedules_on_other_numbers_of_devices_are_not_ranked_together(planned):
+    _, text = simulate("--plan", planned)
+    head, *groups = text[:text.index("\n\n")].split("\n----------------")
+    assert head.startswith("schedule") and len(groups) == 2
+    for group, workers in zip(groups, (4, 2), strict=True):
+        rows = [line.split() for line in group.splitlines()[1:]]
+        assert len(rows) > 3 and all(row[1] == str(workers) for row in rows)
+    assert "on 4 workers;" in text and "another number of devices" in text
+    assert " MB" in text and " s " in text
