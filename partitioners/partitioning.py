@@ -7,11 +7,20 @@ from numbers import Integral, Real
 
 import networkx as nx
 
-from partitioners.errors import PartitionError
+from partitioners.errors import InfeasibleError, PartitionError
 from partitioners.graph import Cluster, Device, Link, MemoryModel, check
 from partitioners.plan import Plan, Setting, deal
 from partitioners.pricing import build_plan
-from partitioners.solvers import Problem, build_problem, interleave, shortest_period, solve, with_recomputation
+from partitioners.solvers import (
+    Problem,
+    Solution,
+    build_problem,
+    fits_with_recomputation,
+    interleave,
+    shortest_period,
+    solve,
+    with_recomputation,
+)
 
 OBJECTIVES = ("sum", "overlap", "1f1b")
 
@@ -60,7 +69,7 @@ def partition(graph: nx.DiGraph, num_stages: int | None = None, *, devices: Clus
     elif recompute and problem.memory_may_bind():
         solution = with_recomputation(problem, gap, time_limit, progress)
     else:
-        solution = solve(problem, prefer_single_tensor, gap, time_limit, progress)
+        solution = _plain(problem, prefer_single_tensor, gap, time_limit, progress)
     used = [stage for stage, items in enumerate(solution.stages) if items]
     setting = Setting(objective=objective, cluster=cluster, memory_model=memory_model,
                       num_microbatches=num_microbatches, stages_per_worker=stages_per_worker, allow_empty=allow_empty,
@@ -68,6 +77,17 @@ def partition(graph: nx.DiGraph, num_stages: int | None = None, *, devices: Clus
                       stage_devices=tuple(_device_index(problem, cluster, solution.levels[stage]) for stage in used))
     stage_of = {node: number for number, stage in enumerate(used) for node in solution.stages[stage]}
     return build_plan(graph, stage_of, setting, lower_bound=solution.lower_bound, proof=solution.proof)
+
+
+def _plain(problem: Problem, prefer_single_tensor: float, gap: float, time_limit: float | None,
+           progress: Callable[[str], None] | None) -> Solution:
+    """The best cut; where none fits, whether recomputation would help is told."""
+    try:
+        return solve(problem, prefer_single_tensor, gap, time_limit, progress)
+    except InfeasibleError as error:
+        if problem.memory_may_bind() and fits_with_recomputation(problem):
+            raise InfeasibleError(f"{error} or recompute=True (--recompute), with which it fits") from None
+        raise
 
 
 def _most_together(worker_of: Sequence[int], num_stages: int | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import islice, product
 
 import numpy as np
 
@@ -42,6 +42,18 @@ def with_recomputation(problem: Problem, gap: float, time_limit: float | None,
         reason = why_infeasible(_everything_again(problem), time.monotonic() + 10.0)
         raise InfeasibleError(f"{reason} (everything computed again)")
     return best
+
+
+def fits_with_recomputation(problem: Problem) -> bool:
+    """Whether some order of the graph can be cut so that every stage fits once it recomputes; quick, and may miss."""
+    for order in islice(candidate_orders(problem), 2):
+        ordered = reorder(problem, order)
+        if len(ordered) > LONG:
+            ordered = merge_runs(ordered, promising_positions(ordered, WINDOWS))
+        tables = {kind: recomputing_loads(ordered, kind) for kind in dict.fromkeys(problem.levels)}
+        if best_cuts(ordered, tables) is not None:
+            return True
+    return False
 
 
 def _everything_again(problem: Problem) -> Problem:

@@ -22,7 +22,7 @@ from partitioners.solvers.problem import Kind, Problem, reorder
 from partitioners.solvers.reduction import can_reduce, reduce_around_memory, reduce_problem
 from partitioners.solvers.segments import Cuts, best_cuts, fewest_cuts, segment_loads
 from partitioners.solvers.sweeps import Bracket, NoSolver, can_sweep, narrow
-from partitioners.units import format_seconds
+from partitioners.units import format_bytes, format_seconds
 
 SAME = 1 + 1e-12
 FEW_IDEALS = 30_000         # tried before anything that is not exact, where memory binds
@@ -158,7 +158,8 @@ def why_infeasible(problem: Problem, deadline: float) -> str:
         advice += [f"{min(counts)} stages"] if counts and min(counts) > problem.num_stages else []
     total = problem.fixed_bytes.sum() + problem.levels[0].in_flight * problem.activation_bytes.sum()
     room = min(kind.device.memory for kind in problem.levels if kind.device.memory is not None)
-    reason = alone or f"the model needs {total:,.0f} bytes in all and a device has {room:,.0f}"
+    reason = alone or (f"the model needs {format_bytes(total)} in all, {format_bytes(total / problem.num_stages)} a "
+                       f"stage if that could be shared out evenly, and a device has {format_bytes(room)}")
     return f"{text}: {reason}; try {' or '.join(advice or ['more memory per device or smaller micro-batches'])}"
 
 

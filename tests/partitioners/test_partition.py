@@ -91,7 +91,7 @@ def test_infeasible_tells_how_many_stages_would_do():
     for node in graph:
         graph.nodes[node].update(forward=1.0, memory_bytes=10)
     with pytest.raises(
-        InfeasibleError, match="60 bytes in all and a device has 20; try memory of 30 bytes.*or 3 stages"
+        InfeasibleError, match="60 B in all, 30 B a stage .* and a device has 20 B; try memory of 30 bytes.*or 3 stages"
     ):
         partition(graph, 2, memory=20)
     assert partition(graph, 3, memory=20).bottleneck == 2.0

@@ -156,8 +156,11 @@ def test_recomputation_only_where_memory_needs_it():
     tight = partition(graph, 2, memory=18, recompute=True)
     assert all(not stage.recomputed for stage in roomy.stages) and roomy.bottleneck == 6.0
     assert [stage.recomputed for stage in tight.stages] != [(), ()] and tight.bottleneck == 7.0
-    with pytest.raises(InfeasibleError):
+    with pytest.raises(InfeasibleError, match=r"or recompute=True \(--recompute\), with which it fits"):
         partition(graph, 2, memory=18)
+    with pytest.raises(InfeasibleError) as refused:
+        partition(graph, 2, memory=7)
+    assert "recompute" not in str(refused.value), "nothing fits, whatever is computed again"
 
 
 @pytest.mark.parametrize("worker_of", ((0, 1), (0, 2, 2, 0), (), (0, 1, 1, 0, 1)))
