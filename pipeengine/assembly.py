@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from partitioners.plan import check_rules
 from pipeengine.autograd import Recompute, find_deferrable
 from pipeengine.checkpoint import fetch_missing, load_stage, release_foreign
 from pipeengine.costs import analytic, cost_graph, made_up_target, measure, price_modules, price_stages
-from pipeengine.distributed import NoTies, Tie, TiedParameters, Transport, Workers
+from pipeengine.distributed import Copies, Grid, NoTies, Tie, Transport, Workers, deal
 from pipeengine.errors import InputError, PlanError, ScheduleError
 from pipeengine.options import Options
 from pipeengine.rng import RngStreams
@@ -67,11 +67,13 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Tensors:
-    """Who has which parameters and buffers, by first name: ``first_name`` of every alias, what this worker holds, and
-    what it owns: of a shared tensor the first holder is the owner, of one that no stage uses worker 0."""
+    """Who has which parameters and buffers, by first name: ``first_name`` of every alias, what this worker holds, what
+    its optimizer updates, and what it owns: of a tensor on several workers the first holder in the first replica is the
+    owner, with shards the worker that updates it."""
 
     first_name: Mapping[str, str]
     held: frozenset[str]
+    updated: frozenset[str]
     owner: Mapping[str, int]
     owned: frozenset[str]
 
@@ -90,7 +92,7 @@ class Assembly:
     programs: ProgramCache
     specializations: SpecializationCache
     transport: Transport
-    ties: TiedParameters | NoTies
+    ties: NoTies
     num_parts: int
     link: LinkTimes
 
@@ -98,7 +100,8 @@ class Assembly:
 def assemble(options: Options, workers: Workers, device: torch.device) -> Assembly:
     """Everything a step needs. Every worker calls it; it raises the same error on each of them."""
     given = read_plan(options.plan, workers)
-    layout = workers.run_synchronized(lambda: lay_out(options, given, workers.size))
+    grid = workers.grid
+    layout = workers.run_synchronized(lambda: lay_out(options, given, grid.width))
     reader = BatchReader.of(options.model, device, options.num_microbatches, loss_fn=options.loss_fn,
                             batch_dims=options.batch_dims)
     recorded = workers.run_synchronized(lambda: record(options, reader))
@@ -108,15 +111,14 @@ def assemble(options: Options, workers: Workers, device: torch.device) -> Assemb
     price_modules(graph, recorded.flow, layout.recompute.spans(recorded.flow.recording))
     plan = make_plan(graph, given, options, layout, link, workers)
     priced = price_stages(plan, layout.recompute.stages)
-    programs = ProgramCache(layout.choice, workers.rank, costs_of(priced, link))
-    placement, tensors = workers.run_synchronized(lambda: place(options, recorded, plan, layout, workers.rank))
+    programs = ProgramCache(layout.choice, grid.place, costs_of(priced, link), reduces=grid.num_replicas > 1)
+    placement, tensors = workers.run_synchronized(lambda: place(options, recorded, plan, layout, grid))
     fetch_missing(options.model, tensors.held, device, workers)
     rng = RngStreams(device)
     specializations = workers.run_synchronized(
-        lambda: settle(options, recorded, layout, programs, placement, tensors, rng, device, workers.rank))
+        lambda: settle(options, recorded, layout, programs, placement, tensors, rng, device, grid.place))
     transport = workers.connect_stages(layout.worker_of, device)
-    ties = workers.tie(shared_tensors(options.model, layout, placement, tensors),
-                       {**dict(options.model.named_parameters()), **dict(options.model.named_buffers())}, device)
+    ties = share(options, layout, placement, tensors, workers, device)
     return Assembly(plan, priced, layout, reader, placement, tensors, rng, programs, specializations, transport, ties,
                     recorded.num_parts, link)
 
@@ -190,7 +192,7 @@ def record(options: Options, reader: BatchReader) -> Recorded:
 def agree_on_construction(options: Options, layout: Layout, flow: Dataflow, workers: Workers) -> None:
     """Raise ``InputError`` on every worker unless all were given the same."""
     facts = {"num_stages": layout.num_stages, "num_microbatches": options.num_microbatches,
-             "schedule": layout.choice.name, "seed": options.seed,
+             "schedule": layout.choice.name, "seed": options.seed, "shard": options.shard,
              "recompute": (sorted(layout.recompute.stages), sorted(layout.recompute.modules)),
              "the model or the example": f"that with hash {_number(_identity(options.model, flow))}"}
     everybody = workers.all_gather_object(facts)
@@ -256,7 +258,7 @@ def make_plan(graph: networkx.DiGraph, given: Plan | None, options: Options, lay
     def plan_here() -> Mapping | None:
         if workers.rank:
             return None
-        made = partition(graph, options, layout, link, workers.size) if given is None else \
+        made = partition(graph, options, layout, link, workers.grid.width) if given is None else \
             fitting_plan(given, graph, layout.num_stages)
         return made.to_json()
     data = workers.broadcast_object(workers.run_synchronized(plan_here))
@@ -294,7 +296,7 @@ def fitting_plan(plan: Plan, graph: networkx.DiGraph, num_stages: int) -> Plan:
 # -- stages -----------------------------------------------------------------------------------------------------------
 
 
-def place(options: Options, recorded: Recorded, plan: Plan, layout: Layout, rank: int
+def place(options: Options, recorded: Recorded, plan: Plan, layout: Layout, grid: Grid
           ) -> tuple[SettledPlacement, Tensors]:
     """Which node runs where, and who holds which tensors; checked against eager execution where the model is real."""
     model, flow = options.model, recorded.flow
@@ -304,11 +306,29 @@ def place(options: Options, recorded: Recorded, plan: Plan, layout: Layout, rank
     settled = placement.settle(flow, stage_of, list(dict.fromkeys(first_name.values())))
     if options.check and all(t.device.type != "meta" for t in (*model.parameters(), *model.buffers())):
         check_recording(model, flow, stage_of, layout.num_stages, recorded.inputs, options.loss_fn)
-    own = {stage for stage, worker in enumerate(layout.worker_of) if worker == rank}
+    own = {stage for stage, worker in enumerate(layout.worker_of) if worker == grid.place}
     held = _held_names(flow, settled, own)
     owner = {name: min((layout.worker_of[s] for s in settled.holders.get(name, ())), default=-1)
              for name in set(first_name.values())}
-    return settled, Tensors(first_name, held, owner, frozenset(name for name in held if owner[name] == rank))
+    updated = held
+    if options.shard is not None and grid.num_replicas > 1:
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        dealt = deal(copies_of(layout, settled, sizes, grid), sizes)
+        owner |= dealt
+        updated = frozenset(name for name in held if dealt.get(name, grid.worker(grid.place))
+                            == grid.worker(grid.place))
+    owned = frozenset(name for name in held if owner[name] == grid.worker(grid.place))
+    return settled, Tensors(first_name, held, updated, owner, owned)
+
+
+def copies_of(layout: Layout, placement: SettledPlacement, names: Collection[str], grid: Grid) -> list[Copies]:
+    """Who holds each of ``names``, in all replicas."""
+    copies = []
+    for name in names:
+        stages = sorted(placement.holders.get(name, ()))
+        places = {layout.worker_of[stage] for stage in stages} or {0}
+        copies.append(Copies(name, grid.everywhere(places), stages[0] if len(stages) == 1 else -1))
+    return copies
 
 
 def settle(options: Options, recorded: Recorded, layout: Layout, programs: ProgramCache, placement: SettledPlacement,
@@ -351,6 +371,21 @@ def _first_names(model: torch.nn.Module) -> dict[str, str]:
                          *model.named_buffers(remove_duplicate=False)):
         names[name] = first.setdefault(id(tensor), name)
     return names
+
+
+def share(options: Options, layout: Layout, placement: SettledPlacement, tensors: Tensors, workers: Workers,
+          device: torch.device) -> NoTies:
+    """What keeps equal the tensors that several workers hold: in several stages, or in all replicas."""
+    model, grid = options.model, workers.grid
+    values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if grid.num_replicas == 1:
+        return workers.tie(shared_tensors(model, layout, placement, tensors), values, device)
+    copies = copies_of(layout, placement, dict.fromkeys(tensors.first_name.values()), grid)
+    # Small buffers that a worker needs to follow the inputs, although its stages do not hold them.
+    here = grid.everywhere([grid.place])
+    copies += [Copies(one.name, here, -1) for one in copies if one.name in tensors.held and
+               grid.worker(grid.place) not in one.workers]
+    return workers.replicate(copies, values, tensors.owner if options.shard else None)
 
 
 def shared_tensors(model: torch.nn.Module, layout: Layout, placement: SettledPlacement, tensors: Tensors) -> list[Tie]:

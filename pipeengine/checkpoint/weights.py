@@ -10,6 +10,7 @@ import torch
 
 from pipeengine.checkpoint.hugging_face import INDEX, SINGLE, Source, files_of, read, safetensors, sources_of
 from pipeengine.checkpoint.slots import get_tensor, put_tensor, tensor_slots
+from pipeengine.distributed import Workers
 from pipeengine.errors import InputError
 from pipeengine.rng import generators, mix, place_number
 from pipeengine.torch_private import TorchDispatchMode, storage_number
@@ -181,21 +182,26 @@ def _aliases(model: torch.nn.Module) -> dict[str, list[str]]:
     return found
 
 
-def save_weights(model: torch.nn.Module, owned: Collection[str], folder: Path, workers) -> None:
-    """Every worker writes the tensors it owns; the first one writes the index, last, and the model's config if it has
-    one."""
+def save_weights(model: torch.nn.Module, owner: Mapping[str, int], folder: Path, workers: Workers) -> None:
+    """Every worker writes the tensors whose ``owner`` it is; the first one writes the index, last, and the model's
+    config if it has one."""
+    writers = sorted({0, *owner.values()} - {-1})
     persistent = set(model.state_dict(keep_vars=True))
     slots = tensor_slots(model)
     aliases = _aliases(model)
 
-    def write() -> tuple[str, list[str], int]:
+    def write() -> tuple[str, list[str], int] | None:
+        if workers.rank not in writers:
+            return None
         mine = {name: get_tensor(*slots[name][0]).detach().cpu().contiguous() for name in slots
-                if name in owned and any(alias in persistent for alias in aliases[name])}
-        file = SINGLE if workers.size == 1 else f"model-{workers.rank + 1:05}-of-{workers.size:05}.safetensors"
+                if max(0, owner[name]) == workers.rank and any(alias in persistent for alias in aliases[name])}
+        file = SINGLE if len(writers) == 1 else \
+            f"model-{writers.index(workers.rank) + 1:05}-of-{len(writers):05}.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
         safetensors().torch.save_file(mine, folder / file, metadata={"format": "pt"})
         return file, list(mine), sum(t.numel() * t.element_size() for t in mine.values())
-    written = workers.all_gather_object(workers.run_synchronized(write))
+    everybody = workers.all_gather_object(workers.run_synchronized(write))
+    written = [one for one in everybody if one is not None]
 
     def finish() -> None:
         if workers.rank:
@@ -203,12 +209,12 @@ def save_weights(model: torch.nn.Module, owned: Collection[str], folder: Path, w
         config = getattr(model, "config", None)
         if hasattr(config, "save_pretrained"):
             config.save_pretrained(folder)
-        if workers.size > 1:
+        if len(writers) > 1:
             index = {"metadata": {"total_size": sum(size for _, _, size in written)},
                      "weight_map": {name: file for file, names, _ in written for name in names}}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         # What an earlier save with another number of workers has left would be read in the place of this.
-        current = {file for file, _, _ in written} | ({INDEX} if workers.size > 1 else set())
+        current = {file for file, _, _ in written} | ({INDEX} if len(writers) > 1 else set())
         for path in (folder / SINGLE, folder / INDEX, *folder.glob("model-?????-of-?????.safetensors")):
             if path.name not in current:
                 path.unlink(missing_ok=True)

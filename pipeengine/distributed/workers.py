@@ -1,4 +1,4 @@
-"""The workers of one pipeline: who they are, what they agree on, and how one failure becomes everybody's.
+"""The workers of one job: who they are, what they agree on, and how one failure becomes everybody's.
 
 Three things travel here besides the data: one small gather before a step (do all workers have the same batch, and can
 all of them run it?), the loss after it, and, when something breaks, its cause.
@@ -16,8 +16,12 @@ from typing import Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
+from pipeengine.distributed.buckets import Copies
 from pipeengine.distributed.failure import ConnectionLost, Description, start
+from pipeengine.distributed.grid import Grid, ranks_of_mesh, ranks_of_world
+from pipeengine.distributed.groups import GroupMaker, first_group
 from pipeengine.distributed.local import LocalTransport, Transport
+from pipeengine.distributed.replicas import ReplicatedParameters
 from pipeengine.distributed.tied_parameters import NoTies, Tie, TiedParameters
 from pipeengine.distributed.transport import DistributedTransport
 from pipeengine.distributed.waiting import Waiter, give_up
@@ -29,18 +33,23 @@ T = TypeVar("T")
 
 
 class Workers(Protocol):
-    """The workers of one pipeline, seen from worker ``rank`` of ``size``. Every method but ``publish`` and
-    ``published`` is called by all of them."""
+    """The workers of one pipeline, or of several replicas of it, seen from worker ``rank`` of ``size``.
+
+    ``grid`` says which replica it is in, and where. Every method but ``publish`` and ``published`` is called by all.
+    """
 
     rank: int
     size: int
+    grid: Grid
     backend: str | None
 
     def run_synchronized(self, what: Callable[[], T]) -> T:
         """Do something that needs no other worker, on all of them; if it fails on one, raise its error on all."""
 
-    def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str]) -> None:
-        """The same ``facts`` everywhere, and nobody has a ``problem``; else the same error everywhere."""
+    def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str],
+              told: Sequence[int] = ()) -> Sequence[Sequence[int]]:
+        """The same ``facts`` everywhere (the first) and in each replica (the others), and nobody has a ``problem``;
+        else the same error everywhere. Returns what each worker has ``told`` where there are replicas."""
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
         """``source``'s ``value`` on every worker."""
@@ -64,6 +73,10 @@ class Workers(Protocol):
             ) -> TiedParameters | NoTies:
         """What keeps copies of shared parameters equal; they have the owner's value afterwards."""
 
+    def replicate(self, copies: Sequence[Copies], tensors: Mapping[str, torch.Tensor],
+                  owner: Mapping[str, int] | None) -> NoTies:
+        """The same where there are replicas; with ``owner`` each parameter is updated by one worker."""
+
     def fail(self, error: BaseException, where: str) -> BaseException:
         """Tell the others of ``error``, and return what this worker is to raise."""
 
@@ -81,6 +94,7 @@ class SingleProcess:
     """One process that runs every stage."""
 
     rank, size = 0, 1
+    grid = Grid(1, 1, 0, 0)
     backend = None
 
     def __init__(self) -> None:
@@ -90,10 +104,12 @@ class SingleProcess:
         """Do it."""
         return what()
 
-    def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str]) -> None:
+    def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str],
+              told: Sequence[int] = ()) -> Sequence[Sequence[int]]:
         """Raise the ``problem``, if there is one."""
         if problem is not None:
             raise problem
+        return ()
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
         """The value itself."""
@@ -123,6 +139,11 @@ class SingleProcess:
         """Aliases are one tensor here: nothing to keep equal."""
         return NoTies()
 
+    def replicate(self, copies: Sequence[Copies], tensors: Mapping[str, torch.Tensor],
+                  owner: Mapping[str, int] | None) -> NoTies:
+        """One process has no replicas."""
+        return NoTies()
+
     def fail(self, error: BaseException, where: str) -> BaseException:
         """Nobody to tell: the error as it is."""
         return error
@@ -140,28 +161,40 @@ class SingleProcess:
 
 
 class ProcessGroupWorkers:
-    """The processes of a pipeline, on a control group of their own."""
+    """The processes of ``num_replicas`` pipelines, on a control group of their own."""
 
-    def __init__(self, ranks: Sequence[int], timeout: timedelta, backend: str = "gloo"):
+    def __init__(self, ranks: Sequence[int], timeout: timedelta, backend: str = "gloo", num_replicas: int = 1):
         self.ranks, self.backend = tuple(ranks), backend
         self.rank, self.size = self.ranks.index(dist.get_rank()), len(self.ranks)
+        self.grid = Grid.of(self.rank, self.size, num_replicas)
         self.timeout = timeout
         self.waiter = Waiter(self.interrupted)
         self._name: str | None = None
-        self._group: dist.ProcessGroup | None = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
+        self._group: dist.ProcessGroup | None = first_group(self.ranks, timeout)
         self._store = dist.PrefixStore("pipeengine", default_store())
         self._name = self.broadcast_object(uuid.uuid4().hex)
+        self._groups = GroupMaker(self._name, timeout)
 
     def connect_stages(self, worker_of: Sequence[int], device: torch.device) -> Transport:
         """A transport with groups of its own; every worker calls it."""
-        return DistributedTransport(worker_of, self.rank, self.ranks, device, self.backend, self.timeout, self.waiter)
+        own = [self.ranks[worker] for worker in self.grid.pipeline]
+        return DistributedTransport(worker_of, self.grid.place, own, device, self.backend, self._groups, self.waiter)
 
     def tie(self, ties: Sequence[Tie], tensors: Mapping[str, torch.Tensor], device: torch.device) -> TiedParameters:
         """The copies of shared tensors, on groups of their own, equal from the start; every worker calls it."""
         tied = TiedParameters(ties, {tie.name: tensors[tie.name] for tie in ties if self.rank in tie.workers},
-                              self.rank, self.ranks, self.backend, self.timeout, self.waiter)
+                              self.rank, self.ranks, self.backend, self._groups, self.waiter)
         tied.equalise()
         return tied
+
+    def replicate(self, copies: Sequence[Copies], tensors: Mapping[str, torch.Tensor],
+                  owner: Mapping[str, int] | None) -> ReplicatedParameters:
+        """The copies of tensors in all replicas, on groups of their own, equal from the start; every worker calls
+        it."""
+        replicated = ReplicatedParameters(copies, tensors, self.rank, self.ranks, self.backend, self._groups,
+                                          self.waiter, owner)
+        replicated.equalise()
+        return replicated
 
     # -- collectives ------------------------------------------------------------------------------------------------
 
@@ -238,27 +271,38 @@ class ProcessGroupWorkers:
         self._raise_first(problem)
         return result
 
-    def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str]) -> None:
-        """One small gather: the same ``facts`` everywhere, and nobody has a ``problem``; else the same error
-        everywhere."""
+    def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str],
+              told: Sequence[int] = ()) -> Sequence[Sequence[int]]:
+        """One small gather: the same first of ``facts`` everywhere, the same others in each replica, and nobody has a
+        ``problem``; else the same error everywhere. Returns what each worker has ``told`` where there are replicas."""
         mine = torch.zeros(_SLOTS, dtype=torch.int64)
         mine[0] = problem is not None
         mine[1:1 + len(facts)] = torch.tensor([fact & (1 << 63) - 1 for fact in facts])
+        mine[1 + len(facts):1 + len(facts) + len(told)] = torch.tensor(told, dtype=torch.int64)
         found = [torch.empty_like(mine) for _ in self.ranks]
         self._wait(start(dist.all_gather, found, mine, group=self._group, async_op=True))
-        if all(torch.equal(other, mine) for other in found) and problem is None:
-            return
+        replicas = self.grid.num_replicas
+        if replicas == 1 and problem is None and all(torch.equal(other, mine) for other in found):
+            return ()
         rows = [other.tolist() for other in found]
         if any(row[0] for row in rows):
             self._raise_first(problem)
         for number, name in enumerate(names, 1):
-            values = [row[number] for row in rows]
-            if len(set(values)) > 1:
-                other = next(r for r, value in enumerate(values) if value != values[0])
-                raise InputError(f"workers disagree on {name}: worker 0 has {values[0]}, worker {other} has "
-                                 f"{values[other]}; every worker must make the same calls with the same batch "
-                                 "(a DistributedSampler, or a loader that accelerate has prepared, gives each worker "
-                                 "another part of it, and so does a shuffle without a common seed)")
+            alike = self.size if number == 1 else self.grid.width
+            for first in range(0, self.size, alike):
+                self._compare(name, first, [row[number] for row in rows[first:first + alike]])
+        return [row[1 + len(facts):] for row in rows] if replicas > 1 else ()
+
+    @staticmethod
+    def _compare(name: str, first: int, values: Sequence[int]) -> None:
+        """Raise ``InputError`` unless the workers from ``first`` on have one value."""
+        other = next((number for number, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            raise InputError(f"workers disagree on {name}: worker {first} has {values[0]}, worker {first + other} has "
+                             f"{values[other]}; every worker of a pipeline must make the same calls with the same "
+                             "batch (a DistributedSampler, or a loader that accelerate has prepared, gives each worker "
+                             "another part of it, and so does a shuffle without a common seed; give it the number of "
+                             "replicas and pipe.replica)")
 
     def _raise_first(self, problem: Exception | None) -> None:
         """Raise the problem of the first worker that has one, on every worker."""
@@ -318,22 +362,20 @@ class ProcessGroupWorkers:
             give_up(group)
 
 
-def connect(mesh: object, device: torch.device, launched: bool, timeout: timedelta = timedelta(minutes=10)) -> Workers:
-    """The workers of this job: the ``pp`` dimension of ``mesh``, the default process group, or this process alone.
+def connect(mesh: dist.DeviceMesh | None, device: torch.device, launched: bool, num_replicas: int | None = None,
+            timeout: timedelta = timedelta(minutes=10)) -> Workers:
+    """The workers of this job: those of ``mesh``, of the default process group, or this process alone.
 
-    Where processes were ``launched`` (by torchrun) without a process group, one is started.
+    Where processes were ``launched`` (by torchrun) without a process group, one is started. Raises ``InputError`` where
+    they do not make ``num_replicas`` pipelines.
     """
-    if mesh is not None:
-        group = mesh.get_group("pp") if "pp" in (mesh.mesh_dim_names or ()) else mesh.get_group()
-        ranks = dist.get_process_group_ranks(group)
-        return ProcessGroupWorkers(ranks, timeout, _backend(device)) if len(ranks) > 1 else SingleProcess()
-    if not dist.is_initialized():
-        if not launched:
-            return SingleProcess()
+    if mesh is None and launched and not dist.is_initialized():
         dist.init_process_group("gloo" if device.type == "cpu" else None, timeout=timeout)
-    if dist.get_world_size() == 1:
-        return SingleProcess()
-    return ProcessGroupWorkers(range(dist.get_world_size()), timeout, _backend(device))
+    if mesh is not None:
+        ranks, count = ranks_of_mesh(mesh, num_replicas)
+    else:
+        ranks, count = ranks_of_world(dist.get_world_size() if dist.is_initialized() else 1, num_replicas)
+    return ProcessGroupWorkers(ranks, timeout, _backend(device), count) if len(ranks) > 1 else SingleProcess()
 
 
 def _backend(device: torch.device) -> str:

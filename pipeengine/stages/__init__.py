@@ -4,7 +4,7 @@ Placement says which node runs where, splitting cuts, codegen writes straight-li
 of stages for every kind of micro-batch.
 """
 from pipeengine.stages.cache import Specialization, SpecializationCache
-from pipeengine.stages.loss_weight import Weights, even_weights, full_batch_loss_check
+from pipeengine.stages.loss_weight import Weights, as_weights, even_weights, full_batch_loss_check
 from pipeengine.stages.message import (
     ACTIVATION,
     GRADIENT,
@@ -19,6 +19,7 @@ from pipeengine.stages.message import (
 from pipeengine.stages.placement import Placement, SettledPlacement
 from pipeengine.stages.replay_check import check_recording
 from pipeengine.stages.runnable import Runnable
+from pipeengine.stages.shares import Shares, Totals
 
 __all__ = [
     "ACTIVATION",
@@ -27,10 +28,13 @@ __all__ = [
     "Placement",
     "Runnable",
     "SettledPlacement",
+    "Shares",
     "Specialization",
     "SpecializationCache",
+    "Totals",
     "Weights",
     "allocate",
+    "as_weights",
     "check_header",
     "check_recording",
     "even_weights",
