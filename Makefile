@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train lint test test-slow test-torch-2.14 clean
+.PHONY: train lint test test-slow test-torch-2.14 chaos clean
 
 .venv/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -20,6 +20,10 @@ test: .venv/.installed
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
+
+# Faults at random, each in a run of its own: hours, not part of .ci/run.
+chaos: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py --random 500 --kinds kill,stop,raise,exit,sleep
 
 # Another torch, in an environment of its own; not part of .ci/run.
 .venv-2.14/.installed: setup.cfg pyproject.toml

@@ -41,9 +41,8 @@ from partitioners.pricing import build_plan
 from pipeengine import pipeline
 from pipeengine.autograd.deferral import Deferral
 from pipeengine.autograd.deferral import run as run_deferred
-from pipeengine.distributed import groups
+from pipeengine.distributed import SingleProcess, groups
 from pipeengine.distributed.local import NullTransport
-from pipeengine.distributed.workers import SingleProcess
 from pipeengine.runtime.executor import Executor
 from pipeengine.synthesis.registry import SCHEDULES, build
 

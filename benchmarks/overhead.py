@@ -23,9 +23,8 @@ from torch import nn
 
 import pipeengine as pe
 from pipeengine import pipeline
-from pipeengine.distributed import groups, transport
+from pipeengine.distributed import ProcessGroupWorkers, SingleProcess, groups, transport
 from pipeengine.distributed.local import NullTransport
-from pipeengine.distributed.workers import ProcessGroupWorkers, SingleProcess
 from pipeengine.runtime.executor import Executor
 from pipeengine.stages.message import HEADER_BYTES, Layout
 

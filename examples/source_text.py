@@ -60,10 +60,28 @@ class Vocabulary:
         return tokens
 
 
-def batches(tokens: torch.Tensor, rows: int, length: int, seed: int = 0):
-    """Endless random windows of ``tokens``; the same on every worker for the same ``seed``."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        starts = torch.randint(len(tokens) - length, (rows,), generator=generator)
-        windows = torch.stack([tokens[start:start + length + 1] for start in starts])
-        yield dict(tokens=windows[:, :-1], targets=windows[:, 1:])
+class Windows:
+    """Endless random windows of ``tokens``; the same on every worker for the same ``seed``.
+
+    Batch ``n`` follows from the seed and ``n`` alone, so that the state is one integer.
+    """
+
+    def __init__(self, tokens: torch.Tensor, rows: int, length: int, seed: int = 0):
+        self.tokens, self.rows, self.length, self.seed, self.number = tokens, rows, length, seed, 0
+
+    def batch(self, number: int) -> dict[str, torch.Tensor]:
+        """One batch by its number."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        starts = torch.randint(len(self.tokens) - self.length, (self.rows,), generator=generator)
+        windows = torch.stack([self.tokens[start:start + self.length + 1] for start in starts])
+        return dict(tokens=windows[:, :-1], targets=windows[:, 1:])
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        self.number += 1
+        return self.batch(self.number - 1)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"number": self.number}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.number = state["number"]

@@ -3,6 +3,9 @@
     torchrun --standalone --nproc_per_node 2 examples/train_gpt.py      # two workers; `make train`
     python examples/train_gpt.py --stages 2                             # both stages in this process
 
+Stopped with Ctrl-C (or killed) and started again, it goes on where its last checkpoint ends; remove the folder to begin
+anew.
+
 The model is ordinary PyTorch and knows nothing of the pipeline. Its vocabulary of 8,192 tokens makes the last layer as
 heavy as several blocks, so that equal numbers of blocks would leave one worker waiting for the other.
 """
@@ -12,7 +15,7 @@ import time
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from source_text import Vocabulary, batches, standard_library
+from source_text import Vocabulary, Windows, standard_library
 from torch import nn
 
 import pipeengine as pe
@@ -58,8 +61,8 @@ class GPT(nn.Module):
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=120, help="how long to train")
-    parser.add_argument("--steps", type=int, default=10**9, help="at most so many steps")
+    parser.add_argument("--seconds", type=float, default=120, help="how long to train, this time")
+    parser.add_argument("--steps", type=int, default=10_000, help="steps of the whole training")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--rows", type=int, default=16, help="sequences in a batch")
@@ -68,7 +71,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--stages", type=int, help="as many as workers, unless given")
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--schedule", default="1f1b")
-    parser.add_argument("--folder", default="runs/gpt", help="where the report goes")
+    parser.add_argument("--folder", default="runs/gpt", help="where checkpoints, metrics and report go")
+    parser.add_argument("--save-every", default="60s", help="steps, or a time such as 5min")
+    parser.add_argument("--tracker", action="append", default=[], help="tensorboard, comet_ml, mlflow or wandb")
     return parser.parse_args()
 
 
@@ -86,26 +91,18 @@ def any_worker(condition: bool) -> bool:
     return bool(flag)
 
 
-def train(pipe, data, options) -> None:
-    """The ordinary loop: step, clip, optimizer, schedule; a line about every three seconds."""
-    optimizer = torch.optim.AdamW(pipe.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
-    start = told = time.perf_counter()
-    steps_told = 0
-    for step, batch in zip(range(1, options.steps + 1), data, strict=False):
-        loss = pipe.step(**batch)
+def train(run, pipe, windows, optimizer, scheduler, options) -> None:
+    """The ordinary loop: step, clip, optimizer, schedule."""
+    start = time.perf_counter()
+    for _ in run.steps(options.steps):
+        loss = pipe.step(**next(windows))
         pipe.clip_grad_norm_(1.0)
         optimizer.step()
         optimizer.zero_grad()
-        warm_up.step()
-        now = time.perf_counter()
-        done = any_worker(now - start > options.seconds) or step == options.steps
-        if step == 1 or now - told > 3 or done:
-            rate = (step - steps_told) * batch["tokens"].numel() / (now - told)
-            say(f"step {step:5d}   loss {loss:7.4f}   {rate:8,.0f} tokens/s   {now - start:5.0f} s")
-            told, steps_told = now, step
-        if done:
-            return
+        scheduler.step()
+        run.log(loss=loss, lr=scheduler.get_last_lr()[0])
+        if any_worker(time.perf_counter() - start > options.seconds):
+            run.stop()
 
 
 def main() -> None:
@@ -116,20 +113,28 @@ def main() -> None:
     held_out = len(tokens) // 20
     torch.manual_seed(0)
     model = GPT(len(vocabulary), options.width, options.blocks, heads=options.width // 32, length=options.length)
-    data = batches(tokens[:-held_out], options.rows, options.length)
+    windows = Windows(tokens[:-held_out], options.rows, options.length)
 
-    pipe = pe.Pipeline(model, next(data), num_microbatches=options.microbatches, schedule=options.schedule,
+    pipe = pe.Pipeline(model, windows.batch(0), num_microbatches=options.microbatches, schedule=options.schedule,
                        num_stages=options.stages)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     say(f"{len(tokens):,} tokens of text, vocabulary of {len(vocabulary):,}, {size / 1e6:.0f} MB of parameters")
     say(pipe.plan)
-    train(pipe, data, options)
 
-    test = next(batches(tokens[-held_out:], options.rows, options.length, seed=1))
-    pipe.eval()
-    say(f"loss on text it has not seen: {float(pipe.evaluate(**test)):.4f}")
-    say(pipe.report())
-    pipe.save_report(options.folder)
+    optimizer = torch.optim.AdamW(pipe.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
+    save_every = int(options.save_every) if options.save_every.isdigit() else options.save_every
+    with pe.Run(options.folder, pipe, optimizer=optimizer, scheduler=scheduler, windows=windows, save_every=save_every,
+                trackers=options.tracker, config=vars(options)) as run:
+        if run.first_step:
+            say(f"going on at step {run.first_step:,}, where the checkpoint in {options.folder} ends")
+        train(run, pipe, windows, optimizer, scheduler, options)
+        test = Windows(tokens[-held_out:], options.rows, options.length, seed=1).batch(0)
+        pipe.eval()
+        test_loss = pipe.evaluate(**test, gather=True)
+        run.log(test_loss=test_loss)
+        say(f"loss on text it has not seen: {float(test_loss):.4f}")
+        say(run.report())
     say(f"wrote {options.folder}/report.html and {options.folder}/trace.json (open it in https://ui.perfetto.dev)")
 
 

@@ -3,13 +3,13 @@ itself."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import networkx as nx
 
-from partitioners.graph import Node, digest, seconds, topological_order
-from partitioners.plan import Boundary, Plan, Setting, StageCost, Tie
-from partitioners.solvers import choose_recomputed, period, transfer
+from partitioners.graph import Block, Device, Node, blocks_of, digest, seconds, topological_order
+from partitioners.plan import Boundary, Plan, Setting, StageCost, Tie, gap_above
+from partitioners.solvers import Choice, choose_recomputed, frozen_names, period, transfer
 
 
 def build_plan(graph: nx.DiGraph, stage_of: Mapping[Node, int], setting: Setting, *, lower_bound: float,
@@ -22,14 +22,15 @@ def build_plan(graph: nx.DiGraph, stage_of: Mapping[Node, int], setting: Setting
     for node in order:
         members[stage_of[node]].append(node)
     sent = _sent_bytes(graph, stage_of, num_stages)
-    stages = tuple(_stage_cost(graph, members[stage], stage, setting, traffic[stage], sent[stage])
+    blocks = blocks_of(graph) if setting.recompute else ()
+    stages = tuple(_stage_cost(graph, members[stage], blocks, stage, setting, traffic[stage], sent[stage])
                    for stage in range(num_stages))
     if setting.objective == "1f1b":
         bottleneck = period([stage.load for stage in stages], round_trips(graph, stage_of, setting))
     else:
         bottleneck = worker_bottleneck([stage.load for stage in stages], setting)
     lower_bound = min(lower_bound, bottleneck)
-    gap = (bottleneck - lower_bound) / bottleneck if bottleneck else 0.0
+    gap = gap_above(bottleneck, lower_bound)
     if gap <= 1e-9:
         gap, lower_bound = 0.0, bottleneck
     return Plan(
@@ -74,27 +75,27 @@ def link_seconds(graph: nx.DiGraph, order: list[Node], stage_of: Mapping[Node, i
             sent[home].append(price(home, 1, *cost))
     share = 1.0 / setting.num_microbatches
     for tie in find_ties(graph, stage_of):
-        for stage in tie.stages:
+        for stage in tie.stages if tie.trained else ():
             received[stage].append(price(stage, 0, 0.0, share, tie.bytes * share))
             sent[stage].append(price(stage, 1, 0.0, share, tie.bytes * share))
     return [(math.fsum(into), math.fsum(out)) for into, out in zip(received, sent)]
 
 
-def _stage_cost(graph: nx.DiGraph, nodes: list[Node], stage: int, setting: Setting, traffic: tuple[float, float],
-                sent: float) -> StageCost:
+def _stage_cost(graph: nx.DiGraph, nodes: list[Node], blocks: Sequence[Block], stage: int, setting: Setting,
+                traffic: tuple[float, float], sent: float) -> StageCost:
     device, data = setting.device(stage), [graph.nodes[node] for node in nodes]
     forward = math.fsum(seconds(each, "forward", device) for each in data)
     backward = math.fsum(seconds(each, "backward", device) for each in data)
-    again = _recomputed(data, stage, setting)
-    shared = {name: size for each in data for name, size in (each.get("shared") or {}).items()}
-    parameters = math.fsum(each.get("param_bytes", 0.0) for each in data) + math.fsum(shared.values())
+    again = _recomputed(nodes, data, blocks, stage, setting)
+    for block in again:
+        data = _with_block(nodes, data, block, device)
+    backward += math.fsum(seconds(graph.nodes[node], "forward", device) for block in again for node in block.nodes)
+    parameters, frozen = _weights(data)
     activations = math.fsum(each.get("activation_bytes", 0.0) for each in data)
     model, count = setting.memory_model, len(setting.stage_devices)
-    kept = activations - math.fsum(data[index].get("activation_bytes", 0.0) for index in again)
-    memory = (model.parameter_factor * parameters + math.fsum(each.get("memory_bytes", 0.0) for each in data)
-              + model.in_flight(stage, count, setting.num_microbatches) * kept
+    memory = (model.weights(parameters, frozen) + math.fsum(each.get("memory_bytes", 0.0) for each in data)
+              + model.in_flight(stage, count, setting.num_microbatches) * activations
               + max((each.get("workspace_bytes", 0.0) for each in data), default=0.0))
-    forward += math.fsum(seconds(data[index], "forward", device) for index in again)
     load = {"sum": math.fsum((forward, backward, *traffic)), "overlap": max(forward + backward, *traffic),
             "1f1b": forward + backward}[setting.objective]
     return StageCost(
@@ -108,12 +109,22 @@ def _stage_cost(graph: nx.DiGraph, nodes: list[Node], stage: int, setting: Setti
         sent_bytes=sent,
         num_nodes=len(nodes),
         device=device.name,
-        recomputed=tuple(str(nodes[index]) for index in again),
+        recomputed=tuple(block.label for block in again),
         weight_grad=math.fsum(seconds(each, "weight_grad", device) for each in data),
         kept_bytes=math.fsum(each.get("kept_bytes", 0.0) for each in data),
         workspace_bytes=_scratch(data, grown=False),
         first_workspace_bytes=_scratch(data, grown=True),
+        frozen_bytes=frozen,
     )
+
+
+def _weights(data: Sequence[dict]) -> tuple[float, float]:
+    """Bytes of all weights that the nodes read, shared ones once, and of those that are not trained."""
+    shared = {name: size for each in data for name, size in (each.get("shared") or {}).items()}
+    frozen = {name for each in data for name in each.get("frozen") or ()}
+    return (math.fsum(each.get("param_bytes", 0.0) for each in data) + math.fsum(shared.values()),
+            math.fsum(each.get("frozen_bytes", 0.0) for each in data)
+            + math.fsum(size for name, size in shared.items() if name in frozen))
 
 
 def _scratch(data: list[dict], grown: bool) -> float:
@@ -126,23 +137,40 @@ def _scratch(data: list[dict], grown: bool) -> float:
         most = max(most, more + each.get("workspace_bytes", 0.0))
         more -= each.get("activation_bytes", 0.0)
         if grown:
-            more += each.get("param_bytes", 0.0) + math.fsum((each.get("shared") or {}).values())
+            weights, frozen = _weights([each])
+            more += weights - frozen
     return max(most, more)
 
 
-def _recomputed(data: list[dict], stage: int, setting: Setting) -> list[int]:
-    """Which of the stage's nodes compute their activations again so that it fits."""
+def _with_block(nodes: list[Node], data: list[dict], block: Block, device: Device) -> list[dict]:
+    """The nodes' attributes when ``block`` is computed again: nothing of it stays but what it reads, nothing waits for
+    a W, and its last node, where backward begins, has the scratch."""
+    places = [index for index, node in enumerate(nodes) if node in set(block.nodes)]
+    changed = list(data)
+    for index in places:
+        changed[index] = data[index] | {"activation_bytes": 0.0, "weight_grad": 0.0, "kept_bytes": 0.0}
+    changed[places[0]]["activation_bytes"] = block.kept_bytes
+    scratch = max(block.workspace_bytes, data[places[-1]].get("workspace_bytes", 0.0))
+    changed[places[-1]]["workspace_bytes"] = scratch
+    return changed
+
+
+def _recomputed(nodes: list[Node], data: list[dict], blocks: Sequence[Block], stage: int,
+                setting: Setting) -> list[Block]:
+    """Which of the blocks that lie whole in the stage compute their activations again so that it fits."""
     device, model = setting.device(stage), setting.memory_model
     if not setting.recompute or device.memory is None:
         return []
     depth = model.in_flight(stage, len(setting.stage_devices), setting.num_microbatches)
-    shared = {name: size for each in data for name, size in (each.get("shared") or {}).items()}
-    need = (
-        model.parameter_factor * (math.fsum(each.get("param_bytes", 0.0) for each in data) + math.fsum(shared.values()))
-        + math.fsum(each.get("memory_bytes", 0.0) + depth * each.get("activation_bytes", 0.0) for each in data)
-        + max((each.get("workspace_bytes", 0.0) for each in data), default=0.0)
-    )
-    return choose_recomputed(data, [seconds(each, "forward", device) for each in data], depth, need - device.memory)
+    of_node = dict(zip(nodes, data))
+    whole = [block for block in blocks if all(node in of_node for node in block.nodes)]
+    choices = [Choice(math.fsum(seconds(of_node[node], "forward", device) for node in block.nodes),
+                      depth * block.saved_bytes, block.workspace_bytes) for block in whole]
+    held = model.weights(*_weights(data)) + math.fsum(
+        each.get("memory_bytes", 0.0) + depth * each.get("activation_bytes", 0.0) for each in data)
+    scratch = max((each.get("workspace_bytes", 0.0) for each in data), default=0.0)
+    chosen = choose_recomputed(choices, held, scratch, device.memory)
+    return [whole[index] for index in (range(len(whole)) if chosen is None else chosen)]
 
 
 def round_trips(graph: nx.DiGraph, stage_of: Mapping[Node, int], setting: Setting) -> list[float]:
@@ -201,5 +229,6 @@ def find_ties(graph: nx.DiGraph, stage_of: Mapping[Node, int]) -> tuple[Tie, ...
         for name, size in (data.get("shared") or {}).items():
             holders.setdefault(name, set()).add(stage_of[node])
             sizes[name] = max(sizes.get(name, 0.0), size)
-    return tuple(Tie(name, tuple(sorted(stages)), round(sizes[name])) for name, stages in sorted(holders.items())
-                 if len(stages) > 1)
+    frozen = frozen_names(graph)
+    return tuple(Tie(name, tuple(sorted(stages)), round(sizes[name]), name not in frozen)
+                 for name, stages in sorted(holders.items()) if len(stages) > 1)

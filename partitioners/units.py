@@ -52,9 +52,12 @@ def parse_size(text: str) -> float:
 
 
 def parse_memory(text: str) -> float:
-    """Bytes of a device's memory, as ``parse_size``; a bare number below a megabyte has lost its unit."""
+    """Bytes of a device's memory, as ``parse_size``; below a megabyte somebody has forgotten the unit, or mixed it up.
+
+    A number of ``bytes``, in that word, is what it says: so this program writes small sizes itself.
+    """
     size = parse_size(text)
-    if size < LEAST_MEMORY_BYTES and not text.strip()[-1:].isalpha():
+    if size < LEAST_MEMORY_BYTES and not re.search(r"\bbytes?\s*$", text):
         raise argparse.ArgumentTypeError(
             f"a memory of {text!r} is {size:g} bytes, less than a megabyte; give a unit, such as {text.strip()}GB"
         )

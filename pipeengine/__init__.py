@@ -22,21 +22,75 @@ from pipeengine.errors import (
 )
 
 if TYPE_CHECKING:
+    from pipeengine.checkpoint import Checkpoints
     from pipeengine.costs import DeviceDescription, profile
+    from pipeengine.data import PackedDataset, ResumableLoader, ShuffledSampler, TokenDataset
+    from pipeengine.exploration import Search, search
     from pipeengine.pipeline import Pipeline
     from pipeengine.program import Program, lower
+    from pipeengine.run import Run
     from pipeengine.schedules import Schedule
     from pipeengine.simulation import Costs, Timeline, simulate
     from pipeengine.synthesis import build
     from pipeengine.tracing import Recording, capture
 
-_LATER = {"Pipeline": "pipeline", "capture": "tracing", "profile": "costs", "simulate": "simulation",
-          "Recording": "tracing", "Timeline": "simulation", "Costs": "simulation", "Schedule": "schedules",
-          "Program": "program", "lower": "program", "build": "synthesis", "DeviceDescription": "costs"}
+_LATER = {
+    "Checkpoints": "checkpoint",
+    "Costs": "simulation",
+    "DeviceDescription": "costs",
+    "PackedDataset": "data",
+    "Pipeline": "pipeline",
+    "Program": "program",
+    "Recording": "tracing",
+    "ResumableLoader": "data",
+    "Run": "run",
+    "Schedule": "schedules",
+    "Search": "exploration",
+    "ShuffledSampler": "data",
+    "Timeline": "simulation",
+    "TokenDataset": "data",
+    "build": "synthesis",
+    "capture": "tracing",
+    "lower": "program",
+    "profile": "costs",
+    "search": "exploration",
+    "simulate": "simulation",
+}
 
-__all__ = ["Boundary", "CaptureError", "Costs", "DeviceDescription", "GraphError", "InfeasibleError", "InputError",
-           "PartitionError", "PipeEngineError", "Pipeline", "Plan", "PlanError", "Program", "Recording", "Schedule",
-           "ScheduleError", "Timeline", "WorkerError", "build", "capture", "lower", "partition", "profile", "simulate"]
+__all__ = [
+    "Boundary",
+    "CaptureError",
+    "Checkpoints",
+    "Costs",
+    "DeviceDescription",
+    "GraphError",
+    "InfeasibleError",
+    "InputError",
+    "PackedDataset",
+    "PartitionError",
+    "PipeEngineError",
+    "Pipeline",
+    "Plan",
+    "PlanError",
+    "Program",
+    "Recording",
+    "ResumableLoader",
+    "Run",
+    "Schedule",
+    "ScheduleError",
+    "Search",
+    "ShuffledSampler",
+    "Timeline",
+    "TokenDataset",
+    "WorkerError",
+    "build",
+    "capture",
+    "lower",
+    "partition",
+    "profile",
+    "search",
+    "simulate",
+]
 
 try:
     __version__ = version("pipeengine")

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import sys
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import networkx
@@ -18,18 +17,29 @@ import torch
 import partitioners
 from partitioners import Plan
 from partitioners.plan import check_rules
+from pipeengine.agreement import agree_on_construction
 from pipeengine.autograd import Recompute, find_deferrable
 from pipeengine.checkpoint import fetch_missing, load_stage, release_foreign
 from pipeengine.costs import analytic, cost_graph, made_up_target, measure, price_modules, price_stages
-from pipeengine.distributed import Copies, Grid, NoTies, Tie, Transport, Workers, deal
+from pipeengine.data import Batch
+from pipeengine.defaults import count_microbatches, progress
+from pipeengine.distributed import Grid, NoTies, Transport, Workers
 from pipeengine.errors import InputError, PlanError, ScheduleError
+from pipeengine.exploration import Choice, Configuration, configuration_in
 from pipeengine.options import Options
+from pipeengine.ownership import Tensors, first_names, share, tensors_of
 from pipeengine.rng import RngStreams
 from pipeengine.runtime import BatchReader, ProgramCache, ScheduleChoice, splits_backward
 from pipeengine.simulation import LinkTimes, costs_of, memory_model_of
-from pipeengine.stages import Placement, SettledPlacement, SpecializationCache, check_recording
+from pipeengine.stages import (
+    Placement,
+    SettledPlacement,
+    SpecializationCache,
+    check_recording,
+    compare_two_microbatches,
+)
 from pipeengine.synthesis import build
-from pipeengine.tracing import Dataflow, Inputs, analyse, capture, node_refs, refs
+from pipeengine.tracing import Dataflow, Inputs, analyse, capture
 
 # A message between busy processes of one machine: from the end of what made it to the start of what waits for it, and
 # what the sender spends on it; measured over gloo. For other backends nobody has measured yet: the same, but with the
@@ -49,33 +59,29 @@ class Layout:
     splits_backward: bool
     memory_model: partitioners.MemoryModel
     recompute: Recompute
+    order: str                                  # the whole schedule, as text
 
     @property
     def num_stages(self) -> int:
         """Stages of the whole pipeline."""
         return self.choice.num_stages
 
+    def facts(self) -> dict[str, object]:
+        """What every worker must have alike, by name."""
+        order = hashlib.sha256(self.order.encode()).hexdigest()[:12]
+        return {"num_stages": self.num_stages, "schedule": self.choice.name, "the schedule's order": f"one with hash "
+                f"{order}", "recompute": (sorted(self.recompute.stages), sorted(self.recompute.modules))}
+
 
 @dataclass(frozen=True)
 class Recorded:
-    """The model, recorded on the first micro-batch of the example; ``num_parts`` micro-batches the example makes."""
+    """The model, recorded on the first micro-batch of the example; ``batch`` is the whole of it, ``num_parts``
+    micro-batches it makes."""
 
     flow: Dataflow
     inputs: Inputs
     num_parts: int
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """Who has which parameters and buffers, by first name: ``first_name`` of every alias, what this worker holds, what
-    its optimizer updates, and what it owns: of a tensor on several workers the first holder in the first replica is the
-    owner, with shards the worker that updates it."""
-
-    first_name: Mapping[str, str]
-    held: frozenset[str]
-    updated: frozenset[str]
-    owner: Mapping[str, int]
-    owned: frozenset[str]
+    batch: Batch
 
 
 @dataclass(frozen=True)
@@ -99,17 +105,20 @@ class Assembly:
 
 def assemble(options: Options, workers: Workers, device: torch.device) -> Assembly:
     """Everything a step needs. Every worker calls it; it raises the same error on each of them."""
+    options = read_configuration(options, workers)
     given = read_plan(options.plan, workers)
     grid = workers.grid
-    layout = workers.run_synchronized(lambda: lay_out(options, given, grid.width))
-    reader = BatchReader.of(options.model, device, options.num_microbatches, loss_fn=options.loss_fn,
+    count = workers.run_synchronized(lambda: count_microbatches(options, given, workers, device))
+    layout = workers.run_synchronized(lambda: lay_out(options, given, count, grid.width))
+    reader = BatchReader.of(options.model, device, count, loss_fn=options.loss_fn,
                             batch_dims=options.batch_dims)
     recorded = workers.run_synchronized(lambda: record(options, reader))
-    agree_on_construction(options, layout, recorded.flow, workers)
+    agree_on_construction(options, layout.facts(), recorded.flow, workers)
     link = link_times(workers)
     graph = workers.run_synchronized(lambda: price(recorded.flow, options, layout, device, workers.rank))
     price_modules(graph, recorded.flow, layout.recompute.spans(recorded.flow.recording))
     plan = make_plan(graph, given, options, layout, link, workers)
+    layout = workers.run_synchronized(lambda: with_recomputation(layout, plan, options.model))
     priced = price_stages(plan, layout.recompute.stages)
     programs = ProgramCache(layout.choice, grid.place, costs_of(priced, link), reduces=grid.num_replicas > 1)
     placement, tensors = workers.run_synchronized(lambda: place(options, recorded, plan, layout, grid))
@@ -118,7 +127,7 @@ def assemble(options: Options, workers: Workers, device: torch.device) -> Assemb
     specializations = workers.run_synchronized(
         lambda: settle(options, recorded, layout, programs, placement, tensors, rng, device, grid.place))
     transport = workers.connect_stages(layout.worker_of, device)
-    ties = share(options, layout, placement, tensors, workers, device)
+    ties = share(options.model, placement, tensors, layout.worker_of, workers, device)
     return Assembly(plan, priced, layout, reader, placement, tensors, rng, programs, specializations, transport, ties,
                     recorded.num_parts, link)
 
@@ -126,7 +135,15 @@ def assemble(options: Options, workers: Workers, device: torch.device) -> Assemb
 # -- what was asked for -----------------------------------------------------------------------------------------------
 
 
-def read_plan(plan: Plan | str | Path | None, workers: Workers) -> Plan | None:
+def read_configuration(options: Options, workers: Workers) -> Options:
+    """The options, with what the first worker's plan says besides its cuts, if a search has found it."""
+    told = workers.broadcast_object(workers.run_synchronized(
+        lambda: None if workers.rank or (found := configuration_in(options.plan)) is None else asdict(found)))
+    return options if told is None else workers.run_synchronized(
+        lambda: options.configured(Configuration.from_json(told), workers.grid.width))
+
+
+def read_plan(plan: Plan | Choice | str | Path | None, workers: Workers) -> Plan | None:
     """The plan that the first worker was given, on every worker."""
     def read() -> dict | None:
         if plan is None or workers.rank:
@@ -141,28 +158,28 @@ def read_plan(plan: Plan | str | Path | None, workers: Workers) -> Plan | None:
     return None if data is None else Plan.from_json(data)
 
 
-def lay_out(options: Options, plan: Plan | None, num_workers: int) -> Layout:
+def lay_out(options: Options, plan: Plan | None, num_microbatches: int, num_workers: int) -> Layout:
     """Check the options against each other and against the number of workers; what is unknown is refused here."""
-    options.validate()
-    num_stages = _count_stages(options, plan, num_workers)
+    num_stages = _count_stages(options, plan, num_microbatches, num_workers)
     if num_stages % num_workers:
         raise InputError(
             f"{num_stages} stages on {num_workers} workers; every worker holds the same number of stages: try "
             f"num_stages={num_workers * max(1, round(num_stages / num_workers))}"
         )
-    choice = ScheduleChoice(options.schedule, num_stages, options.num_microbatches, num_workers)
+    choice = ScheduleChoice(options.schedule, num_stages, num_microbatches, num_workers)
     schedule = choice.build()
     return Layout(choice, choice.worker_of(schedule), splits_backward(schedule), memory_model_of(schedule),
-                  Recompute.of(options.recompute, num_stages, options.model))
+                  Recompute.of(options.recompute, num_stages, options.model),
+                  # One that is searched for follows from costs, which come later and are equal by then.
+                  "" if options.schedule == "auto" else schedule.to_text())
 
 
-def _count_stages(options: Options, plan: Plan | None, num_workers: int) -> int:
+def _count_stages(options: Options, plan: Plan | None, microbatches: int, num_workers: int) -> int:
     """As asked, else the plan's, else one per worker; more where the schedule cannot do with one."""
     if options.num_stages is not None:
         return options.num_stages
     if plan is not None:
         return plan.num_stages
-    microbatches = options.num_microbatches
     with contextlib.suppress(ScheduleError):
         return ScheduleChoice(options.schedule, num_workers, microbatches, num_workers).build().topology.num_stages
     with contextlib.suppress(ScheduleError):
@@ -176,7 +193,7 @@ def _count_stages(options: Options, plan: Plan | None, num_workers: int) -> int:
 def record(options: Options, reader: BatchReader) -> Recorded:
     """The model, recorded on the example's first micro-batch."""
     batch = reader.read(Inputs.of(options.example, options.target))
-    parts = batch.split(options.num_microbatches, reader.device)
+    parts = batch.split(reader.num_microbatches, reader.device)
     inputs = batch.again(parts[0])
     if options.loss_fn is not None and options.target is None:
         inputs = Inputs(inputs.args, inputs.kwargs,
@@ -186,32 +203,7 @@ def record(options: Options, reader: BatchReader) -> Recorded:
     flow = analyse(recording, outputs=False)
     if not any(recording.values[v].spec.requires_grad for v in flow.goals):
         raise InputError("the loss does not depend on any parameter that needs a gradient; is every parameter frozen?")
-    return Recorded(flow, inputs, len(parts))
-
-
-def agree_on_construction(options: Options, layout: Layout, flow: Dataflow, workers: Workers) -> None:
-    """Raise ``InputError`` on every worker unless all were given the same."""
-    facts = {"num_stages": layout.num_stages, "num_microbatches": options.num_microbatches,
-             "schedule": layout.choice.name, "seed": options.seed, "shard": options.shard,
-             "recompute": (sorted(layout.recompute.stages), sorted(layout.recompute.modules)),
-             "the model or the example": f"that with hash {_number(_identity(options.model, flow))}"}
-    everybody = workers.all_gather_object(facts)
-    for name, first in everybody[0].items():
-        other = next((rank for rank, theirs in enumerate(everybody) if theirs[name] != first), None)
-        if other is not None:
-            raise InputError(f"workers disagree on {name}: worker 0 has {first}, worker {other} has "
-                             f"{everybody[other][name]}; start every worker with the same arguments")
-
-
-def _identity(model: torch.nn.Module, flow: Dataflow) -> str:
-    """The model and the example, as text: what workers must agree on."""
-    parameters = [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in model.named_parameters()]
-    nodes = [(node.name, [flow.recording.values[v].spec.shape for v in node.results]) for node in flow.recording.nodes]
-    return repr((parameters, nodes))
-
-
-def _number(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return Recorded(flow, inputs, len(parts), batch)
 
 
 # -- costs and plan ---------------------------------------------------------------------------------------------------
@@ -235,16 +227,8 @@ def price(flow: Dataflow, options: Options, layout: Layout, device: torch.device
         raise InputError(f'costs is {costs!r}; give "measured", "analytic" or a cost graph')
     deferrable = find_deferrable(flow.recording, options.model) if layout.splits_backward else {}
     seconds = analytic(flow) if costs == "analytic" else \
-        measure(flow, options.model, device, deferrable=deferrable, progress=_progress(rank)).seconds
+        measure(flow, options.model, device, deferrable=deferrable, progress=progress(rank)).seconds
     return cost_graph(flow, seconds, deferrable)
-
-
-def _progress(rank: int) -> Callable[[str], None]:
-    """Tells what takes more than two seconds, on one worker."""
-    def tell(line: str) -> None:
-        if rank == 0:
-            print(f"pipeengine: {line}", file=sys.stderr, flush=True)
-    return tell
 
 
 def link_times(workers: Workers) -> LinkTimes:
@@ -272,9 +256,10 @@ def partition(graph: networkx.DiGraph, options: Options, layout: Layout, link: L
     total = sum(data.get("forward", 0) + data.get("backward", 0) for _, data in graph.nodes(data=True))
     tolerance = max(0.05, min(0.5, _NOISE_SECONDS * layout.num_stages / max(total, 1e-12)))
     return partitioners.partition(graph, layout.num_stages, bandwidth=link.bytes_per_second,
-                                  num_microbatches=options.num_microbatches, prefer_single_tensor=tolerance, gap=_GAP,
+                                  num_microbatches=layout.choice.num_microbatches,
+                                  prefer_single_tensor=tolerance, gap=_GAP,
                                   time_limit=_PLANNING_SECONDS, memory_model=layout.memory_model,
-                                  worker_of=layout.worker_of if num_workers > 1 else None, progress=_progress(0))
+                                  worker_of=layout.worker_of if num_workers > 1 else None, progress=progress(0))
 
 
 def fitting_plan(plan: Plan, graph: networkx.DiGraph, num_stages: int) -> Plan:
@@ -293,6 +278,17 @@ def fitting_plan(plan: Plan, graph: networkx.DiGraph, num_stages: int) -> Plan:
     return plan
 
 
+def with_recomputation(layout: Layout, plan: Plan, model: torch.nn.Module) -> Layout:
+    """The layout with what the plan says is recomputed. Raises ``PlanError`` for what is no module of the model."""
+    modules = [path for cost in plan.stages for path in cost.recomputed]
+    known = {path for path, _ in model.named_modules()}
+    unknown = next((path for path in modules if path not in known), None)
+    if unknown is not None:
+        raise PlanError(f"the plan recomputes {unknown!r}, which is no module of the model; plan this model with "
+                        "pipeengine plan --recompute, or pass recompute= instead")
+    return replace(layout, recompute=layout.recompute.also(modules))
+
+
 # -- stages -----------------------------------------------------------------------------------------------------------
 
 
@@ -302,33 +298,25 @@ def place(options: Options, recorded: Recorded, plan: Plan, layout: Layout, grid
     model, flow = options.model, recorded.flow
     placement = Placement(plan.stage_of, layout.num_stages, flow.recording.leaf_modules)
     stage_of = placement.assign(flow)
-    first_name = _first_names(model)
-    settled = placement.settle(flow, stage_of, list(dict.fromkeys(first_name.values())))
+    settled = placement.settle(flow, stage_of, list(dict.fromkeys(first_names(model).values())))
     if options.check and all(t.device.type != "meta" for t in (*model.parameters(), *model.buffers())):
         check_recording(model, flow, stage_of, layout.num_stages, recorded.inputs, options.loss_fn)
-    own = {stage for stage, worker in enumerate(layout.worker_of) if worker == grid.place}
-    held = _held_names(flow, settled, own)
-    owner = {name: min((layout.worker_of[s] for s in settled.holders.get(name, ())), default=-1)
-             for name in set(first_name.values())}
-    updated = held
-    if options.shard is not None and grid.num_replicas > 1:
-        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        dealt = deal(copies_of(layout, settled, sizes, grid), sizes)
-        owner |= dealt
-        updated = frozenset(name for name in held if dealt.get(name, grid.worker(grid.place))
-                            == grid.worker(grid.place))
-    owned = frozenset(name for name in held if owner[name] == grid.worker(grid.place))
-    return settled, Tensors(first_name, held, updated, owner, owned)
+        if grid.worker(grid.place) == 0:
+            tell_other_loss(options, recorded)
+    return settled, tensors_of(model, flow, settled, layout.worker_of, grid, options.shard is not None)
 
 
-def copies_of(layout: Layout, placement: SettledPlacement, names: Collection[str], grid: Grid) -> list[Copies]:
-    """Who holds each of ``names``, in all replicas."""
-    copies = []
-    for name in names:
-        stages = sorted(placement.holders.get(name, ()))
-        places = {layout.worker_of[stage] for stage in stages} or {0}
-        copies.append(Copies(name, grid.everywhere(places), stages[0] if len(stages) == 1 else -1))
-    return copies
+def tell_other_loss(options: Options, recorded: Recorded) -> None:
+    """Say where the loss of a full batch is none that its micro-batches add up to: batch norm, a contrastive loss."""
+    batch, device = recorded.batch, next(options.model.parameters()).device
+    given = options.target is not None or options.loss_fn is None
+    if recorded.num_parts < 2 or options.loss_weight is not None or not given:
+        return
+    parts = batch.split(recorded.num_parts, device)
+    other = compare_two_microbatches(options.model, recorded.flow, parts[:2], batch.dims, batch.again, options.loss_fn,
+                                     device)
+    if other is not None:
+        progress(0)(other)
 
 
 def settle(options: Options, recorded: Recorded, layout: Layout, programs: ProgramCache, placement: SettledPlacement,
@@ -348,52 +336,5 @@ def settle(options: Options, recorded: Recorded, layout: Layout, programs: Progr
         recompute=layout.recompute,
     )
     specialization = specializations.make(recorded.flow.recording, outputs=False)
-    specialization.stages.of(programs.split_backward_stages(options.num_microbatches)[0])
+    specialization.stages.of(programs.split_backward_stages(layout.choice.num_microbatches)[0])
     return specializations
-
-
-def _held_names(flow: Dataflow, placement: SettledPlacement, own: set[int]) -> frozenset[str]:
-    """Parameters of the own stages, and the small buffers that every worker needs to follow the inputs."""
-    held = {name for name, stages in placement.holders.items() if stages & own}
-    values = flow.recording.values
-    held |= {values[v].name for n in flow.replicated for v in node_refs(flow.recording.nodes[n])
-             if values[v].kind == "attribute"}
-    held |= {values[v].name for guard in flow.recording.guards for v in (*refs(guard.args), *refs(guard.kwargs))
-             if values[v].kind == "attribute"}
-    return frozenset(held)
-
-
-def _first_names(model: torch.nn.Module) -> dict[str, str]:
-    """Every name of a parameter or buffer, aliases included -> its first name."""
-    first: dict[int, str] = {}
-    names = {}
-    for name, tensor in (*model.named_parameters(remove_duplicate=False),
-                         *model.named_buffers(remove_duplicate=False)):
-        names[name] = first.setdefault(id(tensor), name)
-    return names
-
-
-def share(options: Options, layout: Layout, placement: SettledPlacement, tensors: Tensors, workers: Workers,
-          device: torch.device) -> NoTies:
-    """What keeps equal the tensors that several workers hold: in several stages, or in all replicas."""
-    model, grid = options.model, workers.grid
-    values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    if grid.num_replicas == 1:
-        return workers.tie(shared_tensors(model, layout, placement, tensors), values, device)
-    copies = copies_of(layout, placement, dict.fromkeys(tensors.first_name.values()), grid)
-    # Small buffers that a worker needs to follow the inputs, although its stages do not hold them.
-    here = grid.everywhere([grid.place])
-    copies += [Copies(one.name, here, -1) for one in copies if one.name in tensors.held and
-               grid.worker(grid.place) not in one.workers]
-    return workers.replicate(copies, values, tensors.owner if options.shard else None)
-
-
-def shared_tensors(model: torch.nn.Module, layout: Layout, placement: SettledPlacement, tensors: Tensors) -> list[Tie]:
-    """Parameters and buffers that several workers hold."""
-    trained = {name: p.requires_grad for name, p in model.named_parameters()}
-    ties = []
-    for name in dict.fromkeys(tensors.first_name.values()):
-        holders = sorted({layout.worker_of[s] for s in placement.holders.get(name, ())})
-        if len(holders) > 1:
-            ties.append(Tie(name, tuple(holders), trained.get(name, False)))
-    return ties

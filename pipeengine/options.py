@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import networkx
@@ -10,6 +10,7 @@ import torch
 
 from partitioners import Plan
 from pipeengine.errors import InputError
+from pipeengine.exploration import Choice, Configuration
 from pipeengine.schedules import Schedule
 
 
@@ -19,10 +20,10 @@ class Options:
 
     model: torch.nn.Module
     example: object
-    num_microbatches: int
+    num_microbatches: int | None
     schedule: str | Callable[..., Schedule] | Schedule
     num_stages: int | None
-    plan: Plan | str | Path | None
+    plan: Plan | Choice | str | Path | None
     costs: str | networkx.DiGraph | None
     loss_fn: Callable | None
     target: object
@@ -45,12 +46,37 @@ class Options:
             )
         for name in ("num_microbatches", "num_stages"):
             count = getattr(self, name)
-            if not (_is_count(count) or (name == "num_stages" and count is None)):
+            if count is not None and not _is_count(count):
                 raise InputError(f"{name} is {count!r}; give a number of at least 1")
         for name, (fits, wanted) in _WANTED.items():
             value = getattr(self, name)
             if not fits(value):
                 raise InputError(f"{name} is {value!r}; give {wanted}")
+
+    def configured(self, plan: Configuration, num_workers: int) -> Options:
+        """These options, with what a plan that a search has found says besides its cuts.
+
+        Raises ``InputError`` where an option says otherwise, or where the plan has what cannot be run.
+        """
+        if plan.num_replicas > 1 or plan.shard:
+            shards = f" and shards the {plan.shard}" if plan.shard else ""
+            raise InputError(f"the plan has {plan.num_replicas} replicas{shards}, and one pipeline is run; search "
+                             "again with replicas=1")
+        if num_workers not in (1, plan.num_workers):
+            raise InputError(f"the plan is for {plan.num_workers} workers, there are {num_workers}; start "
+                             f"{plan.num_workers}, or search for {num_workers}")
+        wanted = {"num_stages": plan.num_stages, "num_microbatches": plan.num_microbatches, "schedule": plan.schedule,
+                  "recompute": plan.recompute or False}
+        for name, default in _DEFAULTS.items():
+            if getattr(self, name) not in (default, wanted[name]):
+                raise InputError(f"{name} is {getattr(self, name)!r}, and the plan was found for {wanted[name]!r}; "
+                                 f"leave {name} out, or give the cuts alone: plan=search.best.plan")
+        return replace(self, num_stages=plan.num_stages, num_microbatches=plan.num_microbatches, schedule=plan.schedule,
+                       recompute=plan.recompute or False,
+                       plan=self.plan.plan if isinstance(self.plan, Choice) else self.plan)
+
+
+_DEFAULTS = {"num_stages": None, "num_microbatches": None, "schedule": "1f1b", "recompute": False}
 
 
 def _is_count(value: object) -> bool:

@@ -11,25 +11,29 @@ from torch.distributed import DeviceMesh
 
 from partitioners import Plan
 from pipeengine.assembly import Assembly, assemble
-from pipeengine.checkpoint import collect_state, load_state, save_weights
+from pipeengine.checkpoint import Holdings, collect_state, load_state, save_weights
 from pipeengine.distributed import connect, total_norm
+from pipeengine.exploration import Choice
 from pipeengine.options import Options
 from pipeengine.report import RunReport, measured_timeline, predict, report_text, save_report, stage_rows
 from pipeengine.runtime import Executor, StepRunner, TaskMaker
 from pipeengine.schedules import Schedule
 from pipeengine.simulation import Timeline
+from pipeengine.standing import Standing
 
 
-class Pipeline:
+class Pipeline(Standing):
     """Train ``model`` over pipeline stages, with the numbers that one process would give.
 
     Under torchrun every process is a worker; in plain Python all stages run in this process.
 
     - ``example``: the model's inputs for a whole batch, a dict of keyword arguments or a tuple of positional ones.
-    - ``num_microbatches`` (1): micro-batches that a batch is cut into, at most one per row.
-    - ``schedule`` ("gpipe"): a name such as "1f1b", "zb-h1" or "auto", a function, a ``Schedule``, its text or file.
+    - ``num_microbatches`` (what pays: the plan's, else up to four for every worker): micro-batches that a batch is cut
+      into, at most one per row.
+    - ``schedule`` ("1f1b"): a name such as "1f1b", "zb-h1" or "auto", a function, a ``Schedule``, its text or file.
     - ``num_stages`` (the number of workers): more means several stages per worker.
-    - ``plan`` (made here): a ``Plan`` or the path of one; that of worker 0 counts.
+    - ``plan`` (made here): a ``Plan``, what ``pe.search`` found (``search.best``), or the path of one; that of worker 0
+      counts.
     - ``costs`` ("measured"): "measured", "analytic", or a cost graph from ``pe.profile``.
     - ``loss_fn`` (the model's own loss): a function of output and target; ``target`` is an example of the latter.
     - ``loss_weight`` (shares of targets or rows): a function of a micro-batch's inputs that says what its loss counts
@@ -52,9 +56,9 @@ class Pipeline:
     ``InputError`` for options and batches of the wrong kind; the same error on every worker.
     """
 
-    def __init__(self, model: torch.nn.Module, example: object, *, num_microbatches: int = 1,
-                 schedule: str | Path | Callable[..., Schedule] | Schedule = "gpipe", num_stages: int | None = None,
-                 plan: Plan | str | Path | None = None, costs: str | networkx.DiGraph | None = None,
+    def __init__(self, model: torch.nn.Module, example: object, *, num_microbatches: int | None = None,
+                 schedule: str | Path | Callable[..., Schedule] | Schedule = "1f1b", num_stages: int | None = None,
+                 plan: Plan | Choice | str | Path | None = None, costs: str | networkx.DiGraph | None = None,
                  loss_fn: Callable | None = None, target: object = None, loss_weight: Callable | None = None,
                  batch_dims: Mapping[str, int | None] | None = None, weights: str | Path | None = None,
                  device: torch.device | str | None = None, mesh: DeviceMesh | None = None, seed: int = 0,
@@ -64,16 +68,18 @@ class Pipeline:
                           num_stages, plan, costs, loss_fn, target, loss_weight, batch_dims, weights, seed, check,
                           recompute, shard)
         self._model, self._device = model, _device(model, device)
-        self._workers = connect(mesh, self._device, _launched(), num_replicas)
+        self._workers = connect(mesh, self._device, _launched(), num_replicas, environment=os.environ)
         try:
-            self._assembly: Assembly = assemble(options, self._workers, self._device)
+            with self._workers.activity.section("construction", takes_long=True):
+                self._assembly: Assembly = assemble(options, self._workers, self._device)
         except BaseException:
             self._workers.close()
             raise
         made = self._assembly
         tasks = TaskMaker(made.reader, made.specializations, made.programs, seed, loss_weight)
-        self._runner = StepRunner(tasks, made.programs, Executor(made.transport, made.rng, made.ties.start),
-                                  made.transport, made.ties, self._workers, made.layout.worker_of, made.num_parts)
+        executor = Executor(made.transport, made.rng, self._workers.activity, made.ties.start)
+        self._runner = StepRunner(tasks, made.programs, executor, made.transport, made.ties, self._workers,
+                                  made.layout.worker_of, made.num_parts)
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
@@ -134,10 +140,9 @@ class Pipeline:
 
         For models that fit into worker 0's memory; ``save_weights`` writes any model, each worker its own part.
         """
-        self._runner.check_open()
         tensors = self._assembly.tensors
-        return self._runner.guarded(
-            lambda: collect_state(self._model, tensors.first_name, tensors.owner, self._workers))
+        return self._runner.collective(
+            "full_state_dict", lambda: collect_state(self._model, tensors.first_name, tensors.owner, self._workers))
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor], strict: bool = True) -> None:
         """Put ``state`` (original names, of the whole model or of this worker's share) into the held tensors.
@@ -145,21 +150,20 @@ class Pipeline:
         Every worker calls it. With ``strict``, names that the model does not have and held ones that are missing are an
         error; a wrong shape always is: ``InputError`` on every worker, and nothing has changed.
         """
-        self._runner.check_open()
         tensors = self._assembly.tensors
-        own = self._held_state(tensors.held)
-        self._workers.run_synchronized(
-            lambda: load_state(own, tensors.first_name, state, strict, self._held_state(tensors.updated)))
+        own, needed = self._held_state(tensors.held), self._held_state(tensors.updated)
+        self._runner.collective("load_state_dict", lambda: self._workers.run_synchronized(
+            lambda: load_state(own, tensors.first_name, state, strict, needed)))
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Scale all gradients so that their norm over all stages, shared ones counted once, is at most ``max_norm``.
 
         Returns the norm before scaling, 0-dimensional, on every worker.
         """
-        self._runner.check_open()
         owned = self._assembly.tensors.owned
         counted = [p.grad for name, p in self.named_parameters() if p.grad is not None and name in owned]
-        total = self._runner.guarded(lambda: total_norm(counted, norm_type, self._workers, self._device))
+        total = self._runner.reduction("clip_grad_norm_", lambda: total_norm(counted, norm_type, self._workers,
+                                                                               self._device))
         scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
         for parameter in self.parameters():
             if parameter.grad is not None:
@@ -178,12 +182,25 @@ class Pipeline:
     def verify_shared(self) -> None:
         """Raise ``WorkerError`` unless every copy of a parameter, in other stages and in other replicas, holds the same
         bits; every worker calls it."""
-        self._runner.check_open()
-        self._runner.guarded(lambda: self._workers.run_synchronized(self._assembly.ties.verify))
+        self._runner.collective("verify_shared", self._assembly.ties.verify)
 
     def save_weights(self, folder: str | Path) -> None:
-        """Write all weights as safetensors with a sharded index in the original names; every worker calls it."""
-        save_weights(self._model, self._assembly.tensors.owner, Path(folder), self._workers)
+        """Write all weights as safetensors with a sharded index in the original names; every worker calls it.
+
+        At any moment the folder holds the old weights or the new, whole. Raises ``InputError``, the same on every
+        worker, where it cannot be written; training can go on.
+        """
+        tensors = self._assembly.tensors
+        self._runner.collective(f"save_weights({str(folder)!r})", lambda: save_weights(
+            self._model, tensors.owned, Path(folder), self._workers, tensors.writers))
+
+    def holdings(self) -> Holdings:
+        """What checkpoints need to know of this worker's share; see ``Checkpoints``."""
+        made, progress = self._assembly, self._runner.progress
+        tensors = made.tensors
+        return Holdings(self._model, tensors.first_name, tensors.held, tensors.owned, self._workers,
+                        made.programs.name, self.num_stages, lambda: made.plan.to_json(), progress.counters,
+                        progress.set_counters, self._runner.check_open, self._runner.guarded, tensors.writers)
 
     # -- what happened ----------------------------------------------------------------------------------------------
 
@@ -225,51 +242,6 @@ class Pipeline:
         """Write ``report.json``, ``report.html`` and ``trace.json`` (for Perfetto); only the first worker writes."""
         if self._workers.rank == 0:
             save_report(self.run_report(), Path(folder))
-
-    @property
-    def plan(self) -> Plan:
-        """The plan that this pipeline runs."""
-        return self._assembly.plan
-
-    @property
-    def num_stages(self) -> int:
-        """Stages of the whole pipeline."""
-        return self._assembly.layout.num_stages
-
-    @property
-    def rank(self) -> int:
-        """This worker's number in its pipeline."""
-        return self._workers.grid.place
-
-    @property
-    def replica(self) -> int:
-        """The number of the pipeline that this worker is in; 0 where there is only one."""
-        return self._workers.grid.replica
-
-    @property
-    def num_replicas(self) -> int:
-        """How many pipelines train together."""
-        return self._workers.grid.num_replicas
-
-    @property
-    def stages(self) -> tuple[int, ...]:
-        """The stages that this worker holds."""
-        return tuple(stage for stage, worker in enumerate(self._assembly.layout.worker_of) if worker == self.rank)
-
-    @property
-    def is_first_worker(self) -> bool:
-        """Whether this is worker 0 of replica 0: the one that prints."""
-        return self._workers.rank == 0
-
-    @property
-    def messages(self) -> int:
-        """Data messages this worker has sent so far."""
-        return self._assembly.transport.messages
-
-    @property
-    def message_bytes(self) -> int:
-        """Bytes of values in them."""
-        return self._assembly.transport.bytes
 
 
 def _launched() -> bool:

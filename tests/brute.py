@@ -92,7 +92,8 @@ def _load(graph, stage, number, device, objective, num_microbatches, factor, dep
 
 def brute_force_variant(graph, num_stages, variant, *, latency, bandwidth, memory, num_microbatches):
     """Smallest period of 1F1B (``"1f1b"``), load of a worker with two stages (``"turns"``), or load of a stage that
-    computes again what it must (``"recompute"``); parameters count once, stages are never empty."""
+    computes again what it must, nodes or blocks (``"recompute"``, ``"blocks"``); parameters count once, stages are
+    never empty."""
     device = dict(name="device", link_in=(latency, bandwidth), link_out=(latency, bandwidth))
     best, nodes, stages = math.inf, list(graph), range(num_stages)
     for choice in itertools.product(stages, repeat=len(nodes)):
@@ -102,8 +103,9 @@ def brute_force_variant(graph, num_stages, variant, *, latency, bandwidth, memor
             continue
         need = [_bytes(graph, stage, number, num_microbatches, ()) for number in stages]
         loads = [_load(graph, stage, number, device, "sum", num_microbatches, 1.0, 1) for number in stages]
-        if variant == "recompute":
-            worst = max(loads[number] + _again(graph, stage, number, num_microbatches, memory) for number in stages)
+        if variant in ("recompute", "blocks"):
+            again = _again if variant == "recompute" else _blocks_again
+            worst = max(loads[number] + again(graph, stage, number, num_microbatches, memory) for number in stages)
             best = min(best, worst)
             continue
         workers = -(-num_stages // 2) if variant == "turns" else num_stages
@@ -130,6 +132,27 @@ def _again(graph, stage, number, num_microbatches, memory):
     return min((sum(graph.nodes[node]["forward"] for node in dropped)
                 for count in range(len(mine) + 1) for dropped in itertools.combinations(mine, count)
                 if _bytes(graph, stage, number, num_microbatches, dropped) <= memory), default=math.inf)
+
+
+def _blocks_again(graph, stage, number, num_microbatches, memory):
+    """The same where only whole blocks can be computed again, which keep their inputs and need scratch."""
+    blocks: dict[str, list] = {}
+    for node in graph:
+        blocks.setdefault(graph.nodes[node].get("block"), []).append(node)
+    whole = [nodes for label, nodes in blocks.items() if label and all(stage[node] == number for node in nodes)]
+    best = math.inf
+    for count in range(len(whole) + 1):
+        for dropped in itertools.combinations(whole, count):
+            gone = {node for nodes in dropped for node in nodes}
+            scratch = max(graph.nodes[node]["workspace_bytes"] for node in graph if stage[node] == number)
+            need = _bytes(graph, stage, number, num_microbatches, gone)
+            for nodes in dropped:
+                need += num_microbatches * sum(graph.nodes[node].get("block_bytes", 0) for node in nodes)
+                scratch = max(scratch, graph.nodes[nodes[-1]]["workspace_bytes"]
+                              + sum(graph.nodes[node]["activation_bytes"] for node in nodes))
+            if need + scratch <= memory:
+                best = min(best, sum(graph.nodes[node]["forward"] for node in gone))
+    return best
 
 
 def _period(graph, stage, num_stages, latency, bandwidth):

@@ -46,7 +46,10 @@ def test_train_gpt(tmp_path, workers):
 def test_train_gpt_stops_in_time(tmp_path):
     """``--seconds`` ends the training on all workers after the same step."""
     output = run(EXAMPLES / "train_gpt.py", *SMALL_GPT[2:], "--seconds", "1", "--folder", str(tmp_path), workers=2)
-    assert "loss on text it has not seen" in output
+    assert "loss on text it has not seen" in output and "going on" not in output
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    output = run(EXAMPLES / "train_gpt.py", *SMALL_GPT[2:], "--seconds", "1", "--folder", str(tmp_path), workers=2)
+    assert f"going on at step {max(steps) + 1:,}" in output
 
 
 def test_huggingface(tmp_path):

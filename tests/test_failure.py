@@ -152,6 +152,21 @@ def odd(value, other):
     return value if rank() < dist.get_world_size() - 1 else other
 
 
+def changed(change) -> nn.Module:
+    """The model, changed on the last worker."""
+    model = zoo.seeded(Fused)()
+    if rank() == dist.get_world_size() - 1:
+        change(model)
+    return model
+
+
+def own_order(late: bool):
+    """A schedule of the user's own: gpipe, or 1f1b under the same name."""
+    def mine(num_workers: int, num_microbatches: int):
+        return pe.build("1f1b" if late else "gpipe", num_workers=num_workers, num_microbatches=num_microbatches)
+    return mine
+
+
 class Tiny(nn.Module):
     def __init__(self):
         super().__init__()
@@ -188,6 +203,17 @@ WRONG_ON_ONE = {
     "other recomputation": (lambda: pipeline(recompute=odd(True, {0})), "InputError",
                             ("recompute", "[0, 1, 2]", "[0]")),
     "planning breaks": (broken_planning, "WorkerError RuntimeError", ("no plan today",)),
+    "other mode": (lambda: pipeline(odd(zoo.seeded(Fused)(), zoo.seeded(Fused)().eval())), "InputError",
+                   ("the mode of the model", "worker 0 has train, worker 2 has eval")),
+    "one mode": (lambda: pipeline(changed(lambda m: m.blocks[1].eval())), "InputError", ("blocks.1", "train", "eval")),
+    "one frozen": (lambda: pipeline(changed(lambda m: m.blocks[1].requires_grad_(False))), "InputError",
+                   ("requires_grad of blocks.1", "worker 0 has True, worker 2 has False")),
+    "other loss weight": (lambda: pipeline(loss_weight=odd(lambda x, y: 1.0, lambda x, y: 2.0)), "InputError",
+                          ("loss_weight", "code")),
+    "loss weight on one": (lambda: pipeline(loss_weight=odd(None, len)), "InputError", ("loss_weight", "None", "len")),
+    "other check": (lambda: pipeline(check=odd(True, False)), "InputError", ("check", "True", "False")),
+    "other order": (lambda: pipeline(schedule=odd(own_order(False), own_order(True))), "InputError",
+                    ("the schedule's order",)),
     "bad option on one": (lambda: pipeline(num_microbatches=odd(4, 0)), "InputError", ("0",)),
     "stages not a multiple": (lambda: pipeline(num_stages=NUM_WORKERS + 1), "InputError", ("4", "3")),
 }
@@ -207,7 +233,7 @@ def scenarios(report) -> None:
 
 @cache
 def workers() -> Workers:
-    found = Workers(NUM_WORKERS, scenarios, limit=120)
+    found = Workers(NUM_WORKERS, scenarios, limit=300)
     found.join()
     return found
 
@@ -288,7 +314,7 @@ def endless(report) -> None:
     (signal.SIGKILL, (1,)), (signal.SIGKILL, (0,)), (signal.SIGTERM, (1,))])
 def test_a_signal_ends_all(number, ranks):
     """Ctrl-C or a kill of some workers: the others are not left waiting, and do not pretend that all went well."""
-    running = Workers(NUM_WORKERS, endless, limit=60)
+    running = Workers(NUM_WORKERS, endless, limit=240)
     running.wait_for("training")
     for one in ranks:
         running.signal(one, number)

@@ -92,6 +92,15 @@ class Workers:
             if any(key not in w.reports for w in ended):
                 raise AssertionError(self.account())
 
+    def wait_for_one(self, rank: int, key: object) -> None:
+        """Return when worker ``rank`` has reported ``key``; fail when it ends before that."""
+        worker = self.workers[rank]
+        while key not in worker.reports:
+            ended = not worker.process.is_alive()
+            self._advance()
+            if ended and key not in worker.reports:
+                raise AssertionError(self.account())
+
     def signal(self, rank: int, number: int) -> None:
         os.kill(self.workers[rank].process.pid, number)
 

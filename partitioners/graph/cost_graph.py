@@ -5,7 +5,9 @@ Node attributes, all optional::
     forward, backward   seconds per micro-batch; a number, or a dict from device class to number
     weight_grad         the part of backward that a schedule may put off (gradients of weights), likewise
     param_bytes         parameters that only this node reads
+    frozen_bytes        the part of them that is not trained: no gradient, no optimizer state
     shared              dict parameter name -> bytes: parameters that other nodes read too
+    frozen              names in shared that are not trained
     activation_bytes    stashed per micro-batch until backward
     kept_bytes          what stays between the halves of backward: inputs, and gradients of outputs
     output_bytes        the one value it produces
@@ -13,6 +15,8 @@ Node attributes, all optional::
     transfer            seconds to move the value over a link, both ways; instead of output_bytes over a bandwidth
     memory_bytes        resident whatever the schedule (files that give one number per node)
     workspace_bytes     scratch while it runs
+    block               a label; a stage that holds all nodes with it may compute them again in backward, as one piece
+    block_bytes         what a block keeps per micro-batch when it does (its inputs), on any of its nodes
     colocate            a label; nodes with the same one share a stage
     allowed             tuple of device classes it may run on
     is_backward         a backward operation; the order of the pipeline is that of the forward ones
@@ -20,7 +24,8 @@ Node attributes, all optional::
     label               text for people, such as a module path
 
 ``graph.graph["made_with"]``, optional, says what the costs are of: ``rows`` of shape ``row`` in ``num_microbatches``,
-``costs`` (``"measured"`` or ``"analytic"``), ``device``, ``flops_per_second`` and ``bytes_per_second``.
+``costs`` (``"measured"`` or ``"analytic"``), ``device``, ``flops_per_second`` and ``bytes_per_second``, and
+``bytes_per_weight``, the mean over the trained ones.
 """
 from __future__ import annotations
 
@@ -35,8 +40,9 @@ from partitioners.graph.devices import Device
 
 Node = Hashable
 COSTS = ("forward", "backward", "weight_grad")
-SIZES = ("param_bytes", "activation_bytes", "kept_bytes", "output_bytes", "memory_bytes", "workspace_bytes", "transfer")
-OTHERS = ("shared", "gradient", "colocate", "allowed", "is_backward", "order", "label")
+SIZES = ("param_bytes", "activation_bytes", "kept_bytes", "output_bytes", "memory_bytes", "workspace_bytes", "transfer",
+         "block_bytes", "frozen_bytes")
+OTHERS = ("shared", "frozen", "gradient", "block", "colocate", "allowed", "is_backward", "order", "label")
 
 
 def check(graph: nx.DiGraph) -> None:
@@ -95,8 +101,10 @@ def _names_classes(value: object) -> bool:
 
 _KINDS = {
     "shared": (lambda value: isinstance(value, Mapping), "a dict from parameter names to bytes"),
+    "frozen": (lambda value: not value or _names_classes(value), "a tuple of names of shared parameters"),
     "allowed": (_names_classes, "a tuple of device classes"),
     "colocate": (_is_hashable, "a label that can be hashed, such as a string or a number"),
+    "block": (lambda value: isinstance(value, str), "a string"),
     "order": (_is_number, "a finite number"),
     "gradient": (lambda value: not isinstance(value, (str, list, dict)), "true or false"),
     "is_backward": (lambda value: not isinstance(value, (str, list, dict)), "true or false")}

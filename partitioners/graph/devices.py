@@ -89,6 +89,24 @@ class Cluster:
         return cls((single,) * total, ordered=True, links=links or (inside,))
 
 
+# Tensors of the size of a weight that the optimizer keeps for it; Adafactor keeps sums of rows and columns.
+OPTIMIZER_STATES = {"adam": 2, "adamw": 2, "nadam": 2, "radam": 2, "lamb": 2, "adadelta": 2, "adagrad": 1, "rmsprop": 1,
+                    "lion": 1, "sgd-momentum": 1, "adafactor": 0, "sgd": 0}
+
+
+def parameter_factor(optimizer: str, *, bytes_per_weight: float = 4.0, master_weights: bool = False) -> float:
+    """Weights, gradients and state of ``optimizer``, in units of the weights.
+
+    torch's optimizers keep their state in the weights' own precision. With ``master_weights`` there are copies of four
+    bytes besides, and the state is of those. Raises ``PartitionError`` for an unknown optimizer.
+    """
+    if optimizer not in OPTIMIZER_STATES:
+        raise PartitionError(f"the optimizer {optimizer!r} is none of {', '.join(OPTIMIZER_STATES)}; give its "
+                             "parameter factor")
+    states = OPTIMIZER_STATES[optimizer]
+    return 2.0 + (4.0 * (1 + states) / bytes_per_weight if master_weights else states)
+
+
 @dataclass(frozen=True)
 class MemoryModel:
     """Bytes a stage needs: ``parameter_factor`` x parameters + stashed activations x micro-batches in flight +
@@ -100,6 +118,10 @@ class MemoryModel:
     """
     parameter_factor: float = 4.0
     schedule: str = "gpipe"
+
+    def weights(self, total: float, frozen: float = 0.0) -> float:
+        """Bytes of ``total`` bytes of weights, with gradients and optimizer state for all but ``frozen`` bytes."""
+        return self.parameter_factor * (total - frozen) + frozen
 
     def __post_init__(self) -> None:
         if self.schedule not in ("gpipe", "1f1b", "none"):

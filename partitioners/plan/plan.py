@@ -31,10 +31,12 @@ class Boundary:
 
 @dataclass(frozen=True)
 class Tie:
-    """Parameter ``name`` that several ``stages`` hold; each exchanges ``bytes`` of gradient once per step."""
+    """Parameter ``name`` of ``bytes`` that several ``stages`` hold; each exchanges its gradient once per step, if it
+    is trained."""
     name: str
     stages: tuple[int, ...]
     bytes: int
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,10 @@ class StageCost:
     ``load`` is what the objective counts. ``weight_grad`` is the part of ``backward`` that a schedule may put off, and
     ``kept_bytes`` what stays until then; ``workspace_bytes`` is what a backward needs on top of the
     activations that it lets go of, ``first_workspace_bytes`` the same when it also makes the gradients.
+    ``param_bytes`` are all weights, ``frozen_bytes`` those of them that are not trained.
     ``memory_bytes`` is what the schedule needs at its peak; ``sent_bytes`` are values out and gradients back.
-    ``recomputed`` names the nodes whose activations are computed again.
+    ``recomputed`` names the blocks that are computed again (nodes, where the graph names no blocks): ``backward``,
+    ``activation_bytes`` and the workspaces are those with it.
     """
     forward: float
     backward: float
@@ -62,6 +66,7 @@ class StageCost:
     kept_bytes: float = 0.0
     workspace_bytes: float = 0.0
     first_workspace_bytes: float = 0.0
+    frozen_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,13 @@ class Setting:
         return self.worker_of or deal(num_stages, self.stages_per_worker)
 
 
+def gap_above(bottleneck: float, lower_bound: float) -> float:
+    """How far ``bottleneck`` may be above the best, as a fraction of ``lower_bound``, which nothing can beat."""
+    if bottleneck <= lower_bound:
+        return 0.0
+    return (bottleneck - lower_bound) / lower_bound if lower_bound > 0 else float("inf")
+
+
 def deal(num_stages: int, stages_per_worker: int) -> tuple[int, ...]:
     """The worker of each stage when they are dealt out in turns: stage ``s`` on worker ``s mod workers``."""
     workers = max(1, -(-num_stages // stages_per_worker))
@@ -102,9 +114,9 @@ def deal(num_stages: int, stages_per_worker: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Who lives where. ``bottleneck`` is at most ``gap`` above ``lower_bound``, which no valid plan can beat.
+    """Who lives where. ``bottleneck`` is ``gap`` above ``lower_bound``, which no valid plan can beat.
 
-    ``gap`` is ``(bottleneck - lower_bound) / bottleneck``; ``proof`` says how the bound was found. ``alternatives``
+    ``gap`` is ``(bottleneck - lower_bound) / lower_bound``; ``proof`` says how the bound was found. ``alternatives``
     holds, for each cut, the best bottleneck when that cut must move.
     """
     num_stages: int

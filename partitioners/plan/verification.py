@@ -30,7 +30,7 @@ def verify(plan: Plan, graph: nx.DiGraph) -> None:
         _same("bottleneck", plan.bottleneck, max(loads.values()))
     if plan.lower_bound > plan.bottleneck * (1 + TOLERANCE):
         raise PlanError(f"lower bound {plan.lower_bound} exceeds the bottleneck {plan.bottleneck}")
-    _same("gap", plan.gap * plan.bottleneck, max(0.0, plan.bottleneck - plan.lower_bound), scale=plan.bottleneck)
+    _same("gap", plan.gap * plan.lower_bound, max(0.0, plan.bottleneck - plan.lower_bound), scale=plan.bottleneck)
 
 
 def _same(name: str, claimed: float, found: float, scale: float = 0.0) -> None:
@@ -66,17 +66,18 @@ def check_rules(plan: Plan, graph: nx.DiGraph) -> dict:
 
 
 def _check_stages(plan: Plan, graph: nx.DiGraph, stage: dict) -> None:
+    blocks = _blocks(graph)
     for number, cost in enumerate(plan.stages):
         device = plan.setting.device(number)
         mine = {node for node in graph if stage[node] == number}
         compute = sum(_compute(graph.nodes[node], device) for node in mine)
         into, out = _traffic(plan, graph, stage, number)
-        again = sum(_again(graph.nodes[node], device) for node in mine if str(node) in set(cost.recomputed))
+        again = sum(_again(graph.nodes[node], device) for node in mine if blocks[node] in set(cost.recomputed))
         load = compute + again
         if plan.objective != "1f1b":
             load = max(load, into, out) if plan.objective == "overlap" else load + into + out
         _same(f"load of stage {number}", cost.load, load)
-        memory = _memory(plan, graph, mine, number)
+        memory = _memory(plan, graph, mine, number, blocks)
         _same(f"memory of stage {number}", cost.memory_bytes, memory)
         if device.memory is not None and memory > device.memory * (1 + TOLERANCE):
             raise PlanError(f"stage {number} needs {memory:,.0f} bytes, its device has {device.memory:,.0f}")
@@ -144,7 +145,8 @@ def _traffic(plan: Plan, graph: nx.DiGraph, stage: dict, number: int) -> tuple[f
             out += price(after)
         elif stage[node] != number and number in readers:
             into += price(before)
-    for holders, size in _holders(graph, stage).values():
+    unmoved = {name for _, data in graph.nodes(data=True) for name in data.get("frozen") or ()}
+    for holders, size in (entry for name, entry in _holders(graph, stage).items() if name not in unmoved):
         if number in holders and len(holders) > 1:
             into += (
                 before.latency + (size / before.bandwidth if before.bandwidth else 0.0)
@@ -164,9 +166,10 @@ def _holders(graph: nx.DiGraph, stage: dict) -> dict:
     return found
 
 
-def _memory(plan: Plan, graph: nx.DiGraph, mine: set, number: int) -> float:
+def _memory(plan: Plan, graph: nx.DiGraph, mine: set, number: int, blocks: dict) -> float:
     model, again = plan.setting.memory_model, set(plan.stages[number].recomputed)
     shared: dict = {}
+    frozen: set = set()
     total = scratch = 0.0
     if model.schedule == "gpipe":
         depth = plan.setting.num_microbatches
@@ -177,11 +180,37 @@ def _memory(plan: Plan, graph: nx.DiGraph, mine: set, number: int) -> float:
     for node in mine:
         data = graph.nodes[node]
         shared |= data.get("shared") or {}
-        total += model.parameter_factor * data.get("param_bytes", 0.0) + data.get("memory_bytes", 0.0)
-        if str(node) not in again:
+        frozen |= set(data.get("frozen") or ())
+        trained = data.get("param_bytes", 0.0) - data.get("frozen_bytes", 0.0)
+        total += model.parameter_factor * trained + data.get("frozen_bytes", 0.0) + data.get("memory_bytes", 0.0)
+        if blocks[node] not in again:
             total += depth * data.get("activation_bytes", 0.0)
         scratch = max(scratch, data.get("workspace_bytes", 0.0))
-    return total + model.parameter_factor * sum(shared.values()) + scratch
+    for label in again:
+        kept, needed = _computed_again(label, plan, graph, mine, blocks)
+        total, scratch = total + depth * kept, max(scratch, needed)
+    return total + scratch + sum(size * (1 if name in frozen else model.parameter_factor)
+                                 for name, size in shared.items())
+
+
+def _blocks(graph: nx.DiGraph) -> dict:
+    """What each node is computed again with: its block, or itself in a graph that names no blocks."""
+    labels = {node: data.get("block") for node, data in graph.nodes(data=True)}
+    return {node: str(node) for node in graph} if set(labels.values()) == {None} else labels
+
+
+def _computed_again(label: str, plan: Plan, graph: nx.DiGraph, mine: set, blocks: dict) -> tuple[float, float]:
+    """Bytes that stay of a block that is computed again, per micro-batch, and the scratch of its backward."""
+    members = [node for node in graph if blocks[node] == label]
+    if not members or not mine.issuperset(members):
+        raise PlanError(f"a stage recomputes {label!r}, of which it holds {len(mine.intersection(members))} of "
+                        f"{len(members)} nodes")
+    if graph.nodes[members[0]].get("block") is None:
+        return 0.0, 0.0
+    place = {name: position for position, name in enumerate(plan.stage_of)}
+    last = graph.nodes[max(members, key=lambda node: place[str(node)])]
+    return (sum(graph.nodes[node].get("block_bytes", 0.0) for node in members), last.get("workspace_bytes", 0.0)
+            + sum(graph.nodes[node].get("activation_bytes", 0.0) for node in members))
 
 
 def _check_boundaries(plan: Plan, graph: nx.DiGraph, stage: dict) -> None:

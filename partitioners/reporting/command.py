@@ -10,7 +10,15 @@ from pathlib import Path
 import networkx as nx
 
 from partitioners.errors import GraphError, PipeEngineError
-from partitioners.graph import FORMAT, WORKLOAD, MemoryModel, from_json, read_pipedream
+from partitioners.graph import (
+    FORMAT,
+    OPTIMIZER_STATES,
+    WORKLOAD,
+    MemoryModel,
+    from_json,
+    parameter_factor,
+    read_pipedream,
+)
 from partitioners.partitioning import OBJECTIVES, partition
 from partitioners.plan import Plan, verify
 from partitioners.reporting.drawing import draw
@@ -47,13 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--schedule", choices=("gpipe", "1f1b", "none"), default="gpipe",
                         help="how many micro-batches a stage holds")
-    parser.add_argument("--parameter-factor", type=_fraction, default=4.0,
-                        help="weights, gradients and optimizer state, in units of the weights")
+    parser.add_argument("--optimizer", choices=tuple(OPTIMIZER_STATES), default="adamw",
+                        help="whose state counts as memory (default: adamw)")
+    parser.add_argument("--master-weights", action="store_true",
+                        help="the optimizer works on copies of 4 bytes of lower-precision weights")
+    parser.add_argument("--parameter-factor", type=_fraction, default=None,
+                        help="weights, gradients and optimizer state in units of the weights (default: by --optimizer)")
     parser.add_argument("--stages-per-worker", type=_count, default=1)
-    parser.add_argument("--recompute", action="store_true", help="compute activations again where memory would not do")
+    parser.add_argument("--recompute", action="store_true",
+                        help="compute blocks again in backward where memory would not do")
     parser.add_argument("--prefer-single-tensor", type=_fraction, default=None, metavar="FRACTION",
                         help="take a cut with fewer tensors if it is within this fraction of the best")
-    parser.add_argument("--gap", type=_fraction, default=0.0, help="stop within this fraction of the best")
+    parser.add_argument("--gap", type=_fraction, default=0.0,
+                        help="stop at this fraction above the best (default: 0, the best)")
     parser.add_argument("--time-limit", type=parse_seconds, default=None)
     parser.add_argument("--format", choices=("json", "text", "svg"), default="text")
     parser.add_argument("--save", metavar="PLAN", help="also write the plan here")
@@ -87,7 +101,7 @@ def plan_graph(graph: nx.DiGraph, args: argparse.Namespace) -> Plan:
         bandwidth=args.bandwidth,
         latency=args.latency,
         memory=args.memory,
-        memory_model=MemoryModel(args.parameter_factor, args.schedule),
+        memory_model=MemoryModel(_factor(graph, args), args.schedule),
         num_microbatches=microbatches_of(graph, args.microbatches),
         stages_per_worker=args.stages_per_worker,
         allow_empty=given,
@@ -99,6 +113,17 @@ def plan_graph(graph: nx.DiGraph, args: argparse.Namespace) -> Plan:
     )
     verify(plan, graph)
     return plan
+
+
+def _factor(graph: nx.DiGraph, args: argparse.Namespace) -> float:
+    """Of the memory model: as given, else by the optimizer and the precision of the graph's weights."""
+    if args.parameter_factor is not None:
+        return args.parameter_factor
+    size = graph.graph.get("made_with", {}).get("bytes_per_weight")
+    if args.master_weights and not size:
+        raise GraphError("the graph does not say how many bytes a weight has, which --master-weights needs; give "
+                         "--parameter-factor (8 for AdamW on bf16 weights with fp32 copies)")
+    return parameter_factor(args.optimizer, bytes_per_weight=size or 4.0, master_weights=args.master_weights)
 
 
 def microbatches_of(graph: nx.DiGraph, asked: int | None) -> int:

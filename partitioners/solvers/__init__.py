@@ -5,18 +5,20 @@ from partitioners.solvers.chains import split_sequence
 from partitioners.solvers.coarse import crossing_tensors, merge_runs, promising_positions
 from partitioners.solvers.interleave import interleave
 from partitioners.solvers.period import period, round_trips, shortest_period
-from partitioners.solvers.problem import Problem, build_problem, reorder, transfer
-from partitioners.solvers.recompute import choose_recomputed, recomputing_loads, with_recomputation
+from partitioners.solvers.problem import Problem, build_problem, frozen_names, reorder, transfer
+from partitioners.solvers.recompute import Choice, choose_recomputed, recomputing_loads, with_recomputation
 from partitioners.solvers.search import loads_of, solve
 from partitioners.solvers.segments import best_cuts, fewest_cuts, segment_loads, segment_memory
 
 __all__ = [
+    "Choice",
     "Problem",
     "best_cuts",
     "build_problem",
     "choose_recomputed",
     "crossing_tensors",
     "fewest_cuts",
+    "frozen_names",
     "interleave",
     "loads_of",
     "merge_runs",

@@ -92,7 +92,7 @@ def _merge(problem: Problem, run: np.ndarray) -> Problem:
                         for net in problem.nets),
         shared=tuple((moved(pins), size) for pins, size in problem.shared),
         times={device: summed(values) for device, values in problem.times.items()},
-        forward={device: summed(values) for device, values in problem.forward.items()},
+        pieces=tuple(replace(piece, pins=moved(piece.pins)) for piece in problem.pieces),
         fixed_bytes=summed(problem.fixed_bytes), activation_bytes=summed(problem.activation_bytes),
         workspace_bytes=workspace,
         crossing=tuple(pins for pins in map(moved, problem.crossing) if len(pins) > 1),

@@ -38,7 +38,7 @@ def with_memory(problem: Problem, size: float | None) -> Problem:
         problem,
         levels=levels,
         times={kind.device: problem.times[device] for kind, device in zip(levels, old)},
-        forward={kind.device: problem.forward[device] for kind, device in zip(levels, old)},
+        again={kind.device: problem.again[device] for kind, device in zip(levels, old)},
     )
 
 
@@ -50,9 +50,13 @@ def stage_bytes(problem: Problem, stage: Iterable[Node], in_flight: int) -> floa
 
 def item_bytes(problem: Problem, items: list[int], in_flight: int) -> float:
     """Bytes that a stage of these items needs, before any recomputation."""
+    return held_bytes(problem, items, in_flight) + float(problem.workspace_bytes[items].max(initial=0.0))
+
+
+def held_bytes(problem: Problem, items: list[int], in_flight: int) -> float:
+    """The same without scratch."""
     held = sum(size for pins, size in problem.shared if not set(pins).isdisjoint(items))
-    return float(problem.fixed_bytes[items].sum() + in_flight * problem.activation_bytes[items].sum()
-                 + problem.workspace_bytes[items].max(initial=0.0) + held)
+    return float(problem.fixed_bytes[items].sum() + in_flight * problem.activation_bytes[items].sum() + held)
 
 
 def hopeless(problem: Problem) -> str | None:

@@ -13,7 +13,7 @@ import networkx as nx
 import numpy as np
 
 from partitioners.errors import GraphError
-from partitioners.graph import Cluster, Device, Link, MemoryModel, Node, seconds, topological_order
+from partitioners.graph import Cluster, Device, Link, MemoryModel, Node, blocks_of, seconds, topological_order
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,30 @@ class Kind:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A block as the planner sees it: the items it lies in, what recomputation saves, and the scratch it needs. Bytes.
+    """
+
+    pins: tuple[int, ...]
+    saved_bytes: float
+    workspace_bytes: float
+
+
+@dataclass(frozen=True)
 class Problem:
     """Items in a topological order, with their costs, nets and limits.
 
     ``levels``: for ordered stages one ``Kind`` each; otherwise the classes, of which ``counts`` devices may be used.
-    ``times`` and ``forward``: seconds of forward and backward, and of forward alone (to compute it again).
+    ``times``: seconds of forward and backward of each item; ``again``: of the forward of each piece, to compute it
+    again.
     """
     items: tuple[tuple[Node, ...], ...]
     edges: tuple[tuple[int, int], ...]
     nets: tuple[Net, ...]
     shared: tuple[tuple[tuple[int, ...], float], ...]
     times: dict[Device, np.ndarray]
-    forward: dict[Device, np.ndarray]
+    pieces: tuple[Piece, ...]
+    again: dict[Device, np.ndarray]
     fixed_bytes: np.ndarray
     activation_bytes: np.ndarray
     workspace_bytes: np.ndarray
@@ -125,23 +137,28 @@ def build_problem(graph: nx.DiGraph, *, cluster: Cluster, num_stages: int, objec
     item_of = {node: index for index, group in enumerate(groups) for node in group}
     levels, counts = _levels(cluster, num_stages, memory_model, num_microbatches)
     times = {kind.device: _times(graph, groups, kind.device, ("forward", "backward")) for kind in levels}
-    forward = {kind.device: _times(graph, groups, kind.device, ("forward",)) for kind in levels}
+    blocks = blocks_of(graph)
+    again = {kind.device: _times(graph, tuple(block.nodes for block in blocks), kind.device, ("forward",))
+             for kind in levels}
     _check_homes(groups, times)
 
     def total(name: str) -> np.ndarray:
         return np.array([sum(graph.nodes[node].get(name, 0.0) for node in group) for group in groups], float)
 
-    factor = memory_model.parameter_factor
+    factor, frozen = memory_model.parameter_factor, frozen_names(graph)
     workspace = np.array([max(graph.nodes[node].get("workspace_bytes", 0.0) for node in group) for group in groups],
                          float)
     return Problem(
         items=groups,
         edges=edges,
         nets=_nets(graph, order, item_of, num_microbatches),
-        shared=tuple((pins, factor * size) for pins, size in _shared(graph, item_of).values()),
+        shared=tuple((pins, size if name in frozen else factor * size)
+                     for name, (pins, size) in _shared(graph, item_of).items()),
         times=times,
-        forward=forward,
-        fixed_bytes=factor * total("param_bytes") + total("memory_bytes"),
+        pieces=tuple(Piece(tuple(sorted({item_of[node] for node in block.nodes})), block.saved_bytes,
+                           block.workspace_bytes) for block in blocks),
+        again=again,
+        fixed_bytes=factor * total("param_bytes") - (factor - 1) * total("frozen_bytes") + total("memory_bytes"),
         activation_bytes=total("activation_bytes"),
         workspace_bytes=workspace,
         crossing=_crossing(graph, item_of),
@@ -151,6 +168,11 @@ def build_problem(graph: nx.DiGraph, *, cluster: Cluster, num_stages: int, objec
         objective=objective,
         allow_empty=allow_empty,
     )
+
+
+def frozen_names(graph: nx.DiGraph) -> frozenset[str]:
+    """Shared parameters that nobody trains: their gradients do not travel."""
+    return frozenset(name for _, data in graph.nodes(data=True) for name in data.get("frozen") or ())
 
 
 def has_parameters(data: dict) -> bool:
@@ -244,8 +266,9 @@ def _nets(graph: nx.DiGraph, order: list[Node], item_of: dict[Node, int], num_mi
             data, entry = graph.nodes[node], sums.setdefault((item_of[node], tuple(sorted(pins))), [0.0, 0.0, 0.0])
             for position, value in enumerate(transfer(data)):
                 entry[position] += value
-    for pins, size in _shared(graph, item_of).values():
-        if len(pins) > 1:
+    frozen = frozen_names(graph)
+    for name, (pins, size) in _shared(graph, item_of).items():
+        if len(pins) > 1 and name not in frozen:
             entry = sums.setdefault((-1, pins), [0.0, 0.0, 0.0])
             entry[1] += 1.0 / num_microbatches
             entry[2] += size / num_microbatches
@@ -292,7 +315,7 @@ def reorder(problem: Problem, order: list[int]) -> Problem:
                    for net in problem.nets),
         shared=tuple((moved(pins), size) for pins, size in problem.shared),
         times={device: values[order] for device, values in problem.times.items()},
-        forward={device: values[order] for device, values in problem.forward.items()},
+        pieces=tuple(replace(piece, pins=moved(piece.pins)) for piece in problem.pieces),
         fixed_bytes=problem.fixed_bytes[order], activation_bytes=problem.activation_bytes[order],
         workspace_bytes=problem.workspace_bytes[order], crossing=tuple(map(moved, problem.crossing)),
         has_parameters=problem.has_parameters[order])

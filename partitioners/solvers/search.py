@@ -11,6 +11,7 @@ import numpy as np
 
 from partitioners.errors import InfeasibleError
 from partitioners.graph import Node
+from partitioners.plan import gap_above
 from partitioners.solvers.bounds import simple_bound
 from partitioners.solvers.chain_search import Chain, best_chain
 from partitioners.solvers.coarse import crossing_tensors, merge_runs, promising_positions
@@ -120,7 +121,7 @@ def optimise(problem: Problem, gap: float, deadline: float,
         cuts = best_cuts(ordered, loads)
         if cuts is not None and (best is None or cuts.bottleneck * SAME < best.bottleneck):
             best = Solution(runs(ordered, cuts), cuts.levels, cuts.bottleneck, bound, proof)
-        if best is not None and best.bottleneck * (1 - gap) <= bound * SAME:
+        if best is not None and best.bottleneck <= bound * (1 + gap) * SAME:
             return best
     if len(reduced) > HUGE:
         return best
@@ -255,7 +256,7 @@ def _most_ideals(problem: Problem) -> int:
 
 
 def _gap(solution: Solution) -> float:
-    return (solution.bottleneck - solution.lower_bound) / solution.bottleneck if solution.bottleneck else 0.0
+    return gap_above(solution.bottleneck, solution.lower_bound)
 
 
 def _by_sweeps(problem: Problem, best: Solution, gap: float, deadline: float,

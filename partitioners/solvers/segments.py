@@ -128,8 +128,13 @@ def segment_memory(problem: Problem, kind: Kind) -> np.ndarray:
                 plane.add(rectangle, weight)
         memory += plane.total()
     if problem.workspace_bytes.any():
-        memory += _running_maxima(problem.workspace_bytes)
+        memory += segment_workspace(problem)
     return memory
+
+
+def segment_workspace(problem: Problem) -> np.ndarray:
+    """Scratch bytes of every segment: those of the item that needs most."""
+    return _running_maxima(problem.workspace_bytes)
 
 
 def _running_maxima(values: np.ndarray) -> np.ndarray:

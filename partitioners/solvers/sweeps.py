@@ -22,7 +22,7 @@ PRIMAL_STEP = 12.0      # seconds for one primal step
 THRIFTS = (1.2, 0.6)    # multiples of an ideal's cut that primal sweeps take off its work
 LEAST_THRIFT = 0.1
 FIRST_STEP, STEP = 0.06, 0.015  # steps of the target of primal sweeps, as fractions of the best load known
-MANY, LIKELY = 8, 0.085  # number of stages beyond which a gap of less than that is first not even tried
+MANY, LIKELY = 8, 0.085  # number of stages beyond which targets less than that share below are not tried first
 EPSILON = 1e-9
 ALL = 1 - 1e-6          # of all work
 
@@ -353,9 +353,10 @@ def _from_above(sweeper: Sweeper, bracket: Bracket, evaluate: Callable[[list[fro
 def _from_below(sweeper: Sweeper, bracket: Bracket, gap: float, deadline: float) -> Iterator[Bracket]:
     """Dual sweeps, first at the gap wanted or likely, then closer or further away."""
     near, far, guide = _ends(sweeper, bracket.chain)
-    wanted = max(gap, 0.01) * 0.98
+    above = max(gap, 0.01)
+    wanted = above / (1 + above) * 0.98     # targets lie below the best load known by a share of it
     aim, unproved = max(wanted, LIKELY if len(guide) > MANY else 0.0), 0.0
-    while time.monotonic() < deadline and bracket.upper - bracket.lower > gap * bracket.upper:
+    while time.monotonic() < deadline and bracket.upper - bracket.lower > gap * bracket.lower:
         target = bracket.upper * (1 - aim)
         close = bracket.upper - bracket.lower < 4e-3 * bracket.upper
         if target <= bracket.lower or aim - unproved < 2e-4:

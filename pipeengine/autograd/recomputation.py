@@ -43,6 +43,10 @@ class Recompute:
                              f"{', '.join(some)} ...")
         return cls(stages, modules)
 
+    def also(self, modules: Collection[str]) -> Recompute:
+        """With these modules besides."""
+        return Recompute(self.stages, self.modules | frozenset(modules))
+
     def spans(self, recording: Recording) -> tuple[Span, ...]:
         """Where the named modules run, one in another counted once."""
         found = [(call.start, call.end) for call in recording.calls if call.path in self.modules]

@@ -1,16 +1,14 @@
-"""Weights in and out: each worker makes or reads only what its own stages hold."""
+"""Weights in: each worker makes or reads only what its own stages hold."""
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-from pipeengine.checkpoint.hugging_face import INDEX, SINGLE, Source, files_of, read, safetensors, sources_of
+from pipeengine.checkpoint.hugging_face import Source, files_of, read, sources_of
 from pipeengine.checkpoint.slots import get_tensor, put_tensor, tensor_slots
-from pipeengine.distributed import Workers
 from pipeengine.errors import InputError
 from pipeengine.rng import generators, mix, place_number
 from pipeengine.torch_private import TorchDispatchMode, storage_number
@@ -180,42 +178,3 @@ def _aliases(model: torch.nn.Module) -> dict[str, list[str]]:
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
         found[first.setdefault(id(tensor), name)].append(name)
     return found
-
-
-def save_weights(model: torch.nn.Module, owner: Mapping[str, int], folder: Path, workers: Workers) -> None:
-    """Every worker writes the tensors whose ``owner`` it is; the first one writes the index, last, and the model's
-    config if it has one."""
-    writers = sorted({0, *owner.values()} - {-1})
-    persistent = set(model.state_dict(keep_vars=True))
-    slots = tensor_slots(model)
-    aliases = _aliases(model)
-
-    def write() -> tuple[str, list[str], int] | None:
-        if workers.rank not in writers:
-            return None
-        mine = {name: get_tensor(*slots[name][0]).detach().cpu().contiguous() for name in slots
-                if max(0, owner[name]) == workers.rank and any(alias in persistent for alias in aliases[name])}
-        file = SINGLE if len(writers) == 1 else \
-            f"model-{writers.index(workers.rank) + 1:05}-of-{len(writers):05}.safetensors"
-        folder.mkdir(parents=True, exist_ok=True)
-        safetensors().torch.save_file(mine, folder / file, metadata={"format": "pt"})
-        return file, list(mine), sum(t.numel() * t.element_size() for t in mine.values())
-    everybody = workers.all_gather_object(workers.run_synchronized(write))
-    written = [one for one in everybody if one is not None]
-
-    def finish() -> None:
-        if workers.rank:
-            return
-        config = getattr(model, "config", None)
-        if hasattr(config, "save_pretrained"):
-            config.save_pretrained(folder)
-        if len(writers) > 1:
-            index = {"metadata": {"total_size": sum(size for _, _, size in written)},
-                     "weight_map": {name: file for file, names, _ in written for name in names}}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        # What an earlier save with another number of workers has left would be read in the place of this.
-        current = {file for file, _, _ in written} | ({INDEX} if len(writers) > 1 else set())
-        for path in (folder / SINGLE, folder / INDEX, *folder.glob("model-?????-of-?????.safetensors")):
-            if path.name not in current:
-                path.unlink(missing_ok=True)
-    workers.run_synchronized(finish)

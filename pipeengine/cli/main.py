@@ -1,4 +1,4 @@
-"""``pipeengine``: plan, profile, simulate and report from the command line.
+"""``pipeengine``: plan, profile, simulate, report and look at checkpoints from the command line.
 
 With ``--format json`` the answer is one JSON object on stdout, an error included; the exit status is 2 when there is no
 valid answer. torch is imported only for commands that are given a model.
@@ -6,6 +6,7 @@ valid answer. torch is imported only for commands that are given a model.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -18,7 +19,11 @@ import networkx
 from partitioners.graph import to_json
 from partitioners.reporting import command
 from partitioners.units import format_bytes, format_seconds, parse_flops, parse_rate
+from pipeengine.cli import checkpoint as checkpoint_command
+from pipeengine.cli import launch as launch_command
+from pipeengine.cli import search as search_command
 from pipeengine.cli import simulate as simulate_command
+from pipeengine.device_cards import DeviceCard
 from pipeengine.errors import InputError, PipeEngineError
 
 
@@ -43,7 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _plan_arguments(commands.add_parser("plan", help="cut a model or a cost graph into stages"))
     _profile_arguments(commands.add_parser("profile", help="what every part of a model takes on this machine"))
     simulate_command.add_arguments(commands.add_parser("simulate", help="what a schedule would take"))
+    search_command.add_arguments(commands.add_parser("search", help="the best way to use so many devices"))
     _report_arguments(commands.add_parser("report", help="a finished run as a table, a page or a trace"))
+    checkpoint_command.add_arguments(commands.add_parser("checkpoint", help="what a run has saved, and whether it is "
+                                                         "whole"))
+    launch_command.add_arguments(commands.add_parser("launch", help="start a script on several workers, again if one "
+                                                     "of them is lost"))
     args = parser.parse_args(arguments)
     status, text = _COMMANDS[args.command](args)
     try:
@@ -166,8 +176,10 @@ def _profiled(args: argparse.Namespace, costs: str) -> networkx.DiGraph:
 
 
 def _profile_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("graph", metavar="MODEL", help="a Hugging Face config.json, package.module:factory or "
-                        "path/to/file.py:factory")
+    parser.add_argument("graph", metavar="MODEL", nargs="?", help="a Hugging Face config.json, package.module:factory "
+                        "or path/to/file.py:factory")
+    parser.add_argument("--device-card", metavar="FILE", help="instead, or too: measure this machine's rates and write "
+                        "them here; other commands read it with --device FILE")
     parser.add_argument("--microbatches", type=int, default=1, help="micro-batches that the batch is cut into")
     parser.add_argument("--depth", type=int, default=2, help="how deep into the module tree the table goes")
     parser.add_argument("--format", choices=("text", "json"), default="text")
@@ -179,6 +191,11 @@ def _profile_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _profile(args: argparse.Namespace) -> tuple[int, str]:
     def make() -> str:
+        if args.graph is None and args.device_card is None:
+            raise InputError("nothing to measure: name a MODEL, or --device-card FILE for this machine's rates")
+        card = _device_card(args) if args.device_card else None
+        if args.graph is None:
+            return json.dumps(card.to_json()) if args.format == "json" else f"wrote {args.device_card}: {card.source}"
         graph = _profiled(args, "measured")
         data = to_json(graph)
         if args.output:
@@ -187,6 +204,14 @@ def _profile(args: argparse.Namespace) -> tuple[int, str]:
             return json.dumps({"modules": _by_module(graph, args.depth), "graph": data})
         return _table(_by_module(graph, args.depth))
     return _answer(args, make)
+
+
+def _device_card(args: argparse.Namespace) -> DeviceCard:
+    """Measure this machine, and write its card."""
+    from pipeengine.costs import measure_device
+    card = measure_device(args.device)
+    Path(args.device_card).write_text(json.dumps(card.to_json(), indent=1) + "\n")
+    return card
 
 
 def _by_module(graph: networkx.DiGraph, depth: int) -> list[dict]:
@@ -219,15 +244,20 @@ def _table(rows: list[dict]) -> str:
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="a folder that save_report() wrote, or its report.json")
+    parser.add_argument("run", help="the folder of a run, one that save_report() wrote, or its report.json")
+    parser.add_argument("--watch", action="store_true", help="show how far the run is until it is done")
     parser.add_argument("--format", choices=("text", "json", "html", "chrome"), default="text")
     parser.add_argument("-o", "--output", metavar="FILE", help="write there instead of printing")
 
 
 def _report(args: argparse.Namespace) -> tuple[int, str]:
-    from pipeengine.report import RunReport, chrome_trace, report_html, report_text
+    from pipeengine.report import RunReport, chrome_trace, report_html, report_text, watch
 
     def make() -> str:
+        if args.watch:
+            with contextlib.suppress(KeyboardInterrupt):
+                watch(Path(args.run), _shown_over())
+            return ""
         path = Path(args.run)
         found = RunReport.load(path / "report.json" if path.is_dir() else path)
         timelines = [timeline for timeline in (found.predicted, found.measured) if timeline is not None]
@@ -235,6 +265,24 @@ def _report(args: argparse.Namespace) -> tuple[int, str]:
                  "chrome": lambda: json.dumps(chrome_trace(*timelines))}
         return _write(forms[args.format](), args.output)
     return _answer(args, make)
-_COMMANDS = {"plan": _plan, "profile": _profile, "simulate": simulate_command.run, "report": _report}
+
+
+def _shown_over() -> Callable[[str], None]:
+    """Print texts over each other on a terminal, under each other elsewhere."""
+    lines = [0]
+
+    def show(text: str) -> None:
+        back = f"\x1b[{lines[0]}F\x1b[J" if lines[0] and sys.stdout.isatty() else ""
+        print(back + text, flush=True)
+        lines[0] = text.count("\n") + 1
+    return show
+
+
+def _search(args: argparse.Namespace) -> tuple[int, str]:
+    return search_command.run(args, _is_graph_file, _progress())
+
+
+_COMMANDS = {"plan": _plan, "profile": _profile, "search": _search, "simulate": simulate_command.run, "report": _report,
+             "checkpoint": checkpoint_command.run, "launch": launch_command.run}
 if __name__ == "__main__":
     raise SystemExit(main())

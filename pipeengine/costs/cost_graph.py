@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import networkx
 
 from pipeengine.autograd import Replacement
+from pipeengine.costs.recompute_pricing import name_blocks
 from pipeengine.costs.roofline import Seconds
 from pipeengine.tracing import Dataflow, Node, Recording, Ref, node_refs
 
@@ -43,6 +44,7 @@ def cost_graph(flow: Dataflow, seconds: Mapping[int, Seconds],
             graph.nodes[name]["output_bytes"] = recording.values[value].spec.bytes
             graph.nodes[name]["gradient"] = value in flow.wants_gradient
     _add_edges(graph, flow, carrier)
+    name_blocks(graph, flow)
     return graph
 
 
@@ -68,17 +70,20 @@ def _group_labels(flow: Dataflow) -> dict[int, str]:
 
 
 def _attributes(recording: Recording, node: Node, readers: Counter, seconds: Seconds, counted: set[int]) -> dict:
-    own, shared = 0, {}
+    own, frozen, shared, still = 0, 0, {}, []
     for value in dict.fromkeys(node_refs(node)):
         made = recording.values[value]
         if made.kind == "attribute" and readers[value] > 1:
             shared[made.name] = made.spec.bytes
+            still += [] if made.spec.requires_grad else [made.name]
         elif made.kind == "attribute":
             own += made.spec.bytes
+            frozen += 0 if made.spec.requires_grad else made.spec.bytes
     kept = sum(size for storage, size in node.cost.saved if storage not in counted)
     counted.update(storage for storage, _ in node.cost.saved)
     return {"forward": float(seconds.forward), "backward": float(seconds.backward),
-            "param_bytes": own, "shared": shared, "activation_bytes": kept,
+            "param_bytes": own, "frozen_bytes": frozen, "shared": shared, "frozen": tuple(still),
+            "activation_bytes": kept,
             "workspace_bytes": _workspace(recording, node), "output_bytes": 0, "gradient": False}
 
 

@@ -14,7 +14,7 @@ from pipeengine.costs.measured import measure
 from pipeengine.costs.roofline import DeviceDescription, analytic
 from pipeengine.data import argument_names, take_apart
 from pipeengine.errors import InputError
-from pipeengine.tracing import Inputs, analyse, capture, refs
+from pipeengine.tracing import Dataflow, Inputs, analyse, capture, node_refs, refs
 
 
 def profile(model: torch.nn.Module, example: object, *, num_microbatches: int = 1,
@@ -44,8 +44,30 @@ def profile(model: torch.nn.Module, example: object, *, num_microbatches: int = 
         seconds = analytic(flow, costs if isinstance(costs, DeviceDescription) else DeviceDescription())
     graph = cost_graph(flow, seconds, deferrable)
     graph.graph["made_with"] = {"rows": batch.rows, "row": list(batch.tensors[0].shape[1:]),
-                                "num_microbatches": len(parts), **_source(costs, where)}
+                                "num_microbatches": len(parts), "flops": training_flops(flow),
+                                **_source(costs, where)}
+    weights = [p for p in model.parameters() if p.requires_grad]
+    if weights:
+        size = sum(p.numel() * p.element_size() for p in weights)
+        graph.graph["made_with"]["bytes_per_weight"] = size / max(1, sum(p.numel() for p in weights))
     return graph
+
+
+def example_rows(model: torch.nn.Module, example: object, target: object = None) -> int:
+    """Rows of a batch."""
+    return take_apart(Inputs.of(example, target), names=argument_names(model), batch_dims=None).rows
+
+
+def training_flops(flow: Dataflow) -> float:
+    """Operations of forward and backward of one micro-batch, nothing computed twice."""
+    recording = flow.recording
+    total = 0.0
+    for index in flow.placed:
+        node = recording.nodes[index]
+        gradients = sum(1 for v in node_refs(node) if recording.values[v].spec.requires_grad)
+        differentiable = any(recording.values[v].spec.requires_grad for v in node.results)
+        total += node.cost.flops * (1 + min(gradients, 2) * differentiable)
+    return float(total)
 
 
 def made_up_target(model: torch.nn.Module, inputs: Inputs, loss_fn: Callable, device: torch.device) -> torch.Tensor:

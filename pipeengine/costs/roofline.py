@@ -4,6 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from pipeengine.device_cards import DeviceCard
 from pipeengine.tracing import Dataflow, Node, Recording, node_refs
 
 
@@ -22,6 +23,11 @@ class DeviceDescription:
     flops_per_second: float = 5e10
     bytes_per_second: float = 1e10
     seconds_per_operation: float = 5e-6
+
+
+def describe(card: DeviceCard, precision: str) -> DeviceDescription:
+    """A card as the analytic cost model sees it, for a model in ``precision`` (such as ``"bfloat16"``)."""
+    return DeviceDescription(card.achieved(precision), card.memory_rate, card.operation_seconds)
 
 
 def analytic(flow: Dataflow, device: DeviceDescription = DeviceDescription()) -> dict[int, Seconds]:

@@ -2,16 +2,15 @@
 from __future__ import annotations
 
 import inspect
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from pipeengine.data.checksum import checksum, combine
+from pipeengine.data.packed_images import PACKED_NAMES, packed_entries
 from pipeengine.errors import InputError
 from pipeengine.tracing import Inputs, tree_encode, tree_map
-
-_SAMPLE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,8 @@ class Batch:
     """A batch, taken apart; ``take_apart`` makes it.
 
     ``tensors`` are its distinct tensors in a fixed order, ``dims`` the dimension along which each is split (None: goes
-    whole to every micro-batch). ``key`` is everything but the numbers.
+    whole to every micro-batch). ``key`` is everything but the numbers. ``packed``: of some tensors, by index, how many
+    entries of dimension 0 belong to each row.
     """
 
     inputs: Inputs
@@ -27,6 +27,15 @@ class Batch:
     dims: tuple[int | None, ...]
     rows: int
     key: tuple
+    packed: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def amount(self) -> tuple[int, str]:
+        """How much the batch holds: (elements, "tokens") of its first two-dimensional tensor of integers that is split
+        along dimension 0, else (rows, "rows")."""
+        for tensor, dim in zip(self.tensors, self.dims):
+            if dim == 0 and tensor.dim() == 2 and tensor.dtype in (torch.int64, torch.int32):
+                return tensor.numel(), "tokens"
+        return self.rows, "rows"
 
     def sizes(self, num_microbatches: int) -> tuple[int, ...]:
         """Rows of each micro-batch, as ``tensor_split`` makes them; at most one micro-batch per row."""
@@ -37,9 +46,18 @@ class Batch:
         """For each micro-batch its tensors, in the order of ``tensors``, on ``device``."""
         count = min(num_microbatches, self.rows)
         moved = [tensor.to(device) for tensor in self.tensors]
-        parts = [[tensor] * count if dim is None else torch.tensor_split(tensor, count, dim)
-                 for tensor, dim in zip(moved, self.dims)]
+        entries = list(zip(*self.packed_sizes(num_microbatches)))
+        cut = dict(zip(self.packed, entries))
+        parts = [torch.split(tensor, cut[index]) if index in cut else
+                 [tensor] * count if dim is None else torch.tensor_split(tensor, count, dim)
+                 for index, (tensor, dim) in enumerate(zip(moved, self.dims))]
         return [list(part) for part in zip(*parts)]
+
+    def packed_sizes(self, num_microbatches: int) -> tuple[tuple[int, ...], ...]:
+        """For each micro-batch, how many entries of each packed tensor it gets."""
+        sizes = self.sizes(num_microbatches)
+        starts = [sum(sizes[:number]) for number in range(len(sizes) + 1)]
+        return tuple(tuple(sum(rows[a:b]) for rows in self.packed.values()) for a, b in zip(starts, starts[1:]))
 
     def again(self, tensors: Sequence[torch.Tensor]) -> Inputs:
         """The inputs with other tensors in the place of ``tensors``, in their order; shared tensors stay shared."""
@@ -49,17 +67,11 @@ class Batch:
         return Inputs(args, kwargs, target)
 
     def digest(self) -> int:
-        """A number of 32 bits that tells batches apart. Tensors beyond a mebibyte are sampled.
+        """A number of 32 bits that tells batches apart, by every byte of every tensor: about a second per gigabyte.
 
-        Any one changed value is seen in tensors of up to a mebibyte, in larger ones a change of evenly spread entries.
+        Objects that are no tensors, numbers or texts count by their type: they have no bytes to compare.
         """
-        checksum = zlib.crc32(repr(self.key).encode())
-        for tensor in self.tensors:
-            flat = tensor.detach().reshape(-1)
-            step = max(1, flat.numel() * flat.element_size() // _SAMPLE_BYTES)
-            sample = flat[::step].contiguous().cpu()
-            checksum = zlib.crc32(sample.view(torch.uint8).numpy() if sample.numel() else b"", checksum)
-        return checksum
+        return combine(repr(_without_identities(self.key)), [checksum(tensor) for tensor in self.tensors])
 
 
 def take_apart(inputs: Inputs, *, names: Sequence[str], batch_dims: Mapping[str, int | None] | None) -> Batch:
@@ -67,8 +79,9 @@ def take_apart(inputs: Inputs, *, names: Sequence[str], batch_dims: Mapping[str,
 
     ``names`` are those of positional arguments. ``batch_dims`` says by name along which dimension a tensor is split,
     or None for what goes whole. The rows are those of the first tensor with such a dimension, else dimension 0 of the
-    first tensor that has one; a tensor not named is split if its dimension 0 has as many. A tensor that stands
-    under several names is split once, as the first of them says. Raises ``InputError`` for what cannot be a batch.
+    first tensor that has one; a tensor not named is split if its dimension 0 has as many, or if it holds the images of
+    all rows one after another (see ``packed_images``). A tensor that stands under several names is split once, as the
+    first of them says. Raises ``InputError`` for what cannot be a batch.
     """
     dims = dict(batch_dims or {})
     named = [*((names[i] if i < len(names) else f"argument {i}", value) for i, value in enumerate(inputs.args)),
@@ -95,12 +108,16 @@ def take_apart(inputs: Inputs, *, names: Sequence[str], batch_dims: Mapping[str,
         return ("tensor", seen[id(value)], tuple(value.shape), value.dtype,
                 tuple(value.stride()) if value.layout == torch.strided else value.layout)
     key = tuple((name, _hashable(tree_encode(value, lambda x, name=name: leaf(name, x)))) for name, value in named)
-    rows = _rows(tensors, wanted)
+    # What holds the images of all rows says nothing about their number, where something else does.
+    order = sorted(range(len(tensors)), key=lambda index: owners[index] in PACKED_NAMES)
+    rows = _rows([tensors[index] for index in order], [wanted[index] for index in order])
     for tensor, want, name in zip(tensors, wanted, owners):
         if name == "target" and want == "rows" and tensor.dim() and tensor.shape[0] not in (1, rows):
             raise InputError(f"target has {tensor.shape[0]} rows, the batch has {rows}; give as many, or pass "
                              "batch_dims={'target': None} if every micro-batch shall have the whole of it")
-    return Batch(inputs, tuple(tensors), tuple(_dim(t, want, rows) for t, want in zip(tensors, wanted)), rows, key)
+    packed = packed_entries({name: t for t, want, name in zip(tensors, wanted, owners) if want == "rows"}, rows)
+    return Batch(inputs, tuple(tensors), tuple(_dim(t, want, rows) for t, want in zip(tensors, wanted)), rows, key,
+                 {index: packed[name] for index, name in enumerate(owners) if name in packed})
 
 
 def _rows(tensors: Sequence[torch.Tensor], wanted: Sequence[object]) -> int:
@@ -122,6 +139,15 @@ def _dim(tensor: torch.Tensor, want: object, rows: int) -> int | None:
         raise InputError(f"batch_dims says dimension {want}, which has {tensor.shape[want]} entries; the batch has "
                          f"{rows} rows")
     return want
+
+
+def _without_identities(key: object) -> object:
+    """A key in which objects stand by their type: the same object is another one in another process."""
+    if isinstance(key, tuple):
+        if len(key) == 3 and key[0] == "object":
+            return key[:2]
+        return tuple(map(_without_identities, key))
+    return key
 
 
 def _hashable(value: object) -> object:

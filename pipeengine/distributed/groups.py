@@ -11,29 +11,30 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from pipeengine.torch_private import default_store, new_process_group
-
-
-def first_group(ranks: Sequence[int], timeout: timedelta | None) -> dist.ProcessGroup:
-    """A gloo group of ``ranks``, numbered in this order, made by them alone.
-
-    The store counts for each process how many groups of these members it has made: the next one is the same for all.
-    """
-    members = "-".join(map(str, ranks))
-    number = default_store().add(f"pipeengine/groups/{members}/{dist.get_rank()}", 1)
-    return new_process_group(ranks, "gloo", f"pipeengine/{members}/{number}", timeout)
+from pipeengine.distributed.failure import ConnectionLost
+from pipeengine.distributed.waiting import Waiter
+from pipeengine.errors import PipeEngineError
+from pipeengine.torch_private import new_process_group
 
 
 class GroupMaker:
-    """Makes the groups of one job; ``name`` is the job's, known to its members alone."""
+    """Makes the groups of one job; ``name`` is the job's, and no other job of this store has it."""
 
-    def __init__(self, name: str, timeout: timedelta | None):
-        self._name, self._timeout = name, timeout
+    def __init__(self, name: str, timeout: timedelta | None, waiter: Waiter):
+        self._name, self._timeout, self._waiter = name, timeout, waiter
 
     def make(self, ranks: Sequence[int], backend: str, purpose: str) -> dist.ProcessGroup:
         """A group of ``ranks``, numbered in this order; each of them calls it, and no other.
 
-        ``purpose`` tells groups of the same members apart.
+        ``purpose`` tells groups of the same members apart. Gloo connects to all peers at once, and one of them may die
+        meanwhile, which raises ``ConnectionLost``; NCCL connects later.
         """
-        return new_process_group(ranks, backend, f"pipeengine/{self._name}/{purpose}/{'-'.join(map(str, ranks))}",
-                                 self._timeout)
+        def make() -> dist.ProcessGroup:
+            return new_process_group(ranks, backend, f"{self._name}/{purpose}/{'-'.join(map(str, ranks))}",
+                                     self._timeout)
+        if backend != "gloo":
+            return make()
+        try:
+            return self._waiter.run(make)
+        except (RuntimeError, dist.DistError) as error:
+            raise error if isinstance(error, PipeEngineError) else ConnectionLost(str(error)) from error

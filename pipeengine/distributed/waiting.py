@@ -5,21 +5,26 @@ import queue
 import threading
 from collections.abc import Callable
 from time import perf_counter
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
 from pipeengine.distributed.failure import ConnectionLost
 
+T = TypeVar("T")
+
 
 class Waiter:
     """The one place that blocks. It waits on a helper thread, so that Ctrl-C reaches the caller.
 
-    ``interrupted`` is asked now and then while waiting; when it returns an error, the wait ends with it.
+    ``interrupted`` is asked now and then while waiting; when it returns an error, the wait ends with it. ``waits`` is
+    told when this worker begins to wait, and when it ends.
     """
 
-    def __init__(self, interrupted: Callable[[], Exception | None] = lambda: None, interval_seconds: float = 1.0):
+    def __init__(self, interrupted: Callable[[], Exception | None] = lambda: None, interval_seconds: float = 0.05,
+                 waits: Callable[[bool], None] = lambda waits: None):
         self._todo: queue.SimpleQueue = queue.SimpleQueue()
-        self._interrupted, self._interval = interrupted, interval_seconds
+        self._interrupted, self._interval, self._waits = interrupted, interval_seconds, waits
         self._thread: threading.Thread | None = None
         self.seconds = 0.0
 
@@ -31,22 +36,40 @@ class Waiter:
                 raise error
             return
         start = perf_counter()
+        task = _Outcome(work)
+        del work
+        error = cast(ConnectionLost | None, self._elsewhere(task))
+        self.seconds += perf_counter() - start
+        if error is not None:
+            raise error
+
+    def run(self, what: Callable[[], T]) -> T:
+        """What ``what()`` returns, which may block in a call that nothing can interrupt; raises what it raises."""
+        result, error = cast(tuple, self._elsewhere(_Call(what)))
+        if error is not None:
+            raise error
+        return cast(T, result)
+
+    def _elsewhere(self, task: Callable[[], object]) -> object:
+        """Run ``task`` on the helper thread; wait until it is done, or this worker is interrupted."""
         if self._thread is None:
             self._thread = threading.Thread(target=_serve, args=(self._todo,), daemon=True, name="pipeengine-wait")
             self._thread.start()
         done: queue.SimpleQueue = queue.SimpleQueue()
-        self._todo.put((work, done))
-        del work
-        while True:
-            try:
-                error = done.get(timeout=self._interval)
-                break
-            except queue.Empty:
-                if (stop := self._interrupted()) is not None:
-                    raise stop from None
-        self.seconds += perf_counter() - start
-        if error is not None:
-            raise error
+        self._todo.put((task, done))
+        del task
+        self._waits(True)
+        try:
+            while True:
+                try:
+                    return done.get(timeout=self._interval)
+                except queue.Empty:
+                    if (stop := self._interrupted()) is not None:
+                        self._todo.put(None)        # that thread is stuck: it ends when it can
+                        self._thread, self._todo = None, queue.SimpleQueue()
+                        raise stop from None
+        finally:
+            self._waits(False)
 
     def close(self) -> None:
         """Let the helper thread end."""
@@ -56,13 +79,36 @@ class Waiter:
 
 
 def _serve(todo: queue.SimpleQueue) -> None:
-    while (task := todo.get()) is not None:
-        work, done = task
+    while (pair := todo.get()) is not None:
+        task, done = pair
+        del pair
+        result = task()
         del task
-        error = _outcome(work)
-        del work
-        done.put(error)
-        del done, error
+        done.put(result)
+        del done, result
+
+
+class _Outcome:
+    """Waits for work, and lets go of it: a reference would keep the connections open."""
+
+    def __init__(self, work: tuple[dist.Work, ...]):
+        self._work = [work]
+
+    def __call__(self) -> ConnectionLost | None:
+        return _outcome(self._work.pop())
+
+
+class _Call:
+    """A call whose result or error is told as a pair."""
+
+    def __init__(self, what: Callable[[], object]):
+        self._what = what
+
+    def __call__(self) -> tuple[object, BaseException | None]:
+        try:
+            return self._what(), None
+        except BaseException as error:
+            return None, error
 
 
 def _outcome(work: tuple[dist.Work, ...]) -> ConnectionLost | None:

@@ -5,30 +5,35 @@ all of them run it?), the loss after it, and, when something breaks, its cause.
 """
 from __future__ import annotations
 
-import json
-import pickle
-import uuid
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
-from time import sleep
-from typing import Protocol, TypeVar
+from functools import cache
+from typing import Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from pipeengine.distributed.activity import Unwatched
+from pipeengine.distributed.board import Board, StoreBoard
 from pipeengine.distributed.buckets import Copies
+from pipeengine.distributed.codec import decode_or_raise, encode_or_tell
 from pipeengine.distributed.failure import ConnectionLost, Description, start
-from pipeengine.distributed.grid import Grid, ranks_of_mesh, ranks_of_world
-from pipeengine.distributed.groups import GroupMaker, first_group
-from pipeengine.distributed.local import LocalTransport, Transport
+from pipeengine.distributed.grid import Grid
+from pipeengine.distributed.groups import GroupMaker
+from pipeengine.distributed.guard import Guard, GuardSettings, Told
+from pipeengine.distributed.local import Transport
 from pipeengine.distributed.replicas import ReplicatedParameters
 from pipeengine.distributed.tied_parameters import NoTies, Tie, TiedParameters
 from pipeengine.distributed.transport import DistributedTransport
 from pipeengine.distributed.waiting import Waiter, give_up
+from pipeengine.distributed.wishes import Wishes
 from pipeengine.errors import InputError, PipeEngineError, WorkerError
 from pipeengine.torch_private import default_store
 
-_SLOTS = 8
+_SLOTS = 12
+_VERDICT_SECONDS = 2.0      # until the guard has said who is to blame
 T = TypeVar("T")
 
 
@@ -41,7 +46,19 @@ class Workers(Protocol):
     rank: int
     size: int
     grid: Grid
-    backend: str | None
+    wishes: Wishes
+
+    @property
+    def backend(self) -> str | None:
+        """What carries values between stages; None inside one process."""
+
+    @property
+    def activity(self) -> Unwatched:
+        """Where this worker says what it is doing."""
+
+    @property
+    def board(self) -> Board:
+        """Where workers leave notes for each other."""
 
     def run_synchronized(self, what: Callable[[], T]) -> T:
         """Do something that needs no other worker, on all of them; if it fails on one, raise its error on all."""
@@ -90,90 +107,38 @@ class Workers(Protocol):
         """Give the connections up."""
 
 
-class SingleProcess:
-    """One process that runs every stage."""
-
-    rank, size = 0, 1
-    grid = Grid(1, 1, 0, 0)
-    backend = None
-
-    def __init__(self) -> None:
-        self._published: dict[int, str] = {}
-
-    def run_synchronized(self, what: Callable[[], T]) -> T:
-        """Do it."""
-        return what()
-
-    def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str],
-              told: Sequence[int] = ()) -> Sequence[Sequence[int]]:
-        """Raise the ``problem``, if there is one."""
-        if problem is not None:
-            raise problem
-        return ()
-
-    def broadcast_object(self, value: T, source: int = 0) -> T:
-        """The value itself."""
-        return value
-
-    def all_gather_object(self, value: T) -> list[T]:
-        """A list of the one value."""
-        return [value]
-
-    def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
-        """The tensor itself."""
-        return tensor
-
-    def send_to_first(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
-        """The tensor itself."""
-        return tensor
-
-    def all_reduce(self, tensor: torch.Tensor, largest: bool = False) -> torch.Tensor:
-        """The tensor itself."""
-        return tensor
-
-    def connect_stages(self, worker_of: Sequence[int], device: torch.device) -> Transport:
-        """Stages hand values over as they are."""
-        return LocalTransport()
-
-    def tie(self, ties: Sequence[Tie], tensors: Mapping[str, torch.Tensor], device: torch.device) -> NoTies:
-        """Aliases are one tensor here: nothing to keep equal."""
-        return NoTies()
-
-    def replicate(self, copies: Sequence[Copies], tensors: Mapping[str, torch.Tensor],
-                  owner: Mapping[str, int] | None) -> NoTies:
-        """One process has no replicas."""
-        return NoTies()
-
-    def fail(self, error: BaseException, where: str) -> BaseException:
-        """Nobody to tell: the error as it is."""
-        return error
-
-    def publish(self, text: str) -> None:
-        """Keep the text."""
-        self._published = {0: text}
-
-    def published(self) -> dict[int, str]:
-        """The text kept last, if any, as that of worker 0."""
-        return self._published
-
-    def close(self) -> None:
-        """No connections to give up."""
-
-
 class ProcessGroupWorkers:
     """The processes of ``num_replicas`` pipelines, on a control group of their own."""
 
-    def __init__(self, ranks: Sequence[int], timeout: timedelta, backend: str = "gloo", num_replicas: int = 1):
+    def __init__(self, ranks: Sequence[int], timeout: timedelta, backend: str = "gloo",
+                 settings: GuardSettings | None = None, num_replicas: int = 1):
         self.ranks, self.backend = tuple(ranks), backend
         self.rank, self.size = self.ranks.index(dist.get_rank()), len(self.ranks)
         self.grid = Grid.of(self.rank, self.size, num_replicas)
         self.timeout = timeout
-        self.waiter = Waiter(self.interrupted)
-        self._name: str | None = None
-        self._group: dist.ProcessGroup | None = first_group(self.ranks, timeout)
-        self._store = dist.PrefixStore("pipeengine", default_store())
-        self._name = self.broadcast_object(uuid.uuid4().hex)
-        self._groups = GroupMaker(self._name, timeout)
+        self.wishes = Wishes()
+        self._group: dist.ProcessGroup | None = None
+        name = self._own_name()
+        self._store = dist.PrefixStore(name, default_store())
+        self.board = StoreBoard(dist.PrefixStore("board", self._store))
+        self._guard = Guard(self.rank, self.size, settings or GuardSettings())
+        self.activity = self._guard.activity
+        self.waiter = Waiter(self._guard.interrupted, waits=self._guard.activity.wait)
+        self._groups = GroupMaker(name, timeout, self.waiter)
+        try:
+            with self.activity.section("construction", takes_long=True):
+                self._guard.connect(self._store, self.waiter.run)
+                self._group = self._groups.make(self.ranks, "gloo", "control")
+        except BaseException as error:
+            failure = self.fail(error, "while connecting")
+            self.close()
+            raise failure from None
+
+    def _own_name(self) -> str:
+        """A name in the default store for these workers alone: every one of them counts the pipelines it has made."""
+        name = "pipeengine/" + "-".join(map(str, self.ranks))
+        number = default_store().add(f"{name}/made/{self.rank}", 1)
+        return f"{name}/{number}"
 
     def connect_stages(self, worker_of: Sequence[int], device: torch.device) -> Transport:
         """A transport with groups of its own; every worker calls it."""
@@ -206,7 +171,7 @@ class ProcessGroupWorkers:
 
     def all_gather_object(self, value: T) -> list[T]:
         """Every worker's ``value``, in order of rank."""
-        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        data = encode_or_tell(value)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in self.ranks]
         self._wait(start(dist.all_gather, sizes, torch.tensor([data.numel()]), group=self._group, async_op=True))
         longest = max(int(size) for size in sizes)
@@ -214,18 +179,19 @@ class ProcessGroupWorkers:
         padded[:data.numel()] = data
         parts = [torch.empty(longest, dtype=torch.uint8) for _ in self.ranks]
         self._wait(start(dist.all_gather, parts, padded, group=self._group, async_op=True))
-        return [pickle.loads(bytes(part[:int(size)].tolist())) if int(size) < 1 << 12 else
-                pickle.loads(part[:int(size)].numpy().tobytes()) for part, size in zip(parts, sizes)]
+        return [cast(T, decode_or_raise(part[:int(size)], rank))
+                for rank, (part, size) in enumerate(zip(parts, sizes))]
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
         """``source``'s ``value`` on every worker."""
-        data = torch.frombuffer(bytearray(pickle.dumps(value if self.rank == source else None)), dtype=torch.uint8)
+        data = encode_or_tell(value) if self.rank == source else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([data.numel()])
         self._wait(start(dist.broadcast, size, self.ranks[source], group=self._group, async_op=True))
         if self.rank != source:
             data = torch.empty(int(size), dtype=torch.uint8)
         self._wait(start(dist.broadcast, data, self.ranks[source], group=self._group, async_op=True))
-        return value if self.rank == source else pickle.loads(data.numpy().tobytes())
+        arrived = cast(T, decode_or_raise(data, source))
+        return value if self.rank == source else arrived
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """A small tensor of ``source`` on every worker; all pass one of the same shape and dtype."""
@@ -244,20 +210,46 @@ class ProcessGroupWorkers:
 
     def all_reduce(self, tensor: torch.Tensor, largest: bool = False) -> torch.Tensor:
         """Sum (or maximum) over all workers."""
+        if tensor.dim() == 0 and tensor.dtype == torch.float64:     # in the record that says which call this is
+            mine = self._record()
+            mine[-1:].view(torch.float64)[0] = tensor
+            parts = torch.stack([row[-1:].view(torch.float64)[0] for row in self._exchange(mine)])
+            return (parts.max() if largest else parts.sum()).to(tensor.device)
         moved = tensor.detach().cpu()
         kind = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
         self._wait(start(dist.all_reduce, moved, kind, group=self._group, async_op=True))
         return moved.to(tensor.device)
 
+    def _record(self, *numbers: int) -> torch.Tensor:
+        """What every call begins with: which call it is, then ``numbers``; the last slot is free."""
+        mine = torch.zeros(_SLOTS, dtype=torch.int64)
+        filled = torch.tensor([fact & (1 << 63) - 1 for fact in (_number(self.activity.call), *numbers)])
+        mine[:len(filled)] = filled
+        return mine
+
+    def _exchange(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        """Every worker's record. Raises ``InputError`` on every worker where they are in different calls: all records
+        have one size and shape, so that no two kinds of collective meet."""
+        rows = [torch.empty_like(mine) for _ in self.ranks]
+        self._wait(start(dist.all_gather, rows, mine, group=self._group, async_op=True))
+        if any(int(row[0]) != int(mine[0]) for row in rows):
+            calls = self.all_gather_object(self.activity.call)
+            odd = next(rank for rank, call in enumerate(calls) if call != calls[0])
+            raise InputError(f"workers make different calls: worker 0 calls {calls[0]}, worker {odd} {calls[odd]}; "
+                             "every worker must make the same calls in the same order (is one of them inside an "
+                             "'if rank == 0'?)")
+        return rows
+
     # -- records ----------------------------------------------------------------------------------------------------
 
     def publish(self, text: str) -> None:
-        """Leave a text for the others to find; nobody waits."""
-        self._store.set(f"{self._name}/records/{self.rank}", text)
+        """Leave a text for the others to find; nobody waits. Where the store is gone, nobody finds it."""
+        with suppress(RuntimeError, dist.DistError):
+            self.waiter.run(lambda: self._store.set(f"records/{self.rank}", text))
 
     def published(self) -> dict[int, str]:
         """What each worker has left last, for those that have."""
-        keys = {rank: f"{self._name}/records/{rank}" for rank in range(self.size)}
+        keys = {rank: f"records/{rank}" for rank in range(self.size)}
         return {rank: self._store.get(key).decode() for rank, key in keys.items() if self._store.check([key])}
 
     # -- agreement --------------------------------------------------------------------------------------------------
@@ -275,16 +267,18 @@ class ProcessGroupWorkers:
               told: Sequence[int] = ()) -> Sequence[Sequence[int]]:
         """One small gather: the same first of ``facts`` everywhere, the same others in each replica, and nobody has a
         ``problem``; else the same error everywhere. Returns what each worker has ``told`` where there are replicas."""
-        mine = torch.zeros(_SLOTS, dtype=torch.int64)
-        mine[0] = problem is not None
-        mine[1:1 + len(facts)] = torch.tensor([fact & (1 << 63) - 1 for fact in facts])
-        mine[1 + len(facts):1 + len(facts) + len(told)] = torch.tensor(told, dtype=torch.int64)
-        found = [torch.empty_like(mine) for _ in self.ranks]
-        self._wait(start(dist.all_gather, found, mine, group=self._group, async_op=True))
+        mine = self._record(problem is not None, *facts)
+        if told:
+            mine[2 + len(facts):2 + len(facts) + len(told)] = torch.tensor(told)
+        mine[-1] = self.wishes.own()
+        found = self._exchange(mine)
+        for other in found:
+            self.wishes.hear(int(other[-1]))
+            other[-1] = mine[-1]        # what a worker asks for is no disagreement
         replicas = self.grid.num_replicas
         if replicas == 1 and problem is None and all(torch.equal(other, mine) for other in found):
             return ()
-        rows = [other.tolist() for other in found]
+        rows = [other.tolist()[1:] for other in found]
         if any(row[0] for row in rows):
             self._raise_first(problem)
         for number, name in enumerate(names, 1):
@@ -308,42 +302,26 @@ class ProcessGroupWorkers:
         """Raise the problem of the first worker that has one, on every worker."""
         for rank, description in enumerate(self.all_gather_object(problem and Description.of(problem))):
             if description is not None:
-                raise problem if rank == self.rank else description.error(rank)
+                raise problem if rank == self.rank else Description(*description).error(rank)
 
     # -- failure ----------------------------------------------------------------------------------------------------
 
-    def interrupted(self) -> Exception | None:
-        """The failure of another worker, if one has been recorded."""
-        if self._group is None or self._name is None:
-            return None
-        try:
-            return self._recorded() if self._store.check([f"{self._name}/failure"]) else None
-        except Exception:           # the store is gone: the wait itself will tell
-            return None
-
-    def _recorded(self) -> WorkerError:
-        record = json.loads(self._store.get(f"{self._name}/failure"))
-        return WorkerError(f"worker {record['rank']} failed {record['where']}: {record['error']}\n"
-                           f"--- traceback of worker {record['rank']} ---\n{record['traceback']}")
-
     def fail(self, error: BaseException, where: str) -> BaseException:
-        """Record ``error`` unless another worker was first, and return what this worker is to raise."""
-        told = Description.of(error)
-        record = {"rank": self.rank, "where": where, "error": f"{told.kind}: {told.text}", "traceback": told.traceback}
-        secondary = isinstance(error, ConnectionLost)
-        try:
-            if secondary:
-                # A closed connection is a consequence: leave the first word to the worker that failed.
-                for _ in range(20):
-                    if self._store.check([f"{self._name}/failure"]):
-                        return self._recorded()
-                    sleep(0.05)
-            if self._store.add(f"{self._name}/failures", 1) == 1:
-                self._store.set(f"{self._name}/failure", json.dumps(record))
-                return self._own_failure(error, where, secondary)
-            return error if isinstance(error, (KeyboardInterrupt, SystemExit)) else self._recorded()
-        except Exception:           # no store any more: its host is gone
-            return self._own_failure(error, where, secondary)
+        """Tell the others of ``error`` unless another worker is to blame; returns what this worker is to raise."""
+        if isinstance(error, Told):
+            return WorkerError(str(error))
+        verdict = self._guard.verdict()
+        lost = isinstance(error, ConnectionLost)
+        if verdict is None:
+            if not lost:
+                self._guard.tell(Description.of(error), where)
+            # A closed connection is a consequence: the guard knows of what.
+            verdict = self._guard.verdict(_VERDICT_SECONDS)
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            return error
+        if verdict is None or verdict.rank == self.rank and verdict.kind == "failed":
+            return self._own_failure(error, where, lost)
+        return WorkerError(verdict.text())
 
     def _own_failure(self, error: BaseException, where: str, secondary: bool) -> BaseException:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
@@ -355,29 +333,15 @@ class ProcessGroupWorkers:
         return WorkerError(f"worker {self.rank} failed {where}: {type(error).__name__}: {error}")
 
     def close(self) -> None:
-        """Give up the control group. Dropping the last reference closes the connections."""
+        """Give up the control group and the guard. Dropping the last reference closes the connections."""
         self.waiter.close()
         group, self._group = self._group, None
         if group is not None:
             give_up(group)
+        self._guard.close()
 
 
-def connect(mesh: dist.DeviceMesh | None, device: torch.device, launched: bool, num_replicas: int | None = None,
-            timeout: timedelta = timedelta(minutes=10)) -> Workers:
-    """The workers of this job: those of ``mesh``, of the default process group, or this process alone.
-
-    Where processes were ``launched`` (by torchrun) without a process group, one is started. Raises ``InputError`` where
-    they do not make ``num_replicas`` pipelines.
-    """
-    if mesh is None and launched and not dist.is_initialized():
-        dist.init_process_group("gloo" if device.type == "cpu" else None, timeout=timeout)
-    if mesh is not None:
-        ranks, count = ranks_of_mesh(mesh, num_replicas)
-    else:
-        ranks, count = ranks_of_world(dist.get_world_size() if dist.is_initialized() else 1, num_replicas)
-    return ProcessGroupWorkers(ranks, timeout, _backend(device), count) if len(ranks) > 1 else SingleProcess()
-
-
-def _backend(device: torch.device) -> str:
-    """What carries tensors on ``device``."""
-    return "gloo" if device.type == "cpu" else dist.get_default_backend_for_device(device)
+@cache
+def _number(call: str) -> int:
+    """A number that stands for a call, the same on every worker."""
+    return int.from_bytes(hashlib.sha256(call.encode()).digest()[:7], "big")

@@ -1,48 +1,97 @@
 """A run report as a page."""
 from __future__ import annotations
 
+import time
 from html import escape
 
 from pipeengine.report.advice import advice
+from pipeengine.report.curves import charts
+from pipeengine.report.history import History
 from pipeengine.report.numbers import seconds_text, size_text
 from pipeengine.report.run_report import RunReport
 from pipeengine.report.svg import Panel, timeline_svg
 from pipeengine.report.table import Column, headline, lengths_in_turns, table_columns
 
 _STYLE = """
-body { font: 15px/1.5 Helvetica, Arial, sans-serif; color: #222; background: #fff; max-width: 1040px;
+:root { color-scheme: light dark; --ink: #222; --quiet: #666; --paper: #fff; --line: #e3e5e8; --lane: #f3f4f6; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e6ea; --quiet: #a0a6b0; --paper: #16181c; --line: #343841;
+--lane: #24272d; } }
+body { font: 15px/1.5 Helvetica, Arial, sans-serif; color: var(--ink); background: var(--paper); max-width: 1040px;
 margin: 2.5em auto; padding: 0 1.5em; }
 h1 { font-size: 1.5em; margin: 0 0 .2em; } h2 { font-size: 1.1em; margin: 2em 0 .6em; }
-p { margin: .2em 0; } .quiet { color: #666; }
-.figures { display: flex; gap: 2.2em; margin: 1.2em 0; flex-wrap: wrap; }
+h3 { font-size: .92em; margin: 0 0 .2em; font-weight: 600; }
+p { margin: .2em 0; } .quiet { color: var(--quiet); }
+.figures { display: flex; gap: 1.2em 2.2em; margin: 1.2em 0; flex-wrap: wrap; }
 .figures div { border-left: 3px solid #3f72b0; padding-left: .7em; }
 .figures b { display: block; font-size: 1.35em; font-weight: 600; }
 table { border-collapse: collapse; font-size: .87em; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .35em .65em; white-space: nowrap; }
 th.left, td.left { text-align: left; white-space: normal; }
-thead th { font-weight: 600; color: #444; }
-thead tr.groups th { text-align: center; padding-bottom: 0; color: #777; font-weight: 400; }
-thead tr:last-child th { border-bottom: 1.5px solid #444; } tbody td { border-bottom: 1px solid #e3e5e8; }
-td.left { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .92em; }
-svg { max-width: 100%; height: auto; display: block; } .wide { overflow-x: auto; }
+thead th { font-weight: 600; color: var(--ink); }
+thead tr.groups th { text-align: center; padding-bottom: 0; color: var(--quiet); font-weight: 400; }
+thead tr:last-child th { border-bottom: 1.5px solid var(--quiet); }
+tbody td { border-bottom: 1px solid var(--line); }
+td.left { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .92em; min-width: 12em; }
+.wide { overflow-x: auto; } .wide svg { display: block; width: 100%; min-width: 760px; height: auto; }
+.timeline > text[fill="#222"], .timeline > text:not([fill]) { fill: var(--ink); }
+.timeline > text[fill="#666"], .timeline > text[fill="#555"] { fill: var(--quiet); }
+.timeline > rect[fill="#f3f4f6"] { fill: var(--lane); } .timeline > text[fill="#c0392b"] { fill: #d8604f; }
+.charts { display: grid; gap: 1.6em; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); }
+.chart { width: 100%; height: auto; display: block; } .chart text { font-size: 11px; fill: var(--quiet); }
+.chart .grid { stroke: var(--line); fill: none; }
+.key { font-size: .8em; color: var(--quiet); } .key span { margin-right: 1.2em; white-space: nowrap; }
+.key i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em; }
+table.names { width: auto; max-width: 100%; } table.names td { text-align: left; white-space: normal;
+overflow-wrap: anywhere; }
+@media (max-width: 600px) { body { margin: 1em auto; padding: 0 .8em; } }
 """
 
 
 def report_html(report: RunReport) -> str:
-    """The report as one self-contained page: figures, timeline predicted over measured, table of stages."""
-    head, panels = headline(report), _panels(report)
-    drawing = timeline_svg(panels, standalone=False) if panels else "<p class=quiet>no timeline was recorded</p>"
+    """The report as one self-contained page, light or dark as its reader's browser is: figures, curves over the steps,
+    timeline predicted over measured, table of stages, options."""
+    head, drawn = headline(report), panels(report)
+    drawing = timeline_svg(drawn, standalone=False) if drawn else "<p class=quiet>no timeline was recorded</p>"
     notes = (*lengths_in_turns(report), *report.notes) if report.in_turns else report.notes
     return (f"<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
             f"<title>{escape(report.name)}</title><style>{_STYLE}</style>\n"
             f"<h1>{escape(report.name)}</h1><p class=quiet>{escape(head[0].split(': ', 1)[1])}</p>\n"
-            f"{_figures(report)}{''.join(f'<p>{escape(note)}</p>' for note in notes)}\n"
-            f"<h2>One step</h2>{drawing}\n<h2>Stages</h2>{_table(report)}\n"
+            f"{_figures(report)}{''.join(f'<p>{escape(note)}</p>' for note in notes)}\n{_history(report.history)}"
+            f"<h2>One step</h2><div class=wide>{drawing}</div>\n<h2>Stages</h2>{_table(report)}\n"
             f"<h2>What to look at</h2>{''.join(f'<p>{escape(line)}</p>' for line in advice(report)) or '<p>-</p>'}\n"
-            "</html>\n")
+            f"{_setting(report.history)}</html>\n")
 
 
-def _panels(report: RunReport) -> list[Panel]:
+def _history(history: History | None) -> str:
+    drawn = charts(history) if history is not None else []
+    if not drawn:
+        return ""
+    return "<h2>Over the steps</h2><div class=charts>" + "\n".join(
+        f"<div><h3>{escape(title)}</h3>{chart}</div>" for title, chart in drawn) + "</div>\n"
+
+
+def _setting(history: History | None) -> str:
+    """When the run was started, where and with what; its options."""
+    if history is None:
+        return ""
+    starts = "".join(
+        f"<tr><td>{_when(start.get('time'))}</td><td>from step {start.get('step', 0):,}</td>"
+        f"<td>{escape(', '.join(map(str, start.get('hosts', ()))))}</td><td>"
+        + escape(", ".join(f"{name} {version}" for name, version in
+                           {"Python": start.get("python", ""), **start.get("versions", {})}.items())) + "</td></tr>"
+        for start in history.starts)
+    options = "".join(f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>"
+                      for name, value in history.options.items())
+    return (f"<h2>Starts</h2><div class=wide><table class=names>{starts}</table></div>\n" if starts else "") + (
+        f"<h2>Options</h2><div class=wide><table class=names>{options}</table></div>\n" if options else "")
+
+
+def _when(seconds: object) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds)) if isinstance(seconds, (int, float)) else ""
+
+
+def panels(report: RunReport) -> list[Panel]:
+    """The timelines of a report, predicted over measured, with what they are called."""
     predicted, measured = "predicted", Panel("measured", report.measured)
     if report.in_turns:
         predicted = "predicted for separate workers, messages free"
@@ -52,7 +101,10 @@ def _panels(report: RunReport) -> list[Panel]:
 
 
 def _figures(report: RunReport) -> str:
-    figures = []
+    figures, history = [], report.history
+    if history is not None and history.last_step is not None and history.last_time is not None:
+        total = f" of {history.total:,}" if history.total else ""
+        figures.append((f"{history.last_step + 1:,}{total}", f"steps, {_when(history.last_time)}"))
     for name, timeline in (("measured", report.measured), ("predicted", report.predicted)):
         if timeline is not None and report.in_turns:
             figures.append((f"{seconds_text(timeline.busy.sum())} s", f"{name} busy, all stages"))

@@ -1,11 +1,13 @@
 """What a step needs of each worker's memory, by a plan's figures and the order of a schedule. Bytes."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+
+import numpy as np
 
 from partitioners import Plan
 from pipeengine.program import UNDERWAY, WINDOW
-from pipeengine.schedules import Schedule
+from pipeengine.schedules import B, Schedule, W
 
 
 def step_bytes(plan: Plan, schedule: Schedule) -> tuple[float, ...]:
@@ -13,36 +15,36 @@ def step_bytes(plan: Plan, schedule: Schedule) -> tuple[float, ...]:
     messages."""
     worker_of = schedule.topology.worker_of
     constant = [room - twice for room, twice in zip(_message_bytes(plan, worker_of), _counted_twice(plan, worker_of))]
-    return tuple(most_added(plan, schedule.actions(worker)) + constant[worker] for worker in range(len(constant)))
+    return tuple(most_added(plan, lane.op, lane.stage) + more for lane, more in zip(schedule.lanes, constant))
 
 
 def stage_bytes(plan: Plan, schedule: Schedule) -> tuple[float, ...]:
     """The most that each stage needs by itself: weights, optimizer, and what its own actions add to them."""
-    factor = plan.setting.memory_model.parameter_factor - 1         # the gradients come with the actions
-    own: list[list[tuple[str, int, int]]] = [[] for _ in plan.stages]
-    for worker in range(schedule.topology.num_workers):
-        for action in schedule.actions(worker):
-            own[action[1]].append(action)
-    return tuple(factor * cost.param_bytes + most_added(plan, actions) for cost, actions in zip(plan.stages, own))
+    model = plan.setting.memory_model
+    op, stage, _ = schedule.columns
+    # The gradients come with the actions.
+    return tuple(model.weights(cost.param_bytes, cost.frozen_bytes) - (cost.param_bytes - cost.frozen_bytes)
+                 + most_added(plan, op[stage == number], stage[stage == number])
+                 for number, cost in enumerate(plan.stages))
 
 
-def most_added(plan: Plan, actions: Iterable[tuple[str, int, int]]) -> float:
-    """Walk ``actions`` in order. A stage's first backward makes its gradients while it lets go of activations."""
-    held = peak = 0.0
-    grown: set[int] = set()
-    for op, stage, _ in actions:
-        cost, made = plan.stages[stage], 0.0
-        if op in "BW" and stage not in grown:
-            made = cost.param_bytes
-            grown.add(stage)
-        before, during, after = {
-            "F": (cost.activation_bytes, 0.0, 0.0),
-            "B": (0.0, cost.first_workspace_bytes if made else cost.workspace_bytes, made - cost.activation_bytes),
-            "I": (0.0, cost.workspace_bytes, cost.kept_bytes - cost.activation_bytes),
-            "W": (0.0, max(made - cost.kept_bytes, 0.0), made - cost.kept_bytes)}[op]
-        peak = max(peak, held + before + during)
-        held += before + after
-    return float(peak)
+def most_added(plan: Plan, op: np.ndarray, stage: np.ndarray) -> float:
+    """Walk actions (columns of a lane) in order. A stage's first backward makes its gradients while it lets go of
+    activations."""
+    activation, kept, scratch, first, parameters, frozen = (
+        np.array([getattr(cost, name) for cost in plan.stages], float)[stage]
+        for name in ("activation_bytes", "kept_bytes", "workspace_bytes", "first_workspace_bytes", "param_bytes",
+                     "frozen_bytes"))
+    grows = np.zeros(len(op), bool)
+    for own in np.unique(stage).tolist():
+        backward = np.flatnonzero((stage == own) & ((op == B) | (op == W)))
+        grows[backward[:1]] = True
+    made = np.where(grows, parameters - frozen, 0.0)
+    # In this order: F, B, I, W.
+    during = np.choose(op, [activation, np.where(grows, first, scratch), scratch, np.maximum(made - kept, 0.0)])
+    after = np.choose(op, [activation, made - activation, kept - activation, made - kept])
+    held = np.cumsum(after)
+    return float((held - after + during).max(initial=0.0))
 
 
 def _counted_twice(plan: Plan, worker_of: Sequence[int]) -> list[float]:

@@ -9,9 +9,10 @@ from pathlib import Path
 from partitioners import Plan
 from partitioners.reporting import ends
 from pipeengine.report.chrome_trace import chrome_trace
-from pipeengine.report.html import report_html
+from pipeengine.report.html import panels, report_html
 from pipeengine.report.memory import stage_bytes, step_bytes
 from pipeengine.report.run_report import RunReport, StageRow
+from pipeengine.report.svg import timeline_svg
 from pipeengine.schedules import Schedule
 from pipeengine.simulation import LinkTimes, Timeline, costs_of, edges_of, simulate
 
@@ -69,9 +70,12 @@ def stage_rows(
 
 
 def save_report(report: RunReport, folder: Path) -> None:
-    """``report.json`` for ``pipeengine report``, ``report.html`` to look at, ``trace.json`` for Perfetto."""
+    """``report.json`` for ``pipeengine report``, ``report.html`` to look at with ``timeline.svg`` as its picture,
+    ``trace.json`` for Perfetto."""
     folder.mkdir(parents=True, exist_ok=True)
     report.save(folder / "report.json")
     (folder / "report.html").write_text(report_html(report))
     timelines = [timeline for timeline in (report.predicted, report.measured) if timeline is not None]
+    if timelines:
+        (folder / "timeline.svg").write_text(timeline_svg(panels(report)))
     (folder / "trace.json").write_text(json.dumps(chrome_trace(*timelines)))

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from pipeengine.errors import InputError, ScheduleError
+from pipeengine.report.history import History
 from pipeengine.simulation import Timeline
 
 
@@ -34,7 +35,7 @@ class RunReport:
 
     Seconds of ``StageRow`` are those of a step; where a row has none, they are summed from the timelines. ``in_turns``:
     all stages ran in one process, one after the other, while workers and the predicted timeline are those of separate
-    workers.
+    workers. ``history`` is of all steps, where the run keeps one.
     """
     name: str
     schedule: str
@@ -45,6 +46,7 @@ class RunReport:
     loss: float | None = None
     notes: tuple[str, ...] = ()
     in_turns: bool = False
+    history: History | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self._completed(row) for row in self.rows))
@@ -63,6 +65,7 @@ class RunReport:
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         plain |= {"kind": "pipeengine run", "rows": [asdict(row) for row in self.rows], "notes": list(self.notes)}
         plain |= {name: plain[name] and plain[name].to_dict() for name in ("predicted", "measured")}
+        plain["history"] = None if self.history is None else self.history.to_dict()
         return json.dumps(plain)
 
     @classmethod
@@ -80,6 +83,7 @@ class RunReport:
             data["notes"] = tuple(data.get("notes", ()))
             for name in ("predicted", "measured"):
                 data[name] = data.get(name) and Timeline.from_dict(data[name])
+            data["history"] = data.get("history") and History.from_dict(data["history"])
             return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
         except (ScheduleError, KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise InputError(f"this run report is damaged: {type(error).__name__}: {error}; "

@@ -52,6 +52,9 @@ def headline(report: RunReport) -> list[str]:
     lines = [f"{report.name}: {len(report.rows)} stages {where}, schedule {report.schedule}, "
              f"{report.num_microbatches} micro-batches"]
     lines += (lengths_in_turns if report.in_turns else _lengths)(report)
+    if report.history is not None and report.history.last_step is not None:
+        total = f" of {report.history.total:,}" if report.history.total else ""
+        lines.append(f"steps: {report.history.last_step + 1:,}{total}")
     if report.loss is not None:
         lines.append(f"loss: {report.loss:.6g}")
     return lines + list(report.notes)

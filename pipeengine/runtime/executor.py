@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeengine.autograd import Queue
 from pipeengine.autograd import run as run_deferred
-from pipeengine.distributed import Transport
+from pipeengine.distributed import Transport, Unwatched
 from pipeengine.rng import RngStreams
 from pipeengine.stages import ACTIVATION, GRADIENT, Runnable
 from pipeengine.torch_private import engine_run_backward
@@ -36,8 +36,10 @@ class Executor:
     ``records`` holds (op, stage, microbatch, start, end) of the last step, in seconds.
     """
 
-    def __init__(self, transport: Transport, rng: RngStreams, start_sum: Callable[[int], None] = lambda stage: None):
+    def __init__(self, transport: Transport, rng: RngStreams, activity: Unwatched | None = None,
+                 start_sum: Callable[[int], None] = lambda stage: None):
         self._transport, self._rng, self._start_sum = transport, rng, start_sum
+        self.activity = activity or Unwatched()
         self._do = {"F": self._forward, "B": self._backward, "I": self._input_gradient, "W": self._weight_gradient,
                     "SA": self._send_activation, "RA": self._post_activation,
                     "SG": self._send_gradient, "RG": self._post_gradient, "R": self._reduce}
@@ -55,11 +57,12 @@ class Executor:
         self.loss: torch.Tensor | None = None
         self.outputs: dict[int, list] = {}
         self.records.clear()
-        do = self._do
+        do, at = self._do, self.activity.at
         try:
             for action in actions:
                 self.position = action
                 op, stage, microbatch, peer = action
+                at(op, stage, microbatch)
                 do[op](stage, microbatch, peer)
             self._transport.finish()
             self.position = ()

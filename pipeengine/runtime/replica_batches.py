@@ -15,6 +15,7 @@ from pipeengine.errors import InputError
 from pipeengine.runtime.outputs import join_outputs
 from pipeengine.runtime.tasks import Look, Prepared, TaskMaker
 from pipeengine.stages import Shares, Totals, Weights, as_weights
+from pipeengine.tracing import fill, tensors
 
 
 @dataclass(frozen=True)
@@ -77,22 +78,24 @@ class ReplicaBatches:
     def weigh(self, seen: Seen, known: Known) -> Weights:
         """What each of the own micro-batches counts for in the loss of all; every worker calls it."""
         weights = seen.shares.weigh(known.totals)
-        return self._weigh_whole(seen, known) if weights is None else weights
+        if weights is not None:
+            return weights
+        everybody = self._gather_tensors(seen.look.batch.tensors)
+        return self._workers.run_synchronized(lambda: self._weigh_whole(seen, known, everybody))
 
-    def _weigh_whole(self, seen: Seen, known: Known) -> Weights:
+    def _weigh_whole(self, seen: Seen, known: Known, everybody: Sequence[Sequence[torch.Tensor]]) -> Weights:
         """By the whole batch, which every worker gets for this: a loss that is divided by something else than rows or
         targets. Replicas whose batches cannot be one (other lengths) leave the shares of rows."""
         batch, replica = seen.look.batch, self.replica
-        everybody = self._gather_tensors(batch.tensors)
         shapes = {tuple((*tensor.shape[:dim], *tensor.shape[dim + 1:]) if dim is not None else tensor.shape
-                        for tensor, dim in zip(tensors, batch.dims)) for tensors in everybody}
+                        for tensor, dim in zip(theirs, batch.dims)) for theirs in everybody}
         if len(shapes) > 1:
             rows = sum(one.rows for one in known.totals)
             loss = [size / rows for size in seen.shares.sizes]
             return as_weights([(weight,) * max(1, n) for weight, n in zip(loss, seen.shares.num_terms)], loss)
-        whole = batch.again([torch.cat([tensors[i] for tensors in everybody], dim) if dim is not None else
+        whole = batch.again([torch.cat([theirs[i] for theirs in everybody], dim) if dim is not None else
                              everybody[replica][i] for i, dim in enumerate(batch.dims)])
-        return self._tasks.weigh_part(whole, seen.look, [batch.again(tensors) for tensors in everybody],
+        return self._tasks.weigh_part(whole, seen.look, [batch.again(theirs) for theirs in everybody],
                                       known.firsts, replica)
 
     def _gather_tensors(self, own: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
@@ -109,10 +112,19 @@ class ReplicaBatches:
 
     def gather(self, merged: object, prepared: Prepared, place: int, loss: torch.Tensor | None) -> object:
         """The output for all replicas' rows, one after the other, on every worker; ``merged`` is this replica's on the
-        worker at ``place``."""
-        workers, rows = self._workers, sum(task.rows for task in prepared.tasks)
-        everybody = [workers.broadcast_object((merged, rows, sum(task.weight for task in prepared.tasks)),
-                                              self._grid.worker(place, replica))
-                     for replica in range(self._grid.num_replicas)]
-        return join_outputs(prepared.specializations[0], [one[0] for one in everybody],
-                            [one[1] for one in everybody], [one[2] for one in everybody], loss)
+        worker at ``place``. Tensors travel, every worker's own recording gives them form."""
+        grid, first, device = self._grid, prepared.specializations[0], self._tasks.reader.device
+        own = tensors(merged) if grid.place == place else []
+        weight, rows = sum(task.weight for task in prepared.tasks), sum(task.rows for task in prepared.tasks)
+        outputs, everybody = [], []
+        for replica in range(grid.num_replicas):
+            arrived = self._workers.broadcast_object((own, rows, weight), grid.worker(place, replica))
+            outputs.append(_filled(first.recording.output, arrived[0], device))
+            everybody.append(arrived[1:])
+        return join_outputs(first, outputs, [rows for rows, _ in everybody], [weight for _, weight in everybody], loss)
+
+
+def _filled(structure: object, values: Sequence[torch.Tensor], device: torch.device) -> object:
+    """``structure`` with ``values``, in order, for what it refers to."""
+    left = iter(values)
+    return fill(structure, lambda _: next(left).to(device))

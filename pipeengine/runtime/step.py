@@ -6,7 +6,8 @@ the pipeline is still open.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -14,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from pipeengine.distributed import NoTies, Transport, Workers, headline
+from pipeengine.distributed import ConnectionLost, NoTies, Transport, Workers, headline
 from pipeengine.errors import InputError, WorkerError
 from pipeengine.runtime.executor import Executor
 from pipeengine.runtime.outputs import merge_outputs
@@ -22,13 +23,15 @@ from pipeengine.runtime.programs import ProgramCache
 from pipeengine.runtime.replica_batches import ReplicaBatches
 from pipeengine.runtime.tasks import Look, Prepared, TaskMaker
 from pipeengine.stages import Specialization
-from pipeengine.tracing import Inputs
+from pipeengine.tracing import Inputs, fill, tensors
 
 _ACTIONS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient",
             "SA": "sending an activation", "RA": "receiving an activation",
             "SG": "sending a gradient", "RG": "receiving a gradient", "R": "summing gradients"}
 T = TypeVar("T")
-_FACTS = ("the number of calls", "the batch", "the recorded model")
+_FACTS = ("the number of calls", "the batch",
+          "what the forward or the loss reads from Python (attributes, configs, globals, closures), which every worker "
+          "must set alike", "the recorded model")
 
 
 @dataclass
@@ -42,6 +45,15 @@ class Progress:
     loss: torch.Tensor | None = None
     trained_loss: torch.Tensor | None = None
     closed: str | None = None
+    amount: tuple[int, str] = (0, "rows")
+
+    def counters(self) -> dict[str, int]:
+        """The numbers that random numbers are keyed by: part of the state of a training."""
+        return {"step": self.step, "calls": self.calls}
+
+    def set_counters(self, counters: Mapping[str, int]) -> None:
+        """Go on from such numbers; every worker is given the same."""
+        self.step, self.calls = int(counters["step"]), int(counters["calls"])
 
 
 class StepRunner:
@@ -53,48 +65,76 @@ class StepRunner:
         self.ties, self._workers, self._worker_of = ties, workers, worker_of
         self._replicas = ReplicaBatches(tasks, workers) if workers.grid.num_replicas > 1 else None
         self.progress = Progress(num_microbatches)
+        self._run_before: set[int] = set()
 
     def step(self, inputs: Inputs) -> torch.Tensor | None:
         """Forward and backward of a whole batch; returns its loss, detached, on every worker."""
-        prepared = self._prepare(inputs, training=True)
-        with torch.enable_grad():
-            self.guarded(lambda: self._train(prepared))
+        with self._call("step"):
+            prepared = self._prepare(inputs, training=True)
+            with torch.enable_grad(), self._run("step", prepared):
+                self.guarded(lambda: self._train(prepared))
         return self.progress.loss
 
     def evaluate(self, inputs: Inputs, gather: bool) -> object:
         """Forward only; the model's output for the whole batch on the worker of the last stage, or everywhere."""
-        with torch.no_grad():
+        call = "evaluate(gather=True)" if gather else "evaluate"
+        with torch.no_grad(), self._call(call):
             prepared = self._prepare(inputs, training=False)
-            return self.guarded(lambda: self._evaluate(prepared, gather))
+            with self._run(call, prepared):
+                return self.guarded(lambda: self._evaluate(prepared, gather))
+
+    def _call(self, name: str, *, takes_long: bool = True) -> AbstractContextManager[None]:
+        """Inside, the guard knows that this worker is in this call, and so do the others when they meet it."""
+        return self._workers.activity.section(name, self.progress.step, takes_long=takes_long)
+
+    def collective(self, call: str, what: Callable[[], T], harmless: type[BaseException] = InputError) -> T:
+        """``what()`` on every worker, once all of them are in the same ``call``; else ``InputError`` on all."""
+        self.check_open()
+        with self._call(call):
+            self.guarded(lambda: self._workers.agree((), None, ()), harmless=InputError)
+            return self.guarded(what, harmless=harmless)
+
+    def reduction(self, call: str, what: Callable[[], T]) -> T:
+        """The same for what exchanges one number, which travels with the name of the call."""
+        self.check_open()
+        with self._call(call, takes_long=False):
+            return self.guarded(what, harmless=InputError)
+
+    def _run(self, name: str, prepared: Prepared) -> AbstractContextManager[None]:
+        """Inside, stages run; what runs for the first time may be compiled, which takes long."""
+        new = prepared.recorded not in self._run_before
+        self._run_before.add(prepared.recorded)
+        return self._call(name, takes_long=new)
 
     def _prepare(self, inputs: Inputs, *, training: bool) -> Prepared:
         """The batch made ready on this worker, once all workers agree that theirs is the same."""
         self.check_open()
         progress = self.progress
-        progress.calls += 1
+        call = progress.calls + 1
         if self._replicas is not None:
-            return self._prepare_in_replicas(self._replicas, inputs, training)
-        prepared, problem = attempt(lambda: self._ready(inputs, training))
-        facts = (progress.calls, prepared.digest, prepared.recorded) if prepared else (progress.calls, 0, 0)
+            whole = self._prepare_in_replicas(self._replicas, inputs, training, call)
+            progress.calls = call
+            return whole
+        prepared, problem = attempt(lambda: self._ready(inputs, training, call))
+        facts = (call, *prepared.facts) if prepared else (call, 0, 0, 0)
         self.guarded(lambda: self._workers.agree(facts, problem, _FACTS), harmless=InputError)
+        progress.calls = call           # one that was refused everywhere has not happened
         assert prepared is not None, "a problem of one worker is raised on all"
         return prepared
 
-    def _look(self, inputs: Inputs, training: bool, first: int = 0) -> Look:
-        progress = self.progress
-        return self._tasks.look(inputs, training=training, step=progress.step, call=progress.calls, first=first)
+    def _look(self, inputs: Inputs, training: bool, call: int, first: int = 0) -> Look:
+        return self._tasks.look(inputs, training=training, step=self.progress.step, call=call, first=first)
 
-    def _ready(self, inputs: Inputs, training: bool) -> Prepared:
-        look = self._look(inputs, training)
+    def _ready(self, inputs: Inputs, training: bool, call: int) -> Prepared:
+        look = self._look(inputs, training, call)
         return self._tasks.prepare(look, self._tasks.weigh(look))
 
-    def _prepare_in_replicas(self, replicas: ReplicaBatches, inputs: Inputs, training: bool) -> Prepared:
+    def _prepare_in_replicas(self, replicas: ReplicaBatches, inputs: Inputs, training: bool, call: int) -> Prepared:
         """The same for one replica's batch, which is a part of the whole: numbered and weighed in that."""
-        calls = self.progress.calls
         firsts = replicas.usual_firsts()
         while True:
-            seen, problem = attempt(lambda: replicas.see(self._look(inputs, training, firsts[replicas.replica])))
-            facts = (calls, seen.look.digest, seen.look.recorded) if seen else (calls, 0, 0)
+            seen, problem = attempt(lambda: replicas.see(self._look(inputs, training, call, firsts[replicas.replica])))
+            facts = (call, *seen.look.facts) if seen else (call, 0, 0, 0)
             told = replicas.tell(seen, self.ties.is_stale()) if seen else ()
             everybody = self.guarded(partial(self._workers.agree, facts, problem, _FACTS, told), harmless=InputError)
             assert seen is not None, "a problem of one worker is raised on all"
@@ -114,9 +154,11 @@ class StepRunner:
         self.transport.begin(progress.calls, prepared.digest)
         start = perf_counter()
         self.executor.run(actions, tasks)
+        self._tasks.specializations.ran()
         self.ties.reduce()
         if progress.step < 3 or progress.step % 10 == 0:
             self._publish(start)
+        progress.amount = prepared.amount
         progress.loss = progress.trained_loss = self._spread_loss(prepared.specializations[0], self.executor.loss)
         progress.step += 1
 
@@ -124,6 +166,7 @@ class StepRunner:
         tasks, first = prepared.tasks, prepared.specializations[0]
         self.transport.begin(self.progress.calls, prepared.digest)
         self.executor.run(self._programs.actions(len(tasks), prepared.edges, training=False), tasks)
+        self._tasks.specializations.ran()
         loss = self.progress.loss = self._spread_loss(first, self.executor.loss)
         last = self._workers.grid.worker(self._worker_of[first.split.output_stage])
         outputs = [self.executor.outputs.get(m) for m in range(len(tasks))]
@@ -132,7 +175,17 @@ class StepRunner:
             return merged
         if self._replicas is not None:
             return self._replicas.gather(merged, prepared, self._worker_of[first.split.output_stage], loss)
-        return self._workers.broadcast_object(merged, last)
+        return self._share(merged, first, last)
+
+    def _share(self, merged: object, specialization: Specialization, last: int) -> object:
+        """The output of worker ``last`` everywhere: its tensors travel, every worker's own recording gives it form."""
+        own = tensors(merged) if self._workers.rank == last else []
+        arrived = self._workers.broadcast_object(own, last)
+        if self._workers.rank == last:
+            return merged
+        values = iter(arrived)
+        device = self._tasks.reader.device
+        return fill(specialization.recording.output, lambda _: next(values).to(device))
 
     def _spread_loss(self, specialization: Specialization, own: torch.Tensor | None) -> torch.Tensor | None:
         """The loss of the worker that has it, on every worker."""
@@ -162,9 +215,9 @@ class StepRunner:
         """Run something that talks to other workers; a failure becomes the same error on every worker."""
         try:
             return what()
-        except harmless:
-            raise
         except BaseException as error:
+            if isinstance(error, harmless) and not isinstance(error, ConnectionLost):
+                raise
             failure = self._workers.fail(error, f"in step {self.progress.step}{self._where()}")
             self.ties.restore()
             self.give_up(headline(failure))
@@ -187,7 +240,7 @@ class StepRunner:
     def close(self) -> None:
         """Give up the connections once every worker is here."""
         if self.progress.closed is None:
-            self.guarded(lambda: self._workers.all_gather_object(None))     # nobody leaves while another is at work
+            self.collective("close", lambda: None)      # nobody leaves while another is at work
             self.give_up("closed by its owner")
 
     def give_up(self, why: str) -> None:

@@ -69,12 +69,22 @@ class BatchReader:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch, ready to run. ``digest`` is of the batch, ``recorded`` of what was recorded for it."""
+    """A batch, ready to run. ``facts`` are those of its ``Look``, ``amount`` says how many tokens or rows it holds."""
 
     tasks: tuple[Task, ...]
     specializations: tuple[Specialization, ...]
-    digest: int
-    recorded: int
+    facts: tuple[int, int, int]
+    amount: tuple[int, str]
+
+    @property
+    def digest(self) -> int:
+        """The digest of the batch."""
+        return self.facts[0]
+
+    @property
+    def recorded(self) -> int:
+        """The digest of what was recorded for it."""
+        return self.facts[2]
 
     @property
     def edges(self) -> frozenset[Edge]:
@@ -86,8 +96,8 @@ class Prepared:
 class Look:
     """A batch, looked at: its micro-batches' tensors ``parts``, rows ``sizes``, random keys and what runs each of them.
 
-    ``kind`` is everything besides the numbers that eager execution would depend on. ``digest`` is of the batch,
-    ``recorded`` of what was recorded for it.
+    ``kind`` is everything besides the numbers that eager execution would depend on. ``facts`` are the digests of the
+    batch, of what its recordings read from Python, and of the recordings.
     """
 
     batch: Batch
@@ -97,8 +107,7 @@ class Look:
     keys: tuple[int, ...]
     chosen: tuple[Specialization, ...]
     training: bool
-    digest: int
-    recorded: int
+    facts: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -119,12 +128,13 @@ class TaskMaker:
         parts = batch.split(self.reader.num_microbatches, self.reader.device)
         sizes = batch.sizes(self.reader.num_microbatches)
         keys = tuple(mix(self.seed, step if training else _EVALUATION + call, first + i) for i in range(len(parts)))
-        kind = batch.key, self._state_key(training), batch.dims
+        kind = batch.key, (training, *self.specializations.look(), current_modes().autocast), batch.dims
         chosen = self._specialize(batch, kind, parts, sizes, keys, training)
-        recorded = 0
+        recorded = python = 0
         for specialization in chosen:
             recorded = mix(recorded, specialization.digest)
-        return Look(batch, kind, parts, sizes, keys, chosen, training, batch.digest(), recorded)
+            python = mix(python, specialization.recording.python.digest)
+        return Look(batch, kind, parts, sizes, keys, chosen, training, (batch.digest(), python, recorded))
 
     def prepare(self, look: Look, weights: Weights) -> Prepared:
         """The tasks of a batch whose micro-batches count for ``weights``."""
@@ -134,25 +144,20 @@ class TaskMaker:
             Task([*specialization.own_copies(tensors), *terms], specialization.stages.of(stages), weight, key, size)
             for tensors, specialization, terms, weight, key, stages, size in zip(
                 look.parts, look.chosen, weights.terms, weights.loss, look.keys, split, look.sizes))
-        return Prepared(tasks, look.chosen, look.digest, look.recorded)
+        return Prepared(tasks, look.chosen, look.facts, look.batch.amount())
 
     def _specialize(self, batch: Batch, kind: tuple, parts: Sequence[list[torch.Tensor]], sizes: Sequence[int],
                     keys: Sequence[int], training: bool) -> tuple[Specialization, ...]:
-        alike: dict[int, Specialization] = {}       # by rows, where no guard tells micro-batches apart
+        alike: dict[tuple, Specialization] = {}     # by rows, where no guard tells micro-batches apart
         chosen = []
-        for tensors, size, key in zip(parts, sizes, keys):
+        packed = batch.packed_sizes(self.reader.num_microbatches)
+        for tensors, size, key in zip(parts, zip(sizes, packed), keys):
             specialization = alike.get(size) or self.specializations.find(
                 (kind, size), tensors, partial(batch.again, tensors), key, outputs=not training)
             if specialization.guards is None:
                 alike[size] = specialization
             chosen.append(specialization)
         return tuple(chosen)
-
-    def _state_key(self, training: bool) -> tuple:
-        """Everything besides the batch that eager execution would depend on."""
-        modules = bytes(module.training for module in self.reader.model.modules())
-        needs = bytes(p.requires_grad for p in self.reader.model.parameters())
-        return training, modules, needs, current_modes().autocast
 
     def weigh(self, look: Look) -> Weights:
         """What each micro-batch's loss, and each of its terms, counts for in the loss of this batch."""
@@ -193,7 +198,7 @@ class TaskMaker:
         kind = batch.key, look.kind[1], batch.dims
         keys = tuple(range(first, first + len(parts)))
         chosen = self._specialize(batch, kind, parts, sizes, keys, look.training)
-        return Look(batch, kind, parts, sizes, keys, chosen, look.training, 0, 0)
+        return Look(batch, kind, parts, sizes, keys, chosen, look.training, (0, 0, 0))
 
     def _own_weights(self, look: Look) -> list[float]:
         assert self.loss_weight is not None, "asked for only where there is one"

@@ -4,7 +4,8 @@ Placement says which node runs where, splitting cuts, codegen writes straight-li
 of stages for every kind of micro-batch.
 """
 from pipeengine.stages.cache import Specialization, SpecializationCache
-from pipeengine.stages.loss_weight import Weights, as_weights, even_weights, full_batch_loss_check
+from pipeengine.stages.full_batch import compare_two_microbatches, full_batch_loss_check
+from pipeengine.stages.loss_weight import Weights, as_weights, even_weights
 from pipeengine.stages.message import (
     ACTIVATION,
     GRADIENT,
@@ -37,6 +38,7 @@ __all__ = [
     "as_weights",
     "check_header",
     "check_recording",
+    "compare_two_microbatches",
     "even_weights",
     "full_batch_loss_check",
     "has_arrived",

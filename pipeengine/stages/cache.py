@@ -14,6 +14,7 @@ from functools import cache
 import torch
 
 from pipeengine.autograd import Recompute, Replacement, check_recomputable, find_deferrable
+from pipeengine.errors import InputError
 from pipeengine.rng import RngStreams
 from pipeengine.schedules import Edge
 from pipeengine.stages.codegen import compile_part
@@ -23,7 +24,7 @@ from pipeengine.stages.loss_weight import Kind, LossWeights, Weights, target_cou
 from pipeengine.stages.placement import SettledPlacement
 from pipeengine.stages.runnable import Runnable, make_runnable
 from pipeengine.stages.splitting import Split, split
-from pipeengine.tracing import Dataflow, Inputs, Recording, analyse, capture, refs
+from pipeengine.tracing import Dataflow, Inputs, ModelFlags, PythonWatch, Recording, analyse, capture, refs
 
 _MOST = 128
 
@@ -84,6 +85,14 @@ class Runnables:
         return runnables
 
 
+@dataclass
+class _Known:
+    """A specialization, and the last state of Python (a watch's version) for which it was seen to hold."""
+
+    specialization: Specialization
+    version: int
+
+
 class SpecializationCache:
     """Finds or makes the specialization for a micro-batch; the ones used least recently are forgotten.
 
@@ -96,22 +105,53 @@ class SpecializationCache:
         self._split_backward, self._recompute = split_backward, recompute
         self._model, self._placement, self._own = model, placement, tuple(own)
         self._loss_fn, self._device, self._rng = loss_fn, device, rng
-        self._known: OrderedDict[tuple, list[Specialization]] = OrderedDict()
+        self._known: OrderedDict[tuple, list[_Known]] = OrderedDict()
         self.recorded = 0
+        self._watch, self._python_version, self._fresh = PythonWatch(), 0, False
+        self._flags = ModelFlags(model)
+        self._names = frozenset(_parameter_names(model))
         self._weights = LossWeights(model, loss_fn, device, rng)
+
+    def look(self) -> tuple[bytes, bytes]:
+        """Look once, before the micro-batches of a batch are found, at what the recordings read from Python.
+
+        Returns which modules train and which parameters want a gradient.
+        """
+        version = self._watch.look()
+        if version != self._python_version:
+            self._python_version, self._flags = version, ModelFlags(self._model)
+        return self._flags.now()
+
+    def ran(self) -> None:
+        """The micro-batches have run. What a first run has changed in Python is its own, and not watched."""
+        if self._fresh:
+            self._watch.ignore_written()
+            self._fresh = False
+
+    def _holds(self, known: _Known) -> bool:
+        """Whether Python is as it was when ``known`` was recorded."""
+        if known.version != self._python_version:
+            if not known.specialization.recording.python.hold(self._watch.ignored):
+                return False
+            known.version = self._python_version
+        return True
 
     def find(self, key: tuple, tensors: Sequence[torch.Tensor], inputs: Callable[[], Inputs], random_key: int | None, *,
              outputs: bool) -> Specialization:
         """The specialization for the micro-batch ``tensors``; ``inputs()`` gives it as the model wants it.
 
-        ``key`` is everything besides guards that eager execution would depend on. Raises ``CaptureError`` when a new
-        kind of micro-batch cannot be recorded, ``PlanError`` when it reads parameters where they are not held.
+        ``key`` is everything besides guards and what ``look`` saw that eager execution would depend on. Raises
+        ``CaptureError`` when a new kind of micro-batch cannot be recorded, ``PlanError`` when it reads parameters where
+        they are not held, ``InputError`` when the model has grown.
         """
         known = self._known.setdefault(key, [])
         self._known.move_to_end(key)
-        for specialization in known:
-            if specialization.guards is None or specialization.guards(tensors, random_key):
+        for candidate in known:
+            specialization = candidate.specialization
+            if self._holds(candidate) and (
+                    specialization.guards is None or specialization.guards(tensors, random_key)):
                 return specialization
+        self._refuse_grown()
         with torch.set_grad_enabled(not outputs):
             given = inputs()                # an evaluation may have no target: then there is no loss
             recording = capture(self._model, given, loss_fn=None if given.target is None else self._loss_fn,
@@ -119,11 +159,20 @@ class SpecializationCache:
                                 known_leaf_modules=self._placement.leaf_modules)
         specialization = self.make(recording, outputs=outputs)
         self.recorded += 1
-        known.append(specialization)
+        self._fresh = True
+        self._watch.add(recording.python)
+        known.append(_Known(specialization, self._python_version))
         del known[:-_MOST]
         while len(self._known) > _MOST:
             self._known.popitem(last=False)
         return specialization
+
+    def _refuse_grown(self) -> None:
+        """A parameter that was not there at construction is on no stage."""
+        grown = [name for name in _parameter_names(self._model) if name not in self._names]
+        if grown:
+            raise InputError(f"the model has {len(grown)} parameters more than the {len(self._names)} that the "
+                             f"pipeline was made with, such as {grown[0]}, and no stage holds them; make a new one")
 
     def make(self, recording: Recording, *, outputs: bool) -> Specialization:
         """Cut and compile a recording; with ``outputs`` for an evaluation, which keeps the model's output.
@@ -171,7 +220,12 @@ class SpecializationCache:
         """What each of the micro-batches ``parts``, of ``sizes`` rows, counts for in the loss of the batch ``whole`` of
         kind ``key``."""
         kinds = [specialization.kind for specialization in specializations]
-        return self._weights.weigh(key, kinds, parts, sizes, whole, inputs, self._placement.leaf_modules)
+        return self._weights.weigh((key, self._python_version), kinds, parts, sizes, whole, inputs,
+                                   self._placement.leaf_modules)
+
+
+def _parameter_names(model: torch.nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters(remove_duplicate=False)]
 
 
 def _digest(cut: Split) -> int:

@@ -18,7 +18,6 @@ import torch
 from pipeengine.rng import RngStreams
 from pipeengine.stages.guards import guard_check, needed_nodes, value_function
 from pipeengine.stages.loss_terms import Count, Term, find_terms, operands, stacks
-from pipeengine.torch_private import DropoutModule
 from pipeengine.tracing import (
     Dataflow,
     Inputs,
@@ -29,8 +28,6 @@ from pipeengine.tracing import (
     Value,
     analyse,
     capture,
-    find_loss,
-    undisturbed,
 )
 
 _MOST = 128
@@ -257,59 +254,3 @@ def _evaluator(flow: Dataflow, model: torch.nn.Module, what: float | Ref | Count
             return float(kept.numel()) if classes is None else float(classes.double()[kept].sum())
 
     return evaluate
-
-
-def full_batch_loss_check(
-    model: torch.nn.Module,
-    whole: Inputs,
-    parts: Sequence[Inputs],
-    weights: Weights,
-    loss_fn: Callable | None = None,
-    losses: Sequence[torch.Tensor] | None = None,
-) -> str | None:
-    """None if the weighted micro-batches ``parts`` give the loss of the batch ``whole`` but for rounding, else what to
-    tell the user.
-
-    Runs the model itself with real parameters, without gradients, dropout off, and leaves it as it was. ``losses``: the
-    micro-batches' losses with the weights of their terms, as the pipeline computes them; needed where a loss has
-    several
-    terms with weights of their own (without, such a loss is not checked).
-    """
-    if losses is None and any((term != 1).any() for terms in weights.terms for term in terms):
-        return None
-    dropouts = [
-        module
-        for module in model.modules()
-        if isinstance(module, DropoutModule) and module.training
-    ]
-    with torch.no_grad(), undisturbed(model):
-        try:
-            for module in dropouts:
-                module.training = False
-            expected = _eager_loss(model, whole, loss_fn)
-            losses = losses or [_eager_loss(model, part, loss_fn) for part in parts]
-        finally:
-            for module in dropouts:
-                module.training = True
-    total = float(sum(loss.double() * weight for loss, weight in zip(losses, weights.loss) if weight))
-    scale = max(
-        abs(float(expected)), sum(abs(float(loss) * weight) for loss, weight in zip(losses, weights.loss) if weight)
-    )
-    # Sums over millions of entries round in another order; what is wrong with a weight is off by per cents.
-    if abs(total - float(expected)) <= max(1e-4, 64 * torch.finfo(expected.dtype).eps) * scale or not math.isfinite(
-        float(expected)
-    ):
-        return None
-    return (
-        f"the loss of the full batch is {float(expected):.6g}, its {len(parts)} micro-batches give {total:.6g}: "
-        "no weights that follow from the recorded loss make them equal (a loss that mixes rows, batch norm, a target "
-        "count "
-        "that the inputs do not tell). The pipeline trains on the second. Pass loss_weight= with what a micro-batch "
-        "counts for, "
-        "divide by a number that is the same for all micro-batches, or use num_microbatches=1"
-    )
-
-
-def _eager_loss(model: torch.nn.Module, inputs: Inputs, loss_fn: Callable | None) -> torch.Tensor:
-    output = model(*inputs.args, **inputs.kwargs)
-    return loss_fn(output, inputs.target) if loss_fn is not None else find_loss(output)

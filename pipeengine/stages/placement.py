@@ -44,16 +44,19 @@ class Placement:
     def settle(self, flow: Dataflow, stage_of: Mapping[int, int], names: Sequence[str]) -> SettledPlacement:
         """Fix for good which stages hold which parameters and buffers: those whose nodes read them.
 
-        ``stage_of`` is what ``assign(flow)`` gave. Those of ``names`` that nobody reads go to one stage, their
-        neighbours'.
+        ``stage_of`` is what ``assign(flow)`` gave. Those of ``names``, in the model's order, that nobody reads go to
+        one stage: their module's, or where the tensor before them is (a head that the loss does not use is last, and an
+        evaluation will read it there).
         """
         readers: dict[str, set[int]] = {}
         for index, stage in stage_of.items():
             for name in _attributes_read(flow, flow.recording.nodes[index]):
                 readers.setdefault(name, set()).add(stage)
+        before = 0
         for name in names:
             if name not in readers:
-                readers[name] = {self._neighbour(name)}
+                readers[name] = {self._neighbour(name, before)}
+            before = min(readers[name])
         return SettledPlacement(self, {name: frozenset(stages) for name, stages in readers.items()})
 
     @cached_property
@@ -65,10 +68,11 @@ class Placement:
                 stages.setdefault(path, set()).add(stage)
         return {path: frozenset(numbers) for path, numbers in stages.items()}
 
-    def _neighbour(self, name: str) -> int:
-        """The first stage of the innermost module around ``name`` that has one."""
-        return next((min(self.stages_of_scope[path]) for path in _upwards(name.rpartition(".")[0])
-                     if path in self.stages_of_scope), 0)
+    def _neighbour(self, name: str, before: int) -> int:
+        """The stage of the innermost module around ``name`` that has one, and only one; else ``before``."""
+        stages = next((self.stages_of_scope[path] for path in _upwards(name.rpartition(".")[0])
+                       if path in self.stages_of_scope), frozenset())
+        return min(stages) if len(stages) == 1 else before
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ modules.
 from pipeengine.tracing.capturing import capture
 from pipeengine.tracing.dataflow import Dataflow, analyse
 from pipeengine.tracing.inputs import Inputs, find_loss
-from pipeengine.tracing.modes import current_modes, switch
+from pipeengine.tracing.modes import ModelFlags, current_modes, switch
 from pipeengine.tracing.module_state import undisturbed
+from pipeengine.tracing.python_reads import PythonReads, PythonWatch
 from pipeengine.tracing.pytree import leaves, tensors, tree_encode, tree_map
 from pipeengine.tracing.recording import (
     Call,
@@ -29,8 +30,11 @@ __all__ = [
     "Call",
     "Dataflow",
     "Inputs",
+    "ModelFlags",
     "Node",
     "NodeCost",
+    "PythonReads",
+    "PythonWatch",
     "Rebuilt",
     "Recording",
     "Ref",

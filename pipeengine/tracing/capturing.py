@@ -6,8 +6,10 @@ enclosing module one node, and the model is recorded again; at the root it is a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
+from torch.nn.parameter import UninitializedTensorMixin
 
 from pipeengine.errors import CaptureError
 from pipeengine.rng import keyed
@@ -19,7 +21,9 @@ from pipeengine.tracing.interception import intercepted
 from pipeengine.tracing.module_calls import PythonRandom
 from pipeengine.tracing.module_state import look_or_set, python_random, set_python_random
 from pipeengine.tracing.open_calls import NotTraceable
+from pipeengine.tracing.python_reads import PythonReads
 from pipeengine.tracing.pytree import tree_map
+from pipeengine.tracing.read_log import ReadLog
 from pipeengine.tracing.real_side import RngOfPlace
 from pipeengine.tracing.recorder import Recorder
 from pipeengine.tracing.recording import Recording
@@ -47,16 +51,19 @@ def capture(model: torch.nn.Module, example: object, *, loss_fn: Callable | None
     def rng_of_place(place: str):
         return keyed(random_key or 0, place, device)
     with FakedModel(model, device) as faked_model:
-        return _record_until_faithful(model, inputs, loss_fn, faked_model, leaf_modules, rng_of_place)
+        recording, log = _record_until_faithful(model, inputs, loss_fn, faked_model, leaf_modules, rng_of_place)
+    # What is not what it was when it was read, now that the model is as before, was written by the forward itself.
+    return replace(recording, python=PythonReads.of(log.entries()), reshaped=faked_model.reshaped)
 
 
 def _record_until_faithful(model, inputs: Inputs, loss_fn, faked_model: FakedModel, leaf_modules: dict[str, str],
-                           rng_of_place: RngOfPlace) -> Recording:
+                           rng_of_place: RngOfPlace) -> tuple[Recording, ReadLog]:
     watch_random = None
     warmed = False
     for _ in range(_MAX_ATTEMPTS):
+        log = ReadLog({module: path for path, module in faked_model.modules.items()})
         try:
-            recording, drew, traces = _record(model, inputs, loss_fn, faked_model, leaf_modules, rng_of_place,
+            recording, drew, traces = _record(model, inputs, loss_fn, faked_model, leaf_modules, rng_of_place, log,
                                               watch_random)
         except NotTraceable as stop:
             _keep_whole(model, leaf_modules, stop.path, stop.reason)
@@ -78,11 +85,23 @@ def _record_until_faithful(model, inputs: Inputs, loss_fn, faked_model: FakedMod
             faked_model.restore_attributes()
             continue
         faked_model.traces = traces
-        return recording
+        _refuse_changing_loss(log)
+        return recording, log
     path, reason = list(leaf_modules.items())[-1]
     raise CaptureError(f"no faithful recording after {_MAX_ATTEMPTS} attempts; the last module kept whole is {path}, "
                        f"because {reason}; put a hook on the modules that are unusual, which keeps "
                        "them whole from the start")
+
+
+def _refuse_changing_loss(log: ReadLog) -> None:
+    """A loss that keeps count in Python would stand still in a recording; what the recording counted is put back."""
+    changed = [entry for entry in log.entries() if entry.label.startswith("loss_fn") and not entry.holds()]
+    for entry in changed:
+        if isinstance(entry.place, dict):
+            entry.place[entry.key] = entry.value
+    if changed:
+        raise CaptureError(f"the loss function changes {changed[0].label} while it runs, which a recording would do "
+                           "once and never again; change it in the training loop, between steps")
 
 
 def _keep_whole(model: torch.nn.Module, leaf_modules: dict[str, str], path: str, reason: str) -> None:
@@ -101,9 +120,10 @@ def _keep_whole(model: torch.nn.Module, leaf_modules: dict[str, str], path: str,
 
 
 def _record(model, inputs: Inputs, loss_fn, faked_model: FakedModel, leaf_modules: dict[str, str],
-            rng_of_place: RngOfPlace, watch_random: PythonRandom | None) -> tuple[Recording, bool, list]:
+            rng_of_place: RngOfPlace, log: ReadLog, watch_random: PythonRandom | None
+            ) -> tuple[Recording, bool, list]:
     """One attempt. Also tells whether Python's or NumPy's random numbers were drawn outside of modules kept whole."""
-    recorder = Recorder(faked_model, leaf_modules, rng_of_place=rng_of_place, python_random=watch_random)
+    recorder = Recorder(faked_model, leaf_modules, rng_of_place=rng_of_place, reads=log, python_random=watch_random)
     fake_inputs: dict[int, torch.Tensor] = {}
 
     def fake_input(leaf):
@@ -117,7 +137,8 @@ def _record(model, inputs: Inputs, loss_fn, faked_model: FakedModel, leaf_module
     args, kwargs, target = tree_map(inputs.everything(), fake_input)
     before = python_random()
     try:
-        with faked_model.fakes_in_place(), intercepted(model, recorder), recorder.watching():
+        functions = () if loss_fn is None else (loss_fn,)
+        with faked_model.fakes_in_place(), intercepted(model, recorder), log.watching(functions), recorder.watching():
             output = model(*args, **kwargs)
             loss = loss_fn(output, target) if loss_fn is not None else find_loss(output)
         return _finished(recorder, output, loss, before)
@@ -151,8 +172,12 @@ def _never_opened(model: torch.nn.Module) -> dict[str, str]:
     for path, module in model.named_modules():
         reason = _reason_to_keep_whole(module)
         if reason and not path:
-            raise CaptureError(f"the model itself {reason}; a pipeline would not run that. Remove it, or wrap the part "
-                               "that needs it in a submodule")
+            way_out = "Give the model before torch.compile (model._orig_mod), and compile parts of it instead" \
+                if "compiled" in reason else "Remove it, or wrap the part that needs it in a submodule"
+            raise CaptureError(f"the model itself {reason}; a pipeline would not run that. {way_out}")
+        if any(isinstance(p, UninitializedTensorMixin) for p in module.parameters(recurse=False)):
+            raise CaptureError(f"module {path or '(root)'} is lazy: its parameters have no shape yet; run it once on a "
+                               "small batch before you make the pipeline")
         if reason:
             kept_whole[path] = reason
     return kept_whole

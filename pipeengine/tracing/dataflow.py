@@ -9,6 +9,7 @@ from pipeengine.errors import CaptureError
 from pipeengine.tracing.recording import Guard, Node, Recording, node_refs, refs
 
 _CHEAP_SHARE = 0.01                     # of the model's FLOPs: a step above this is placed, not repeated
+_CLAMPS = frozenset({"clamp_", "clamp_min_", "clamp_max_", "clip_"})
 _SMALL_BUFFER_BYTES = 1 << 24
 
 
@@ -56,10 +57,16 @@ def analyse(recording: Recording, *, outputs: bool) -> Dataflow:
 def _refuse_changed_parameters(recording: Recording, writers: Mapping[int, Sequence[int]]) -> None:
     """Other micro-batches are in flight, and will need a parameter as it was for their backward."""
     for value in recording.values:
-        if value.kind == "attribute" and value.storage in writers and value.name not in recording.buffers:
+        if value.kind == "attribute" and value.storage in writers and value.name not in recording.buffers \
+                and not all(_is_idempotent(recording.nodes[index]) for index in writers[value.storage]):
             node = recording.nodes[writers[value.storage][0]]
             raise CaptureError(f"the forward changes the parameter {value.name} in place (at {node.name}), while other "
                                "micro-batches need it as it was; make it a buffer, or change it between steps")
+
+
+def _is_idempotent(node: Node) -> bool:
+    """Whether the node clamps to fixed bounds: the second micro-batch finds what the first one has left."""
+    return getattr(node.target, "__name__", "") in _CLAMPS and len(list(node_refs(node))) == 1
 
 
 def unstable_guard(recording: Recording) -> Guard | None:

@@ -16,6 +16,7 @@ from pipeengine.tracing.module_state import (
     python_state,
     quiet_globals,
     restore,
+    restore_children,
     shallow,
 )
 from pipeengine.tracing.pytree import tree_map
@@ -41,6 +42,8 @@ class FakedModel:
         self.modules = dict(model.named_modules())
         self._tensors = {path: (dict(m._parameters), dict(m._buffers)) for path, m in self.modules.items()}
         self._state_at_start = self._state = {path: python_state(m) for path, m in self.modules.items()}
+        self._children_at_start = self._children = {path: dict(m._modules) for path, m in self.modules.items()}
+        self.reshaped: frozenset[str] = frozenset()         # modules that a first run left another way than it found
         self._reassigned: dict[str, str] = {}               # module -> the buffer that the last run replaced
         self._fake_of: dict[int, torch.Tensor] = {}         # id of the model's own tensor -> its fake
         self._own_of: dict[int, torch.Tensor] = {}          # id of a fake -> the model's own tensor
@@ -115,7 +118,9 @@ class FakedModel:
         """Modules whose Python state the forward changed, with the attribute."""
         attributes = {path: difference(self._state[path], python_state(module))
                       for path, module in self.modules.items()}
-        return {**{path: name for path, name in attributes.items() if name}, **self._reassigned}
+        swapped = {path: "_modules" for path, module in self.modules.items()
+                   if dict(module._modules) != self._children[path]}
+        return {**{path: name for path, name in attributes.items() if name}, **swapped, **self._reassigned}
 
     def keeps_fakes(self) -> bool:
         """Whether the run has left tensors in the attributes of modules."""
@@ -123,13 +128,22 @@ class FakedModel:
                    for name, value in vars(module).items() if name not in TENSOR_TABLES for leaf in shallow(value))
 
     def start_warm(self) -> None:
-        """Take what the run has left in attributes as the state before the next one."""
+        """Take what the run has left in attributes as the state before the next one.
+
+        A module that has swapped children is not the user's any more: no call of it stands for what was recorded.
+        """
         self._state = {path: python_state(module) for path, module in self.modules.items()}
+        self._children = {path: dict(module._modules) for path, module in self.modules.items()}
+        swapped = [path for path, children in self._children.items() if children != self._children_at_start[path]]
+        if swapped:
+            self.reshaped = frozenset(path for path, state in self._state.items()
+                                      if difference(self._state_at_start[path], state)) | frozenset(swapped)
 
     def restore_attributes(self) -> None:
         """Put all attributes back as they were before the run."""
         for path, module in self.modules.items():
             restore(module, self._state[path])
+            restore_children(module, self._children[path])
 
     def run_for_real(self, module: torch.nn.Module, original: Callable, args: tuple, kwargs: dict,
                      known: Callable[[torch.Tensor], torch.Tensor | None]) -> tuple[object, Meter]:
@@ -176,7 +190,7 @@ class FakedModel:
         return real_of
 
     def __exit__(self, *exc) -> None:
-        self._state = self._state_at_start
+        self._state, self._children = self._state_at_start, self._children_at_start
         self.restore_attributes()
         self._stack.close()
         if any(trace() is not None for trace in self.traces):

@@ -23,6 +23,8 @@ def intercepted(model: torch.nn.Module, recorder: Recorder) -> Iterator[None]:
         for owner, name in ((torch, "manual_seed"), (torch, "set_rng_state"), (torch, "seed"),
                             (torch.random, "manual_seed"), (torch.random, "set_rng_state"), (torch.random, "fork_rng")):
             _set(stack, owner, name, _refuse(recorder, getattr(owner, name), "sets the state of the random numbers"))
+        for owner in (torch, torch.func):
+            _set(stack, owner, "vmap", _mapping(recorder, owner.vmap))
         for name in ("from_numpy", "frombuffer"):
             _set(stack, torch, name, _refuse(recorder, getattr(torch, name), f"calls torch.{name}"))
         hub = sys.modules.get("transformers.utils.import_utils")
@@ -54,6 +56,18 @@ def _apply_through(recorder: Recorder) -> Callable:
         target = own_apply if AutogradFunctionBase is torch.autograd.Function else cls.apply
         return recorder.call_autograd_function(own_apply, target, cls, args, kwargs)
     return apply
+
+
+def _mapping(recorder: Recorder, original: Callable) -> Callable:
+    """``vmap`` whose result, where no other transform runs, is one node."""
+    def vmap(function, *args, **kwargs):
+        mapped = original(getattr(function, "mapped", function), *args, **kwargs)
+
+        def stand_in(*inputs, **others):
+            return recorder.call_mapped(mapped, inputs, others)
+        stand_in.mapped = mapped
+        return stand_in
+    return vmap
 
 
 def _refuse(recorder: Recorder, original: Callable, what: str) -> Callable:

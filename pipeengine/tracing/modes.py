@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+from operator import attrgetter, getitem, itemgetter
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,28 @@ def current_modes() -> Modes:
     kinds = ("cpu", *_accelerators())
     autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind))
     return Modes(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
+
+
+class ModelFlags:
+    """Whether each module trains and each parameter wants a gradient, told in one pass over what the model holds now.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self._modules = [vars(module) for module in model.modules()]
+        self._trained = all("training" in attributes for attributes in self._modules)   # elsewhere in TorchScript
+        self._model = model
+        places = {id(parameter): (module._parameters, name) for module in model.modules()
+                  for name, parameter in module._parameters.items() if parameter is not None}
+        self._tables, self._names = [table for table, _ in places.values()], [name for _, name in places.values()]
+
+    def now(self) -> tuple[bytes, bytes]:
+        """One byte for each module, and one for each parameter."""
+        training = map(itemgetter("training"), self._modules) if self._trained else \
+            (module.training for module in self._model.modules())
+        try:
+            return bytes(training), bytes(map(attrgetter("requires_grad"), map(getitem, self._tables, self._names)))
+        except (LookupError, AttributeError):       # a parameter was taken out
+            return ModelFlags(self._model).now()
 
 
 class switch:

@@ -3,16 +3,19 @@ node.
 """
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 
 import torch
 
 from pipeengine.errors import CaptureError
+from pipeengine.tracing.born_objects import is_cache, with_empty_caches
 from pipeengine.tracing.fake_model import FakedModel
 from pipeengine.tracing.modes import current_modes
 from pipeengine.tracing.node_writer import NodeWriter, Outcome, Step, WriteWatch
 from pipeengine.tracing.open_calls import CallStack, NotTraceable, OpenCall
 from pipeengine.tracing.pytree import leaves, tensors
+from pipeengine.tracing.read_log import ReadLog
 from pipeengine.tracing.real_side import RealSide
 from pipeengine.tracing.recording import OPAQUE, Call
 from pipeengine.tracing.value_table import ValueTable, is_shareable
@@ -25,11 +28,14 @@ class ModuleCalls:
     """Opens a module, so that what it does is written down, or runs it as one node."""
 
     def __init__(self, values: ValueTable, calls: CallStack, writer: NodeWriter, real_side: RealSide,
-                 faked_model: FakedModel, leaf_modules: Mapping[str, str], python_random: PythonRandom | None):
+                 faked_model: FakedModel, leaf_modules: Mapping[str, str], reads: ReadLog,
+                 python_random: PythonRandom | None):
         """``leaf_modules``: path of a module that is kept whole -> why. ``python_random``: None where nobody draws."""
         self._values, self._calls, self._writer, self._real_side = values, calls, writer, real_side
-        self._leaf_modules, self._python_random = leaf_modules, python_random
+        self._leaf_modules, self._reads, self._python_random = leaf_modules, reads, python_random
         self._run_for_real = faked_model.run_for_real
+        self._reshaped = faked_model.reshaped
+        self._learned = False               # whether the last whole module ran on made-up tensors
         self._paths = {module: path for path, module in faked_model.modules.items()}
 
     def call(self, original: Callable, module: torch.nn.Module, args: tuple, kwargs: dict) -> object:
@@ -83,6 +89,7 @@ class ModuleCalls:
         if before is not None and before != self._python_random():
             raise NotTraceable(path, "its forward draws from Python's or NumPy's random numbers")
         plain = plain and all(len(c) == count for c, count in containers)
+        plain = plain and not any(other == path or other.startswith(f"{path}.") for other in self._reshaped)
         self._calls.calls[call.index] = Call(path, call.scope, call.parent, start, len(self._writer.nodes), *encoded,
                                              self._values.output_template(output), current_modes(), plain)
         return output
@@ -95,10 +102,11 @@ class ModuleCalls:
                              "an object born in the forward that cannot be made again for every micro-batch; "
                              "switch it off (for a Hugging Face cache: model.config.use_cache = False)")
         encoded = self._values.encode((args, kwargs))
-        fakes = self._values.fakes((args, kwargs))
+        fakes = with_empty_caches(self._values.fakes((args, kwargs)))
         watch = WriteWatch((*tensors(fakes), *(self._values.entry(value).tensor for value in attributes)))
         recompute = self._writer.saved.recomputing
         output = self._run_whole(original, module, path, fakes)
+        self._refuse_numbers(output, path)
         self._refuse_objects(output, path, "a leaf", "returns a", "which cannot cross to another stage; return tensors")
         outcome = Outcome(output, watch.written(), self._writer.meter.random)
         reads = tensors((args, kwargs))
@@ -124,13 +132,22 @@ class ModuleCalls:
     def _refuse_objects(self, structure: object, path: str, otherwise: str, what: str, why: str) -> None:
         """Whatever a module kept whole takes or returns must be a tensor, or mean the same for every micro-batch."""
         for leaf in leaves(structure):
-            if not isinstance(leaf, torch.Tensor) and not is_shareable(leaf):
+            if not isinstance(leaf, torch.Tensor) and not is_shareable(leaf) and not is_cache(leaf):
                 reason = self._leaf_modules.get(path, otherwise)
                 raise CaptureError(f"module {path} is kept whole ({reason}) and {what} {type(leaf).__name__}, {why}")
 
+    def _refuse_numbers(self, output: object, path: str) -> None:
+        """A number that was made from made-up tensors must not be frozen in what its caller does with it."""
+        if self._learned and _has_numbers(output):
+            raise NotTraceable(self._calls.path, f"module {path} hands it a Python number that it makes from tensors")
+
     def _run_whole(self, original: Callable, module: torch.nn.Module, path: str, fakes: tuple) -> object:
+        self._learned = False
         before = self._python_random() if self._python_random else None
-        with self._calls.hide():
+        # It will run as it is. What a module of torch drops decides about the node: whether it draws random numbers.
+        drops = path not in self._leaf_modules and not vars(module).keys().isdisjoint(("p", "dropout"))
+        as_it_is = contextlib.nullcontext() if drops else self._reads.paused()
+        with self._calls.hide(), as_it_is:
             try:
                 with self._writer.measured():
                     output = original(module, *fakes[0], **fakes[1])
@@ -142,6 +159,7 @@ class ModuleCalls:
 
     def _learn(self, original: Callable, module: torch.nn.Module, path: str, fakes: tuple) -> object:
         """Run a module on made-up real tensors to learn what its output looks like."""
+        self._learned = True
         try:
             with self._writer.saved.paused():
                 output, cost = self._run_for_real(module, original, *fakes, self._values.real_of)
@@ -160,6 +178,15 @@ class ModuleCalls:
 
 def _ids(structure: object) -> list[int]:
     return [id(leaf) for leaf in leaves(structure)]
+
+
+def _has_numbers(structure: object) -> bool:
+    """Whether a module's output holds numbers beside its tensors."""
+    if isinstance(structure, (int, float, complex)):
+        return True
+    if isinstance(structure, Mapping):
+        return any(map(_has_numbers, structure.values()))
+    return isinstance(structure, (tuple, list)) and any(map(_has_numbers, structure))
 
 
 def _is_leaf(module: torch.nn.Module) -> bool:

@@ -90,6 +90,13 @@ def restore_attribute(module: torch.nn.Module, name: str, before: dict[str, tupl
     (value.update if isinstance(value, (dict, set)) else value.extend)(contents)
 
 
+def restore_children(module: torch.nn.Module, before: dict[str, torch.nn.Module | None]) -> None:
+    """Put the submodules back as they were."""
+    if not isinstance(module, torch.jit.ScriptModule) and dict(module._modules) != before:
+        module._modules.clear()
+        module._modules.update(before)
+
+
 def python_random() -> tuple:
     """The states of Python's and NumPy's random numbers."""
     kind, keys, position, has_gauss, cached = numpy.random.get_state()
@@ -130,8 +137,9 @@ def quiet_globals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Whatever runs inside leaves no trace in buffers, attributes or random states."""
+    """Whatever runs inside leaves no trace in submodules, buffers, attributes or random states."""
     modules = dict(model.named_modules())
+    children = {path: dict(module._modules) for path, module in modules.items()}
     attributes = {path: python_state(module) for path, module in modules.items()}
     buffers = {path: {name: (tensor, tensor.detach().clone())
                       for name, tensor in module._buffers.items() if tensor is not None}
@@ -142,6 +150,7 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
         finally:
             for path, module in modules.items():
                 restore(module, attributes[path])
+                restore_children(module, children[path])
                 for name, (tensor, value) in buffers[path].items():
                     with torch.no_grad():
                         tensor.copy_(value)

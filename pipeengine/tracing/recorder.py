@@ -23,6 +23,7 @@ from pipeengine.tracing.modes import current_modes
 from pipeengine.tracing.module_calls import ModuleCalls, PythonRandom
 from pipeengine.tracing.node_writer import NodeWriter
 from pipeengine.tracing.open_calls import CallStack, NotTraceable
+from pipeengine.tracing.read_log import ReadLog
 from pipeengine.tracing.real_side import RealSide, RngOfPlace
 from pipeengine.tracing.recording import Recording
 from pipeengine.tracing.torch_functions import TorchFunctions
@@ -33,8 +34,8 @@ class Recorder(TorchFunctionMode):
     """Records what happens inside ``watching``; ``finish`` gives the ``Recording``."""
 
     def __init__(self, faked_model: FakedModel, leaf_modules: Mapping[str, str], *, rng_of_place: RngOfPlace,
-                 python_random: PythonRandom | None = None):
-        """``leaf_modules``: path of a module that is kept whole -> why.
+                 reads: ReadLog, python_random: PythonRandom | None = None):
+        """``leaf_modules``: path of a module that is kept whole -> why. ``reads`` notes what is read from Python.
 
         ``python_random`` looks at Python's and NumPy's random numbers, to find the modules that draw them; None: not
         asked.
@@ -49,7 +50,7 @@ class Recorder(TorchFunctionMode):
         real_side = RealSide(self._values, faked_model.fake_mode, rng_of_place)
         self._functions = TorchFunctions(self._values, self._calls, self._writer, real_side)
         self._modules = ModuleCalls(self._values, self._calls, self._writer, real_side, faked_model, self._leaf_modules,
-                                    python_random)
+                                    reads, python_random)
 
     def add_input(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The fake that stands for an input of the model; the real one is remembered beside it."""
@@ -68,6 +69,10 @@ class Recorder(TorchFunctionMode):
         ``target``.
         """
         return self._functions.call_autograd_function(own_apply, target, cls, args, kwargs)
+
+    def call_mapped(self, function: Callable, args: tuple, kwargs: dict) -> object:
+        """Stands in for ``function``, which ``torch.vmap`` has mapped."""
+        return self._functions.call_mapped(function, args, kwargs)
 
     def refuse(self, reason: str) -> None:
         """The forward does what no recording holds: raises ``NotTraceable``, except inside a module that is kept

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from pipeengine.tracing.modes import Modes
+from pipeengine.tracing.python_reads import PythonReads
 
 ATOMS = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.layout,
          torch.memory_format)
@@ -151,6 +152,8 @@ class Recording:
     leaf_modules: Mapping[str, str] = field(default_factory=dict)     # module path -> why it was not opened
     buffers: frozenset[str] = frozenset()
     modes: Modes = Modes(True, False, ())
+    python: PythonReads = field(default=PythonReads(), repr=False)    # what it read besides tensors
+    reshaped: frozenset[str] = frozenset()      # modules whose first forward swapped modules, and what it changed so
 
     @cached_property
     def _index(self) -> dict[int, int]:

@@ -12,6 +12,7 @@ from pipeengine.torch_private import (
     peek_function_transform,
     storage_number,
 )
+from pipeengine.tracing.born_objects import MappedFunction, tensor_of
 from pipeengine.tracing.node_writer import NodeWriter, Outcome, Step, WriteWatch
 from pipeengine.tracing.open_calls import CallStack, NotTraceable
 from pipeengine.tracing.pytree import tensors
@@ -32,7 +33,9 @@ _EFFECTS = frozenset({"register_hook", "retain_grad", "register_post_accumulate_
 _NEW_STATE = frozenset({"backward", "__deepcopy__", "__reduce_ex__", "__setstate__", "data_ptr", "share_memory_"})
 _TO_PYTHON = frozenset({"__contains__", "tolist", "item", "numpy", "__array__", "__bool__", "__int__", "__float__",
                         "__index__", "__complex__", "equal", "is_nonzero", "allclose"})
+_FROM_LISTS = (torch.tensor, torch.as_tensor)
 _DATA_PROPERTIES = frozenset({"data", "grad", "real", "imag", "T", "mT", "H", "mH", "_base", "grad_fn"})
+_TRANSFORM = "a function transform (vmap, grad, jvp) runs in its forward"
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -59,13 +62,15 @@ class TorchFunctions:
         self._check_context()
         if isinstance(kwargs.get("generator"), torch.Generator):
             raise NotTraceable(self._calls.path, f"{name} draws from a generator of the model's own")
+        if function in _FROM_LISTS and args and isinstance(args[0], (list, tuple)) and tensors(args[0]):
+            return self._step(tensor_of, name, args, kwargs)
         if name in _TO_PYTHON:
             return self._python_value(function, name, args, kwargs)
         return self._step(function, name, args, kwargs)
 
     def _check_context(self) -> None:
         if peek_function_transform() is not None:
-            raise NotTraceable(self._calls.path, "a function transform (vmap, grad, jvp) runs in its forward")
+            raise NotTraceable(self._calls.path, _TRANSFORM)
         if self._writer.saved.foreign_hooks:
             raise NotTraceable(self._calls.path, "saved-tensor hooks are active in its forward")
 
@@ -118,6 +123,17 @@ class TorchFunctions:
             self._values.forget_reals(outcome.writes)
         outcome.reals = reals or {}
         self._writer.write(step, outcome)
+
+    def call_mapped(self, function: Callable, args: tuple, kwargs: dict) -> object:
+        """Stands in for a function that ``torch.vmap`` has mapped: one node."""
+        if self._calls.hidden or peek_function_transform() is not None:
+            return function(*args, **kwargs)
+        try:
+            mapped = MappedFunction(function)
+            with self._calls.hide(), self._writer.saved.paused():
+                return self._step(mapped, "vmap", (tuple(mapped.captured), *args), kwargs)
+        except Exception as error:
+            raise NotTraceable(self._calls.path, f"{_TRANSFORM} ({type(error).__name__}: {error})") from error
 
     def call_autograd_function(self, own_apply: Callable, target: Callable, cls: type, args: tuple,
                                kwargs: dict) -> object:

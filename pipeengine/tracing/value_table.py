@@ -6,15 +6,17 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from pipeengine.errors import CaptureError
 from pipeengine.torch_private import FakeTensor, FakeTensorMode, storage_number
+from pipeengine.tracing.born_objects import empty_cache, is_cache
 from pipeengine.tracing.meter import tensor_bytes
 from pipeengine.tracing.open_calls import CallStack, NotTraceable
 from pipeengine.tracing.pytree import tensors, tree_encode, tree_map
-from pipeengine.tracing.recording import OPAQUE, Ref, TensorSpec, Value
+from pipeengine.tracing.recording import OPAQUE, Rebuilt, Ref, TensorSpec, Value
 
 REAL_SIDE_LIMIT_BYTES = 1 << 28
 _SHAREABLE = (torch.dtype, torch.device, type, torch.Generator, range, frozenset, torch.Size)
@@ -128,8 +130,12 @@ class ValueTable:
     # -- structures of tensors --------------------------------------------------------------------------------------
 
     def encode(self, structure: object) -> object:
-        """``structure`` with a Ref for every tensor. Raises as ``lookup`` does."""
-        return tree_encode(structure, lambda leaf: Ref(self.lookup(leaf)) if isinstance(leaf, torch.Tensor) else leaf)
+        """``structure`` with a Ref for every tensor, and a new cache for every cache. Raises as ``lookup`` does."""
+        def encoded(leaf: object) -> object:
+            if isinstance(leaf, torch.Tensor):
+                return Ref(self.lookup(leaf))
+            return Rebuilt(partial(_make_empty_cache, type(leaf)), ()) if is_cache(leaf) else leaf
+        return tree_encode(structure, encoded)
 
     def encode_shareable(self, structure: object, other: object) -> object:
         """As ``encode``, with ``other`` for objects of the run itself, which are not kept."""
@@ -187,6 +193,10 @@ class ValueTable:
         self._entries.clear()
         self._number_of.clear()
         self.constants.clear()
+
+
+def _make_empty_cache(kind: type, parts: list) -> object:
+    return empty_cache(kind)
 
 
 def _spec(tensor: torch.Tensor) -> TensorSpec:

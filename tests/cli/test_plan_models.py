@@ -88,6 +88,7 @@ def test_what_the_figures_rest_on_is_told(factories, capsys):
         "rows": 12,
         "row": [8],
         "num_microbatches": 4,
+        "bytes_per_weight": 4.0,
         "costs": "analytic",
         "flops_per_second": 4e14,
         "bytes_per_second": 2e12,

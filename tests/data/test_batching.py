@@ -71,13 +71,12 @@ def test_the_digest_sees_shapes_names_and_order():
     assert len({batch.digest() for batch in batches}) == len(batches)
 
 
-def test_a_large_tensor_is_sampled_all_over():
-    """A change of any stretch of a few entries is seen, however large the tensor."""
+def test_one_value_of_a_large_tensor_is_seen():
     x = torch.zeros(3 << 20)
     digest = apart(x).digest()
-    for start in (0, 1 << 20, (3 << 20) - 16):
+    for place in (0, 1 << 20, (1 << 20) + 12345, (3 << 20) - 1):
         other = x.clone()
-        other[start:start + 16] = 1
+        other[place] = 1
         assert apart(other).digest() != digest
 
 

@@ -114,22 +114,34 @@ def branching(chance, colocated):
     return graph
 
 
-@pytest.mark.parametrize("variant", ("1f1b", "recompute", "turns"))
+def with_blocks(chance, graph):
+    """Neighbours in the order of production form blocks; some nodes belong to none."""
+    label = 0
+    for node in graph:
+        label += chance.random() < 0.5
+        graph.nodes[node].update(workspace_bytes=chance.choice([0, 0, 1, 3]))
+        if label % 3:
+            graph.nodes[node].update(block=f"block {label}", block_bytes=chance.choice([0, 0, 1]))
+    return graph
+
+
+@pytest.mark.parametrize("variant", ("1f1b", "recompute", "blocks", "turns"))
 @pytest.mark.parametrize("seed", range(5))
 def test_variants_on_random_graphs(variant, seed):
     chance = random.Random(seed)
     for _ in range(25):
         graph = branching(chance, colocated=variant != "recompute")
+        graph = with_blocks(chance, graph) if variant == "blocks" else graph
         stages, batches = chance.choice([3, 4] if variant == "turns" else [2, 3]), chance.choice([1, 2])
         total = sum(data["param_bytes"] + batches * data["activation_bytes"] for _, data in graph.nodes(data=True))
         latency, bandwidth = chance.choice([(0.0, 1e30), (0.2, 4.0), (1.0, 1.0)])
-        memory = chance.choice([0.3, 0.4, 0.5, 0.6] if variant == "recompute" else [None, 0.5, 0.7])
+        memory = chance.choice([0.3, 0.4, 0.5, 0.6] if variant in ("recompute", "blocks") else [None, 0.5, 0.7])
         limits = dict(latency=latency, bandwidth=bandwidth, memory=memory and memory * total, num_microbatches=batches)
         best = brute_force_variant(graph, stages, variant, **limits)
+        asked = {"1f1b": {"objective": "1f1b"}, "turns": {"stages_per_worker": 2}}.get(variant, {"recompute": True})
         try:
             plan = partition(graph, stages, prefer_single_tensor=0, memory_model=MemoryModel(1.0, "gpipe"), **limits,
-                             **{"1f1b": {"objective": "1f1b"}, "recompute": {"recompute": True},
-                                "turns": {"stages_per_worker": 2}}[variant])
+                             **asked)
         except PartitionError:
             assert best == float("inf")
             continue

@@ -4,8 +4,10 @@ from dataclasses import replace
 import networkx as nx
 import pytest
 
-from partitioners import PartitionError, PlanError, partition
-from partitioners.plan import Plan, Tie, verify
+from partitioners import InfeasibleError, PartitionError, PlanError, partition
+from partitioners.graph import parameter_factor
+from partitioners.plan import Plan, Tie, gap_above, verify
+from partitioners.reporting import draw
 
 
 def chain(times, **more) -> nx.DiGraph:
@@ -100,3 +102,48 @@ def test_verify_notices_lies():
 def test_table_reads_well():
     text = str(partition(chain([3, 1, 1, 3]), 2))
     assert "bottleneck 4 s" in text and "proved optimal" in text and len(text.splitlines()) == 4
+
+
+@pytest.mark.parametrize("bottleneck, lower_bound, expected", [
+    (1.1, 1.0, 0.1), (3.0, 3.0, 0.0), (2.0, 0.0, float("inf")), (0.0, 0.0, 0.0), (1.0, 1.0 + 1e-12, 0.0)])
+def test_the_gap_is_above_the_bound(bottleneck, lower_bound, expected):
+    assert gap_above(bottleneck, lower_bound) == pytest.approx(expected)
+
+
+def test_a_gap_reads_the_same_everywhere(tmp_path):
+    """In the plan, its text, its JSON and its picture: what the bottleneck is above the bound."""
+    graph = chain([3, 1, 2, 2, 3, 1])
+    exact = partition(graph, 3)
+    plan = replace(exact, lower_bound=exact.bottleneck / 1.25, gap=0.25)
+    verify(plan, graph)
+    assert "at most 25.00% above the best" in str(plan)
+    assert Plan.from_json(plan.to_json()).gap == 0.25
+    assert "at most 25.00% above the best" in draw(plan, graph)
+
+
+@pytest.mark.parametrize("options, factor", [
+    (dict(optimizer="adamw"), 4), (dict(optimizer="sgd"), 2), (dict(optimizer="sgd-momentum"), 3),
+    (dict(optimizer="adamw", bytes_per_weight=2), 4),
+    (dict(optimizer="adamw", bytes_per_weight=2, master_weights=True), 8),
+    (dict(optimizer="adafactor", bytes_per_weight=2, master_weights=True), 4)])
+def test_memory_of_an_optimizer(options, factor):
+    """bf16 with fp32 copies: 2 + 2 bytes of weight and gradient, 4 of the copy, 4 + 4 of Adam's moments."""
+    assert parameter_factor(**options) == factor
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_frozen_weights_count_once(shared):
+    graph = chain([1, 1, 1, 1])
+    for node in ("n1", "n3"):
+        graph.nodes[node].update({"shared": {"w": 400.0}, "frozen": ("w",)} if shared else
+                                 {"param_bytes": 404, "frozen_bytes": 400})
+    plan = partition(graph, 2, prefer_single_tensor=0, bandwidth=1e3)
+    verify(plan, graph)
+    assert [stage.memory_bytes for stage in plan.stages] == [4 * 8 + 400] * 2
+    assert [stage.frozen_bytes for stage in plan.stages] == [400, 400]
+    assert all(not tie.trained for tie in plan.ties) and len(plan.ties) == shared
+    free = partition(chain([1, 1, 1, 1]), 2, prefer_single_tensor=0, bandwidth=1e3)
+    assert plan.bottleneck == free.bottleneck, "nothing of a frozen tie travels"
+    assert partition(graph, 2, memory=433, prefer_single_tensor=0).num_stages == 2
+    with pytest.raises(InfeasibleError):
+        partition(graph, 2, memory=431, prefer_single_tensor=0)

@@ -1,6 +1,7 @@
 """What a step is said to add to memory, beside the allocator's own events."""
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -72,7 +73,8 @@ def test_gradients_grow_while_activations_go():
     plan = dataclasses.replace(pipe.plan, stages=(one,), ties=(), boundaries=())
 
     def peak(text: str) -> float:
-        return most_added(plan, [(op, 0, int(k)) for op, k in text.split()])
+        op = np.array(["FBIW".index(op) for op, _ in text.split()])
+        return most_added(plan, op, np.zeros(len(op), int))
     assert peak("F0 F1 B0 B1") == 25                    # the first backward, on top of two
     assert peak("F0 B0 F1 B1") == 4 + 10 + 3            # later the gradients are there
     assert peak("F0 I0 F1 I1 W0 W1") == 6 + 10 + 3

@@ -101,7 +101,7 @@ def test_who_holds_what():
     holders = two_stages().holders
     assert {name: sorted(stages) for name, stages in holders.items() if name.endswith("weight")} == {
         "layers.0.weight": [0], "layers.1.weight": [0], "layers.2.weight": [1], "layers.3.weight": [1],
-        "unused.weight": [0]}
+        "unused.weight": [1]}
 
 
 def test_a_parameter_of_two_stages_is_held_by_both():
@@ -115,11 +115,11 @@ def test_a_parameter_of_two_stages_is_held_by_both():
 
 
 def test_unread_parameters_go_to_their_neighbours():
-    """Those of a path that this batch does not take stay with the rest of their module; without one, stage 0."""
+    """Those of a path that this batch does not take stay with the rest of their module; else with what is before."""
     flow = flow_of(0, 1)
     plan = placement({flow.recording.nodes[n].name: 1 for n in flow.placed}, 2)
     holders = plan.settle(flow, plan.assign(flow), PARAMETERS).holders
-    assert holders["layers.3.weight"] == {1} and holders["unused.weight"] == {0}
+    assert holders["layers.3.weight"] == {1} and holders["unused.weight"] == {1}
 
 
 def test_a_plan_is_not_changed_from_outside_or_by_settling():

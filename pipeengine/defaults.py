@@ -1,0 +1,50 @@
+"""What is chosen where the user has not chosen, and how that is told."""
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+
+from partitioners import Plan
+from pipeengine.distributed import Workers
+from pipeengine.options import Options
+from pipeengine.runtime import BatchReader
+from pipeengine.tracing import Inputs
+
+
+def count_microbatches(options: Options, plan: Plan | None, workers: Workers, device: torch.device) -> int:
+    """How many micro-batches: as asked, else the plan's, else what pays for the example's rows, which is told."""
+    options.validate()
+    if options.num_microbatches is not None:
+        return options.num_microbatches
+    if plan is not None:
+        return plan.setting.num_microbatches
+    width = workers.grid.width
+    if width == 1:
+        return 1
+    reader = BatchReader.of(options.model, device, 1, loss_fn=options.loss_fn, batch_dims=options.batch_dims)
+    rows = reader.read(Inputs.of(options.example, options.target)).rows
+    count = paying_microbatches(rows, options.num_stages or width)
+    progress(workers.rank)(f"{count} micro-batches of a batch of {rows} rows; pass num_microbatches= to choose")
+    return count
+
+
+def paying_microbatches(rows: int, num_stages: int) -> int:
+    """How many micro-batches pay for a batch of ``rows``: up to four for every stage, which leaves a fifth of a step
+    idle.
+
+    The most that is a divisor of the rows, so that all are alike, where that is at least two for every stage. One stage
+    has nothing to wait for.
+    """
+    most = 1 if num_stages == 1 else min(rows, 4 * num_stages)
+    even = max(count for count in range(1, most + 1) if rows % count == 0)
+    return even if even >= min(most, 2 * num_stages) else most
+
+
+def progress(rank: int) -> Callable[[str], None]:
+    """Tells what takes more than two seconds, on one worker."""
+    def tell(line: str) -> None:
+        if rank == 0:
+            print(f"pipeengine: {line}", file=sys.stderr, flush=True)
+    return tell

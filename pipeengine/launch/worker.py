@@ -1,0 +1,28 @@
+"""What the agent starts in the place of a script: it ends with the agent, whatever happens, and runs the script."""
+from __future__ import annotations
+
+import ctypes
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(agent: int, loopback: bool, script: str) -> None:
+    """Run ``script`` as Python would; this process is killed when ``agent``, its parent, dies."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != agent:           # it has died before we could ask
+        raise SystemExit(1)
+    if loopback:
+        os.putenv("GLOO_SOCKET_IFNAME", "lo")       # read by gloo in C++, whenever a group is made
+    sys.path[0] = str(Path(script).resolve().parent)
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    parent, where, name = sys.argv[1:4]
+    sys.argv = sys.argv[3:]
+    main(int(parent), where == "loopback", name)

@@ -1,0 +1,186 @@
+"""``pe.search`` and ``pipeengine search``: what is told is what the parts say, and ``Pipeline`` runs it."""
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import pipeengine as pe
+from partitioners import Cluster, Device, Link, MemoryModel, Setting
+from partitioners.pricing import build_plan
+from pipeengine.cli.main import main
+from pipeengine.errors import InputError
+from pipeengine.exploration import Configuration
+from pipeengine.exploration.chain import Chain
+from pipeengine.report import step_bytes
+from pipeengine.synthesis import build
+
+FACTORY = """
+import torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(50, 32)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+                                    for _ in range(4))
+        self.head = nn.Linear(32, 50)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
+
+def made():
+    torch.manual_seed(0)
+    return Model(), {"ids": torch.arange(8 * 6).reshape(8, 6) % 50}
+"""
+
+
+@pytest.fixture(scope="module")
+def factory(tmp_path_factory):
+    file = tmp_path_factory.mktemp("searched") / "searched_model.py"
+    file.write_text(FACTORY)
+    return f"{file}:made"
+
+
+@pytest.fixture
+def made(factory):
+    from pipeengine.object_path import named
+    return named(factory)()
+
+
+ALONE = dict(num_devices=2, replicas=1, bandwidth=1e9, latency=1e-5, microbatch_rows=2, stages_per_worker=1,
+             schedule=("1f1b", "zb-h1"), effort=400_000)
+
+
+def test_the_pipeline_runs_what_was_found(made, tmp_path):
+    """As it is, from the object and from its file; the numbers are those of one process."""
+    model, example = made
+    search = pe.search(model, example, memory=210e3, **ALONE)
+    best, told = search.best, search.best.configuration
+    assert told.num_workers == 2 and max(best.peak_bytes) <= 210e3
+    best.save(tmp_path / "plan.json")
+    assert pe.Plan.load(tmp_path / "plan.json") == best.plan
+    expected = model(**example)
+    for plan in (best, tmp_path / "plan.json"):
+        pipe = pe.Pipeline(model, example, plan=plan, costs="analytic")
+        assert torch.allclose(pipe.step(**example), expected, atol=1e-6)
+        assert pipe.plan.stage_of == best.plan.stage_of
+        assert len(pipe.timeline().to_dict()["op"]) > 0 and pipe.timeline().num_microbatches == told.num_microbatches
+        pipe.close()
+    with pytest.raises(InputError, match="num_microbatches is 3, and the plan was found for"):
+        pe.Pipeline(model, example, plan=best, num_microbatches=3, costs="analytic")
+
+
+def test_what_cannot_be_run_is_refused(made):
+    model, example = made
+    search = pe.search(model, example, num_devices=2, replicas=2, effort=200_000)
+    assert search.best.configuration.num_replicas == 2
+    with pytest.raises(InputError, match="the plan has 2 replicas and shards the optimizer"):
+        pe.Pipeline(model, example, plan=search.best, costs="analytic")
+
+
+@pytest.mark.parametrize("grain", ["none", "stages", "blocks"])
+def test_a_sketch_is_priced_as_the_planner_prices_it(made, grain):
+    """The chain's own sums are those of ``build_plan``, in every figure that is used."""
+    model, example = made
+    graph = pe.profile(model, example, num_microbatches=4, costs="analytic")
+    chain = Chain.of(graph, whole_blocks=grain == "blocks", most_stages=2)
+    cuts = (0, len(chain) // 2, len(chain))
+    stage_of = dict(zip(chain.order, chain.stage_of(cuts).tolist()))
+    memory = None if grain != "blocks" else 1.0
+    setting = Setting("overlap", Cluster((Device(count=2, memory=memory),), links=(Link(),)), (0, 0),
+                      MemoryModel(schedule="none"), 4, recompute=grain == "blocks")
+    plan = build_plan(graph, stage_of, setting, lower_bound=0.0, proof="")
+    again = grain == "stages"
+    sketch = chain.price(cuts, (grain == "blocks",) * 2, grain)
+    if again:
+        assert chain.price(cuts, (True, False), grain).stages[0].backward > sketch.stages[0].backward
+    for name in ("forward", "backward", "weight_grad", "param_bytes", "frozen_bytes", "activation_bytes", "kept_bytes"):
+        assert [getattr(s, name) for s in sketch.stages] == pytest.approx([getattr(s, name) for s in plan.stages]), name
+    assert sketch.boundaries == plan.boundaries and sketch.ties == plan.ties
+    schedule = build("zb-h1", num_workers=2, num_microbatches=4)
+    if grain != "blocks":       # the planner knows a block's scratch more closely
+        assert step_bytes(sketch, schedule) == pytest.approx(step_bytes(plan, schedule))
+
+
+def test_the_answer_is_the_same_again_and_a_time_limit_only_caps(made):
+    model, example = made
+    one, two = (pe.search(model, example, **ALONE) for _ in range(2))
+    assert one.to_json() == two.to_json()
+    capped = pe.search(model, example, **ALONE, time_limit=0.0)
+    assert "time limit" in capped.stopped and capped.lower_bound <= one.lower_bound * (1 + 1e-9)
+
+
+def test_the_fewest_devices_are_proved(made):
+    """One less is refused in every configuration."""
+    model, example = made
+    options = dict(memory=210e3, bandwidth=1e9, rows=8, stages_per_worker=1, microbatch_rows=1, schedule="1f1b")
+    search = pe.search(model, example, num_devices=2, **options)
+    fewest = search.fewest
+    assert fewest.num_devices > 1 and fewest.proved and "% of the memory" in fewest.why
+    assert pe.search(model, example, num_devices=fewest.num_devices - 1, **options).best is None
+
+
+def test_more_of_everything_is_worth_something(made):
+    model, example = made
+    changes = {margin.change: margin.gain for margin in pe.search(model, example, memory=210e3, **ALONE).margins}
+    assert set(changes) == {"25 % more memory", "links twice as fast", "twice the rows per step"}
+    assert all(gain >= -1e-9 for gain in changes.values()) and changes["twice the rows per step"] > 0
+
+
+def test_the_command_answers_in_text_and_json(factory, capsys, tmp_path):
+    words = ["search", factory, "--devices", "2", "--replicas", "1", "--bandwidth", "1GB/s", "--microbatch-rows", "2",
+             "--schedule", "gpipe,1f1b,zb-h1", "--stages-per-worker", "1"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("seconds are a guess") and "\nstep  " not in text and "best of all configurations" in text
+    assert main([*words, "--device", "l4", "--format", "json", "-o", str(tmp_path / "plan.json")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["format"] == "pipeline-search/1" and not told["seconds_are_a_guess"]
+    assert told["lower_bound"] <= told["best"]["predicted"]["seconds"] and len(told["candidates"]) == 5
+    assert all(each["why"] for each in told["candidates"])
+    saved = json.loads((tmp_path / "plan.json").read_text())
+    assert Configuration.from_json(saved["configuration"]).num_workers == 2
+    assert main([*words, "--replicas", "3", "--format", "json"]) == 2
+    assert "no configuration uses 2 devices" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_a_cost_graph_is_searched_without_torch(made, tmp_path, capsys):
+    import subprocess
+    import sys
+
+    from partitioners.graph import to_json
+    model, example = made
+    graph = pe.profile(model, example, num_microbatches=8, costs="analytic")
+    (tmp_path / "graph.json").write_text(json.dumps(to_json(graph)))
+    code = (f"import sys, pipeengine.cli as cli; status = cli.main(['search', {str(tmp_path / 'graph.json')!r}, "
+            "'--devices', '2', '--replicas', '1', '--schedule', '1f1b', '--format', 'json']); "
+            "sys.exit(status or 3 * ('torch' in sys.modules))")
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["best"]["configuration"]["rows"] in (1, 2, 4, 8)
+
+
+@pytest.mark.parametrize("options, says", (
+    (dict(num_devices=0), "num_devices is 0"), (dict(num_devices=2, schedule="fast"), "schedule 'fast' is none of"),
+    (dict(num_devices=3, replicas=2), "no configuration uses 3"), (dict(num_devices=2, optimizer="x"), "none of"),
+    (dict(num_devices=2, shard="parameters"), "not searched"), (dict(num_devices=2, device="h1000"), "did you mean")))
+def test_what_makes_no_space_is_refused(made, options, says):
+    with pytest.raises(InputError, match=says):
+        pe.search(*made, **options)
+
+
+def test_nothing_fits_is_an_answer(made):
+    search = pe.search(*made, num_devices=2, memory=1e3, effort=200_000)
+    assert search.best is None and search.fewest is None and "% of the memory" in str(search)
+
+
+def test_modules_named_in_the_plan_exist(made):
+    model, example = made
+    search = pe.search(model, example, memory=205e3, **ALONE | {"recompute": "blocks"})
+    assert search.best and set(search.best.configuration.recompute) <= {f"blocks.{i}" for i in range(4)}
+    assert isinstance(model, nn.Module)
