@@ -41,8 +41,8 @@ from partitioners.pricing import build_plan
 from pipeengine import pipeline
 from pipeengine.autograd.deferral import Deferral
 from pipeengine.autograd.deferral import run as run_deferred
+from pipeengine.distributed import SingleProcess, groups
 from pipeengine.distributed.local import NullTransport
-from pipeengine.distributed.workers import SingleProcess
 from pipeengine.runtime.executor import Executor
 from pipeengine.synthesis.registry import SCHEDULES, build
 
@@ -83,7 +83,7 @@ def alone(schedule: str, rank: int) -> tuple[Callable[[], object], int]:
     options = dict(loss_fn=F.mse_loss, num_microbatches=MICROBATCHES, schedule=schedule, num_stages=stages, check=False)
     with mock.patch.object(pipeline, "connect", lambda *_: SingleProcess()):
         plan = pe.Pipeline(model, (x,), target=y, costs="analytic", **options).plan
-    with mock.patch.object(dist, "new_group", lambda *_, **__: dist.group.WORLD), \
+    with mock.patch.object(groups, "new_process_group", lambda *_: dist.group.WORLD), \
             mock.patch.object(pipeline, "connect", lambda *_: OneOfMany(WORKERS, plan.to_json())):
         pipe = pe.Pipeline(model, (x,), target=y, plan=plan, **options)
     pipe._runner.transport = NullTransport()

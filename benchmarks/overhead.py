@@ -23,9 +23,8 @@ from torch import nn
 
 import pipeengine as pe
 from pipeengine import pipeline
-from pipeengine.distributed import transport
+from pipeengine.distributed import ProcessGroupWorkers, SingleProcess, groups, transport
 from pipeengine.distributed.local import NullTransport
-from pipeengine.distributed.workers import ProcessGroupWorkers, SingleProcess
 from pipeengine.runtime.executor import Executor
 from pipeengine.stages.message import HEADER_BYTES, Layout
 
@@ -64,10 +63,7 @@ def engine(rank: int, x: torch.Tensor, y: torch.Tensor, *, messages: bool) -> Ca
     """A step of worker ``rank``; ``messages``: packed, posted and unpacked as if they were there at once."""
     with mock.patch.object(pipeline, "connect", lambda *_: SingleProcess()):
         plan = pe.Pipeline(Tiny(), (x,), target=y, num_stages=STAGES, costs="analytic", **OPTIONS).plan
-
-    def new_group(ranks, backend=None, timeout=None):
-        return dist.group.WORLD
-    with mock.patch.object(dist, "new_group", new_group), \
+    with mock.patch.object(groups, "new_process_group", lambda *_: dist.group.WORLD), \
             mock.patch.object(pipeline, "connect", lambda *_: OneOfMany(STAGES, plan.to_json())):
         pipe = pe.Pipeline(Tiny(), (x,), target=y, plan=plan, **OPTIONS)
     if not messages:

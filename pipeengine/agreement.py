@@ -35,7 +35,8 @@ def _given(options: Options) -> dict[str, object]:
     """The user's options, and the versions that they meet. A plan is not among them: that of worker 0 counts."""
     costs = options.costs if options.costs is None or isinstance(options.costs, str) else "a graph"
     return {"the versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-            "num_microbatches": options.num_microbatches, "seed": options.seed, "check": options.check, "costs": costs,
+            "num_microbatches": options.num_microbatches, "shard": options.shard, "seed": options.seed,
+            "check": options.check, "costs": costs,
             "batch_dims": sorted((options.batch_dims or {}).items()),
             # Machines may have it in different places.
             "weights": None if options.weights is None else f"a folder called {Path(options.weights).name}",

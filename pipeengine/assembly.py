@@ -23,10 +23,11 @@ from pipeengine.checkpoint import fetch_missing, load_stage, release_foreign
 from pipeengine.costs import analytic, cost_graph, made_up_target, measure, price_modules, price_stages
 from pipeengine.data import Batch
 from pipeengine.defaults import count_microbatches, progress
-from pipeengine.distributed import NoTies, Tie, TiedParameters, Transport, Workers
+from pipeengine.distributed import Grid, NoTies, Transport, Workers
 from pipeengine.errors import InputError, PlanError, ScheduleError
 from pipeengine.exploration import Choice, Configuration, configuration_in
 from pipeengine.options import Options
+from pipeengine.ownership import Tensors, first_names, share, tensors_of
 from pipeengine.rng import RngStreams
 from pipeengine.runtime import BatchReader, ProgramCache, ScheduleChoice, splits_backward
 from pipeengine.simulation import LinkTimes, costs_of, memory_model_of
@@ -38,7 +39,7 @@ from pipeengine.stages import (
     compare_two_microbatches,
 )
 from pipeengine.synthesis import build
-from pipeengine.tracing import Dataflow, Inputs, analyse, capture, node_refs, refs
+from pipeengine.tracing import Dataflow, Inputs, analyse, capture
 
 # A message between busy processes of one machine: from the end of what made it to the start of what waits for it, and
 # what the sender spends on it; measured over gloo. For other backends nobody has measured yet: the same, but with the
@@ -84,17 +85,6 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class Tensors:
-    """Who has which parameters and buffers, by first name: ``first_name`` of every alias, what this worker holds, and
-    what it owns: of a shared tensor the first holder is the owner, of one that no stage uses worker 0."""
-
-    first_name: Mapping[str, str]
-    held: frozenset[str]
-    owner: Mapping[str, int]
-    owned: frozenset[str]
-
-
-@dataclass(frozen=True)
 class Assembly:
     """Everything that was decided and made at construction; nothing in it changes which is not said to."""
 
@@ -108,7 +98,7 @@ class Assembly:
     programs: ProgramCache
     specializations: SpecializationCache
     transport: Transport
-    ties: TiedParameters | NoTies
+    ties: NoTies
     num_parts: int
     link: LinkTimes
 
@@ -117,8 +107,9 @@ def assemble(options: Options, workers: Workers, device: torch.device) -> Assemb
     """Everything a step needs. Every worker calls it; it raises the same error on each of them."""
     options = read_configuration(options, workers)
     given = read_plan(options.plan, workers)
+    grid = workers.grid
     count = workers.run_synchronized(lambda: count_microbatches(options, given, workers, device))
-    layout = workers.run_synchronized(lambda: lay_out(options, given, count, workers.size))
+    layout = workers.run_synchronized(lambda: lay_out(options, given, count, grid.width))
     reader = BatchReader.of(options.model, device, count, loss_fn=options.loss_fn,
                             batch_dims=options.batch_dims)
     recorded = workers.run_synchronized(lambda: record(options, reader))
@@ -129,15 +120,14 @@ def assemble(options: Options, workers: Workers, device: torch.device) -> Assemb
     plan = make_plan(graph, given, options, layout, link, workers)
     layout = workers.run_synchronized(lambda: with_recomputation(layout, plan, options.model))
     priced = price_stages(plan, layout.recompute.stages)
-    programs = ProgramCache(layout.choice, workers.rank, costs_of(priced, link))
-    placement, tensors = workers.run_synchronized(lambda: place(options, recorded, plan, layout, workers.rank))
+    programs = ProgramCache(layout.choice, grid.place, costs_of(priced, link), reduces=grid.num_replicas > 1)
+    placement, tensors = workers.run_synchronized(lambda: place(options, recorded, plan, layout, grid))
     fetch_missing(options.model, tensors.held, device, workers)
     rng = RngStreams(device)
     specializations = workers.run_synchronized(
-        lambda: settle(options, recorded, layout, programs, placement, tensors, rng, device, workers.rank))
+        lambda: settle(options, recorded, layout, programs, placement, tensors, rng, device, grid.place))
     transport = workers.connect_stages(layout.worker_of, device)
-    ties = workers.tie(shared_tensors(options.model, layout, placement, tensors),
-                       {**dict(options.model.named_parameters()), **dict(options.model.named_buffers())}, device)
+    ties = share(options.model, placement, tensors, layout.worker_of, workers, device)
     return Assembly(plan, priced, layout, reader, placement, tensors, rng, programs, specializations, transport, ties,
                     recorded.num_parts, link)
 
@@ -150,7 +140,7 @@ def read_configuration(options: Options, workers: Workers) -> Options:
     told = workers.broadcast_object(workers.run_synchronized(
         lambda: None if workers.rank or (found := configuration_in(options.plan)) is None else asdict(found)))
     return options if told is None else workers.run_synchronized(
-        lambda: options.configured(Configuration.from_json(told), workers.size))
+        lambda: options.configured(Configuration.from_json(told), workers.grid.width))
 
 
 def read_plan(plan: Plan | Choice | str | Path | None, workers: Workers) -> Plan | None:
@@ -252,7 +242,7 @@ def make_plan(graph: networkx.DiGraph, given: Plan | None, options: Options, lay
     def plan_here() -> Mapping | None:
         if workers.rank:
             return None
-        made = partition(graph, options, layout, link, workers.size) if given is None else \
+        made = partition(graph, options, layout, link, workers.grid.width) if given is None else \
             fitting_plan(given, graph, layout.num_stages)
         return made.to_json()
     data = workers.broadcast_object(workers.run_synchronized(plan_here))
@@ -302,23 +292,18 @@ def with_recomputation(layout: Layout, plan: Plan, model: torch.nn.Module) -> La
 # -- stages -----------------------------------------------------------------------------------------------------------
 
 
-def place(options: Options, recorded: Recorded, plan: Plan, layout: Layout, rank: int
+def place(options: Options, recorded: Recorded, plan: Plan, layout: Layout, grid: Grid
           ) -> tuple[SettledPlacement, Tensors]:
     """Which node runs where, and who holds which tensors; checked against eager execution where the model is real."""
     model, flow = options.model, recorded.flow
     placement = Placement(plan.stage_of, layout.num_stages, flow.recording.leaf_modules)
     stage_of = placement.assign(flow)
-    first_name = _first_names(model)
-    settled = placement.settle(flow, stage_of, list(dict.fromkeys(first_name.values())))
+    settled = placement.settle(flow, stage_of, list(dict.fromkeys(first_names(model).values())))
     if options.check and all(t.device.type != "meta" for t in (*model.parameters(), *model.buffers())):
         check_recording(model, flow, stage_of, layout.num_stages, recorded.inputs, options.loss_fn)
-        if rank == 0:
+        if grid.worker(grid.place) == 0:
             tell_other_loss(options, recorded)
-    own = {stage for stage, worker in enumerate(layout.worker_of) if worker == rank}
-    held = _held_names(flow, settled, own)
-    owner = {name: min((layout.worker_of[s] for s in settled.holders.get(name, ())), default=-1)
-             for name in set(first_name.values())}
-    return settled, Tensors(first_name, held, owner, frozenset(name for name in held if owner[name] == rank))
+    return settled, tensors_of(model, flow, settled, layout.worker_of, grid, options.shard is not None)
 
 
 def tell_other_loss(options: Options, recorded: Recorded) -> None:
@@ -353,35 +338,3 @@ def settle(options: Options, recorded: Recorded, layout: Layout, programs: Progr
     specialization = specializations.make(recorded.flow.recording, outputs=False)
     specialization.stages.of(programs.split_backward_stages(layout.choice.num_microbatches)[0])
     return specializations
-
-
-def _held_names(flow: Dataflow, placement: SettledPlacement, own: set[int]) -> frozenset[str]:
-    """Parameters of the own stages, and the small buffers that every worker needs to follow the inputs."""
-    held = {name for name, stages in placement.holders.items() if stages & own}
-    values = flow.recording.values
-    held |= {values[v].name for n in flow.replicated for v in node_refs(flow.recording.nodes[n])
-             if values[v].kind == "attribute"}
-    held |= {values[v].name for guard in flow.recording.guards for v in (*refs(guard.args), *refs(guard.kwargs))
-             if values[v].kind == "attribute"}
-    return frozenset(held)
-
-
-def _first_names(model: torch.nn.Module) -> dict[str, str]:
-    """Every name of a parameter or buffer, aliases included -> its first name."""
-    first: dict[int, str] = {}
-    names = {}
-    for name, tensor in (*model.named_parameters(remove_duplicate=False),
-                         *model.named_buffers(remove_duplicate=False)):
-        names[name] = first.setdefault(id(tensor), name)
-    return names
-
-
-def shared_tensors(model: torch.nn.Module, layout: Layout, placement: SettledPlacement, tensors: Tensors) -> list[Tie]:
-    """Parameters and buffers that several workers hold."""
-    trained = {name: p.requires_grad for name, p in model.named_parameters()}
-    ties = []
-    for name in dict.fromkeys(tensors.first_name.values()):
-        holders = sorted({layout.worker_of[s] for s in placement.holders.get(name, ())})
-        if len(holders) > 1:
-            ties.append(Tie(name, tuple(holders), trained.get(name, False)))
-    return ties

@@ -20,11 +20,12 @@ def count_microbatches(options: Options, plan: Plan | None, workers: Workers, de
         return options.num_microbatches
     if plan is not None:
         return plan.setting.num_microbatches
-    if workers.size == 1:
+    width = workers.grid.width
+    if width == 1:
         return 1
     reader = BatchReader.of(options.model, device, 1, loss_fn=options.loss_fn, batch_dims=options.batch_dims)
     rows = reader.read(Inputs.of(options.example, options.target)).rows
-    count = paying_microbatches(rows, options.num_stages or workers.size)
+    count = paying_microbatches(rows, options.num_stages or width)
     progress(workers.rank)(f"{count} micro-batches of a batch of {rows} rows; pass num_microbatches= to choose")
     return count
 

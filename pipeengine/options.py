@@ -33,6 +33,7 @@ class Options:
     seed: int
     check: bool
     recompute: bool | Collection[int | str]
+    shard: str | None = None
 
     def validate(self) -> None:
         """Refuse at once what would not be used until later. Raises ``InputError``."""
@@ -90,5 +91,6 @@ _WANTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "loss_weight": (lambda value: value is None or callable(value), "a function of a micro-batch"),
     "batch_dims": (lambda value: isinstance(value, (Mapping, type(None))), "a dict from names of inputs to dimensions"),
     "recompute": (lambda value: isinstance(value, (bool, Collection)), "True, stages or module paths"),
+    "shard": (lambda value: value in (None, "optimizer"), 'None or "optimizer"'),
     "seed": (lambda value: isinstance(value, int), "a whole number"),
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import networkx
 import torch
+from torch.distributed import DeviceMesh
 
 from partitioners import Plan
 from pipeengine.assembly import Assembly, assemble
@@ -18,9 +19,10 @@ from pipeengine.report import RunReport, measured_timeline, predict, report_text
 from pipeengine.runtime import Executor, StepRunner, TaskMaker
 from pipeengine.schedules import Schedule
 from pipeengine.simulation import Timeline
+from pipeengine.standing import Standing
 
 
-class Pipeline:
+class Pipeline(Standing):
     """Train ``model`` over pipeline stages, with the numbers that one process would give.
 
     Under torchrun every process is a worker; in plain Python all stages run in this process.
@@ -39,7 +41,11 @@ class Pipeline:
     - ``batch_dims`` (dimension 0 where it counts the rows): from names of inputs to the dimension that is split, or
       None.
     - ``weights`` (the model's own): a Hugging Face checkpoint folder, read for the own stages only.
-    - ``device`` (where the model is, else the accelerator), ``mesh`` (its dimension "pp" holds the workers).
+    - ``device`` (where the model is, else the accelerator).
+    - ``mesh`` (all processes in one pipeline): a ``DeviceMesh`` whose dimension "pp" holds the workers of a pipeline,
+      and "dp_replicate" (or "dp"), if there is one, the replicas. ``num_replicas`` without a mesh: so many pipelines,
+      the workers of each next to each other. Each replica passes its own batch; together they are one.
+    - ``shard`` (None): "optimizer" deals the parameters to the replicas, and each updates its own.
     - ``seed`` (0): of dropout and of initial values that are made here.
     - ``check`` (True): compare the recording with eager execution once, where parameters are real.
     - ``recompute`` (False): True, stages (by number) or modules (by path) that keep only their inputs and run their
@@ -55,13 +61,14 @@ class Pipeline:
                  plan: Plan | Choice | str | Path | None = None, costs: str | networkx.DiGraph | None = None,
                  loss_fn: Callable | None = None, target: object = None, loss_weight: Callable | None = None,
                  batch_dims: Mapping[str, int | None] | None = None, weights: str | Path | None = None,
-                 device: torch.device | str | None = None, mesh: object = None, seed: int = 0, check: bool = True,
-                 recompute: bool | Collection[int | str] = False):
+                 device: torch.device | str | None = None, mesh: DeviceMesh | None = None, seed: int = 0,
+                 check: bool = True, recompute: bool | Collection[int | str] = False,
+                 num_replicas: int | None = None, shard: str | None = None):
         options = Options(model, example, num_microbatches, str(schedule) if isinstance(schedule, Path) else schedule,
                           num_stages, plan, costs, loss_fn, target, loss_weight, batch_dims, weights, seed, check,
-                          recompute)
+                          recompute, shard)
         self._model, self._device = model, _device(model, device)
-        self._workers = connect(mesh, self._device, _launched(), environment=os.environ)
+        self._workers = connect(mesh, self._device, _launched(), num_replicas, environment=os.environ)
         try:
             with self._workers.activity.section("construction", takes_long=True):
                 self._assembly: Assembly = assemble(options, self._workers, self._device)
@@ -70,7 +77,7 @@ class Pipeline:
             raise
         made = self._assembly
         tasks = TaskMaker(made.reader, made.specializations, made.programs, seed, loss_weight)
-        executor = Executor(made.transport, made.rng, self._workers.activity)
+        executor = Executor(made.transport, made.rng, self._workers.activity, made.ties.start)
         self._runner = StepRunner(tasks, made.programs, executor, made.transport, made.ties, self._workers,
                                   made.layout.worker_of, made.num_parts)
 
@@ -79,17 +86,19 @@ class Pipeline:
     def step(self, *args: object, target: object = None, **kwargs: object) -> torch.Tensor | None:
         """Forward and backward of a whole batch; gradients are added to ``.grad``.
 
-        Every worker passes the same batch. Returns the loss of the full batch, detached, 0-dimensional, on every
-        worker. A batch that cannot be used raises ``InputError`` on every worker and loses nothing; a failure while the
-        step runs raises ``WorkerError`` with the same root cause on every worker and closes the pipeline.
+        Every worker of a replica passes the same batch. Returns the loss of the full batch, all replicas' together,
+        detached, 0-dimensional, on every worker. A batch that cannot be used raises ``InputError`` on every worker and
+        loses nothing; a failure while the step runs raises ``WorkerError`` with the same root cause on every worker and
+        closes the pipeline.
         """
         return self._runner.step(self._assembly.reader.inputs(args, kwargs, target))
 
     def evaluate(self, *args: object, target: object = None, gather: bool = False, **kwargs: object) -> object:
         """Forward only, without gradients, in the model's present mode; every worker calls it.
 
-        Returns the model's own output for the whole batch on the worker of the last stage; elsewhere the same structure
-        with the loss alone, or with ``gather`` everything everywhere. The loss is also in ``pipe.loss``.
+        Returns the model's own output for the replica's batch on the worker of its last stage; elsewhere the same
+        structure with the loss alone, or with ``gather`` everything everywhere, the rows of replica 0 first. The loss,
+        of all replicas' batches, is also in ``pipe.loss``.
         """
         return self._runner.evaluate(self._assembly.reader.inputs(args, kwargs, target), gather)
 
@@ -105,21 +114,26 @@ class Pipeline:
     # -- what the user's loop needs ---------------------------------------------------------------------------------
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Parameters that this worker holds, under their original names; shared ones on every holder."""
+        """Parameters that this worker's optimizer is to update, under their original names: those that it holds, with
+        ``shard`` its share of them. Shared ones are on every holder."""
         for name, parameter in self._model.named_parameters():
-            if name in self._assembly.tensors.held:
+            if name in self._assembly.tensors.updated:
                 yield name, parameter
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Parameters that this worker holds."""
+        """Parameters that this worker's optimizer is to update."""
         for _, parameter in self.named_parameters():
             yield parameter
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Parameters and persistent buffers that this worker holds, under their original names."""
-        tensors = self._assembly.tensors
+        """This worker's share of the state: parameters that it updates and persistent buffers that it holds, under
+        their original names."""
+        return self._held_state(self._assembly.tensors.updated)
+
+    def _held_state(self, among: Collection[str]) -> dict[str, torch.Tensor]:
+        first_name = self._assembly.tensors.first_name
         return {name: tensor for name, tensor in self._model.state_dict().items()
-                if tensors.first_name.get(name, name) in tensors.held}
+                if first_name.get(name, name) in among}
 
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
         """All parameters and persistent buffers, on the CPU of worker 0; None elsewhere. Every worker calls it.
@@ -136,9 +150,10 @@ class Pipeline:
         Every worker calls it. With ``strict``, names that the model does not have and held ones that are missing are an
         error; a wrong shape always is: ``InputError`` on every worker, and nothing has changed.
         """
-        own = self.state_dict()
+        tensors = self._assembly.tensors
+        own, needed = self._held_state(tensors.held), self._held_state(tensors.updated)
         self._runner.collective("load_state_dict", lambda: self._workers.run_synchronized(
-            lambda: load_state(own, self._assembly.tensors.first_name, state, strict)))
+            lambda: load_state(own, tensors.first_name, state, strict, needed)))
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Scale all gradients so that their norm over all stages, shared ones counted once, is at most ``max_norm``.
@@ -165,8 +180,8 @@ class Pipeline:
         return self.train(False)
 
     def verify_shared(self) -> None:
-        """Raise ``WorkerError`` unless every copy of every shared parameter holds the same bits; every worker calls
-        it."""
+        """Raise ``WorkerError`` unless every copy of a parameter, in other stages and in other replicas, holds the same
+        bits; every worker calls it."""
         self._runner.collective("verify_shared", self._assembly.ties.verify)
 
     def save_weights(self, folder: str | Path) -> None:
@@ -175,8 +190,9 @@ class Pipeline:
         At any moment the folder holds the old weights or the new, whole. Raises ``InputError``, the same on every
         worker, where it cannot be written; training can go on.
         """
+        tensors = self._assembly.tensors
         self._runner.collective(f"save_weights({str(folder)!r})", lambda: save_weights(
-            self._model, self._assembly.tensors.owned, Path(folder), self._workers))
+            self._model, tensors.owned, Path(folder), self._workers, tensors.writers))
 
     def holdings(self) -> Holdings:
         """What checkpoints need to know of this worker's share; see ``Checkpoints``."""
@@ -184,17 +200,20 @@ class Pipeline:
         tensors = made.tensors
         return Holdings(self._model, tensors.first_name, tensors.held, tensors.owned, self._workers,
                         made.programs.name, self.num_stages, lambda: made.plan.to_json(), progress.counters,
-                        progress.set_counters, self._runner.check_open, self._runner.guarded)
+                        progress.set_counters, self._runner.check_open, self._runner.guarded, tensors.writers)
 
     # -- what happened ----------------------------------------------------------------------------------------------
 
     def timeline(self) -> Timeline | None:
-        """What every worker did in a recent step (one of the first three, then every tenth); None before the first.
+        """What every worker of this replica did in a recent step (one of the first three, then every tenth); None
+        before the first.
 
         Any worker may call it alone. In one process every stage is shown as a worker of its own.
         """
-        return measured_timeline(self._workers.published(), schedule=self._assembly.programs.name,
-                                 num_workers=self._workers.size, num_stages=self.num_stages)
+        grid, published = self._workers.grid, self._workers.published()
+        own = {place: published[worker] for place, worker in enumerate(grid.pipeline) if worker in published}
+        return measured_timeline(own, schedule=self._assembly.programs.name, num_workers=grid.width,
+                                 num_stages=self.num_stages)
 
     def predicted_timeline(self) -> Timeline:
         """One step as the plan's costs predict it, with as many micro-batches as ``timeline()`` shows.
@@ -213,7 +232,7 @@ class Pipeline:
         rows = stage_rows(made.priced, made.programs.schedule(progress.microbatches), parameters, progress.microbatches)
         loss = None if progress.trained_loss is None else float(progress.trained_loss)
         return RunReport(type(self._model).__name__, made.programs.name, progress.microbatches, tuple(rows),
-                         self.predicted_timeline(), self.timeline(), loss, in_turns=self._workers.size == 1)
+                         self.predicted_timeline(), self.timeline(), loss, in_turns=self._workers.grid.width == 1)
 
     def report(self) -> str:
         """The run so far as a table for a terminal."""
@@ -223,56 +242,6 @@ class Pipeline:
         """Write ``report.json``, ``report.html`` and ``trace.json`` (for Perfetto); only the first worker writes."""
         if self._workers.rank == 0:
             save_report(self.run_report(), Path(folder))
-
-    @property
-    def plan(self) -> Plan:
-        """The plan that this pipeline runs."""
-        return self._assembly.plan
-
-    @property
-    def num_stages(self) -> int:
-        """Stages of the whole pipeline."""
-        return self._assembly.layout.num_stages
-
-    @property
-    def num_steps(self) -> int:
-        """Steps that have been trained, those before a checkpoint was loaded included; dropout is keyed by it."""
-        return self._runner.progress.step
-
-    @property
-    def num_workers(self) -> int:
-        """Workers of the whole pipeline."""
-        return self._workers.size
-
-    @property
-    def amount(self) -> tuple[int, str]:
-        """What the last step's batch held: (number, "tokens") for a table of integers, else (number, "rows")."""
-        return self._runner.progress.amount
-
-    @property
-    def rank(self) -> int:
-        """This worker's number in the pipeline."""
-        return self._workers.rank
-
-    @property
-    def stages(self) -> tuple[int, ...]:
-        """The stages that this worker holds."""
-        return tuple(stage for stage, worker in enumerate(self._assembly.layout.worker_of) if worker == self.rank)
-
-    @property
-    def is_first_worker(self) -> bool:
-        """Whether this is worker 0: the one that prints."""
-        return self._workers.rank == 0
-
-    @property
-    def messages(self) -> int:
-        """Data messages this worker has sent so far."""
-        return self._assembly.transport.messages
-
-    @property
-    def message_bytes(self) -> int:
-        """Bytes of values in them."""
-        return self._assembly.transport.bytes
 
 
 def _launched() -> bool:

@@ -6,12 +6,16 @@ torch 2.11 to 2.14; importing this file with another version raises ``ImportErro
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import timedelta
+
 import torch
 
 __all__ = ["AutogradFunctionBase", "ConvNd", "DYNAMO_MODULE", "DataDependentOutputException", "DisableTorchFunction",
            "DropoutModule", "DynamicOutputShapeException", "FAKE_TENSOR_LOGGER", "FakeTensor", "FakeTensorMode",
            "LossModule", "PYTREE_NODES", "TorchDispatchMode", "apply_in_c", "check_version", "cpu_attention",
-           "default_store", "engine_run_backward", "foreach_norm", "peek_function_transform",
+           "default_store", "engine_run_backward", "foreach_norm", "new_process_group",
+           "peek_function_transform",
            "pop_saved_tensor_hooks", "push_saved_tensor_hooks", "storage_number", "top_saved_tensor_hooks",
            "version_of"]
 
@@ -88,6 +92,22 @@ def default_store() -> torch.distributed.Store:
     own.
     """
     return torch.distributed.distributed_c10d._get_default_store()
+
+
+def new_process_group(ranks: Sequence[int], backend: str, name: str,
+                      timeout: timedelta | None) -> torch.distributed.ProcessGroup:
+    """A group of ``ranks``, numbered in this order, under ``name``; its members alone call it.
+
+    torch.distributed.new_group would replace it if it took a name: those that it makes up are the same for groups of
+    other processes, and come again after a group was destroyed.
+    """
+    c10d = torch.distributed.distributed_c10d
+    members, timeout = list(ranks), timeout or c10d.default_pg_timeout
+    group, _ = c10d._new_process_group_helper(
+        len(members), members.index(torch.distributed.get_rank()), members, torch.distributed.Backend(backend),
+        default_store(), c10d.GroupName(name), timeout=timeout, device_id=c10d._get_default_group().bound_device_id)
+    c10d._world.pg_group_ranks[group] = {rank: number for number, rank in enumerate(members)}
+    return group
 
 
 def version_of(tensor: torch.Tensor) -> int:

@@ -120,16 +120,23 @@ def reference_step(model: torch.nn.Module, batch: Batch, num_microbatches: int,
     parts = split_batch(batch, num_microbatches)
     targets = [None] * len(parts) if target is None else split_batch({"target": target}, len(parts))
     targets = [part and part["target"] for part in targets]
+    model.zero_grad(set_to_none=True)
+    return reference_parts(model, parts, weights, loss_fn, targets), gradients(model)
+
+
+def reference_parts(model: torch.nn.Module, parts: Sequence[Batch], weights: Sequence[float] | None = None,
+                    loss_fn: Callable | None = None, targets: Sequence[object] | None = None) -> torch.Tensor:
+    """The same for micro-batches ``parts`` as they are; gradients are added to those that are there."""
+    targets = targets or [None] * len(parts)
     if weights is None:
         weights = microbatch_weights(model, parts, loss_fn, targets)
-    model.zero_grad(set_to_none=True)
     total = torch.zeros(())
     for part, part_target, weight in zip(parts, targets, weights, strict=True):
         loss = forward_loss(model, part, loss_fn, part_target)
         if weight:
             (weight * loss).backward()
             total = total + weight * loss.detach()
-    return total, gradients(model)
+    return total
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:

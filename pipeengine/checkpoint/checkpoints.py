@@ -111,7 +111,7 @@ class Checkpoints:
                                                "attempt": uuid.uuid4().hex[:12]})
         check_claims(everybody)
         attempt = everybody[0]["attempt"]
-        tensors = files_to_write(share, everybody, workers.rank)
+        tensors = files_to_write(share, everybody, workers.rank, holdings.writers)
 
         def prepare() -> Writing:
             files = {name: TensorFile.of(own) for name, own in tensors.items()}

@@ -84,12 +84,15 @@ def check_claims(everybody: Sequence[Mapping[str, Any]]) -> None:
                              "worker the same")
 
 
-def files_to_write(share: Share, everybody: Sequence[Mapping[str, Any]], rank: int) -> dict[str, Tensors]:
-    """This worker's files with their tensors: what another worker of lower rank has as well is left to that one."""
-    count = len(everybody)
+def files_to_write(share: Share, everybody: Sequence[Mapping[str, Any]], rank: int,
+                   writers: Sequence[int] | None = None) -> dict[str, Tensors]:
+    """This worker's files with their tensors: what another worker of lower rank has as well is left to that one.
+    Weights have a file for each of the ``writers`` (all workers)."""
+    writers = range(len(everybody)) if writers is None else writers
     files: dict[str, Tensors] = {}
-    numbered = f"{rank + 1:05}-of-{count:05}.safetensors"
-    files[SINGLE if count == 1 else f"model-{numbered}"] = share.weights
+    numbered = f"{rank + 1:05}-of-{len(everybody):05}.safetensors"
+    if rank in writers:
+        files[weights_file(writers.index(rank), len(writers))] = share.weights
     for name, part in share.parts.items():
         tensors: dict[str, torch.Tensor] = {}
         if isinstance(part, OptimizerShare):
@@ -101,6 +104,11 @@ def files_to_write(share: Share, everybody: Sequence[Mapping[str, Any]], rank: i
         if tensors:
             files[f"{name}-{numbered}"] = tensors
     return files
+
+
+def weights_file(number: int, count: int, attempt: str = "") -> str:
+    """The name of file ``number``, from 0, of ``count`` that hold weights; ``attempt`` tells two saves apart."""
+    return SINGLE if count == 1 else f"model-{attempt}{number + 1:05}-of-{count:05}.safetensors"
 
 
 def all_alike(everybody: Sequence[Mapping[str, Any]], part: str) -> bool:

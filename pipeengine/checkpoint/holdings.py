@@ -1,7 +1,7 @@
 """What a checkpoint needs to know of a pipeline, in one value."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +18,7 @@ class Holdings:
 
     ``counters`` gives the numbers that steps are keyed by (dropout follows them), ``set_counters`` puts them back.
     ``guarded`` runs what talks to other workers, so that a failure is the same on all. ``plan`` gives the plan as JSON.
+    ``writers`` are the workers that write weights, ascending: all, unless some own none because others have copies.
     """
 
     model: torch.nn.Module
@@ -32,6 +33,7 @@ class Holdings:
     set_counters: Callable[[Mapping[str, int]], None]
     check_open: Callable[[], None]
     guarded: Callable[..., object]
+    writers: Sequence[int] | None = None
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Held parameters under their first names."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pipeengine.checkpoint import disk
-from pipeengine.checkpoint.collecting import config_files, index_text
+from pipeengine.checkpoint.collecting import config_files, index_text, weights_file
 from pipeengine.checkpoint.hugging_face import INDEX, SINGLE
 from pipeengine.checkpoint.slots import get_tensor, tensor_slots
 from pipeengine.checkpoint.tensor_file import TensorFile, stream, write_tensors
@@ -21,14 +21,17 @@ _SHARD = re.compile(r"model-(?:[0-9a-f]{8}-)?\d{5}-of-\d{5}\.safetensors")
 _LEFTOVER = re.compile(r"\.saving-[0-9a-f]{8}")
 
 
-def save_weights(model: torch.nn.Module, owned: Collection[str], folder: Path, workers: Workers) -> None:
-    """Every worker writes the tensors it owns, then worker 0 puts them in the place of what was there.
+def save_weights(model: torch.nn.Module, owned: Collection[str], folder: Path, workers: Workers,
+                 writers: Sequence[int] | None = None) -> None:
+    """Every worker, or those of ``writers``, writes the tensors it owns, then worker 0 puts them in the place of what
+    was there.
 
     Files are written beside the old ones, flushed, and renamed; the index is replaced last (of one worker's weights the
     one file), and only then what was there before goes. Raises ``InputError`` on every worker where the folder cannot
     be written; what it held is as it was.
     """
     tensors = _persistent(model, owned)
+    writers = range(workers.size) if writers is None else writers
     attempt = workers.broadcast_object(uuid.uuid4().hex[:8])
     part = folder / f".saving-{attempt}"
 
@@ -37,19 +40,23 @@ def save_weights(model: torch.nn.Module, owned: Collection[str], folder: Path, w
             disk.make_folder(folder)
             disk.make_folder(part)
 
-    def write() -> dict[str, Any]:
+    def write() -> dict[str, Any] | None:
+        if workers.rank not in writers:
+            return None
         if not part.is_dir():
             raise InputError(f"worker {workers.rank} does not see {part}, which worker 0 has made; give a folder that "
                              "all workers share")
         file = TensorFile.of(tensors)
-        return write_tensors(part / _shard_name(workers.rank, workers.size), file, stream(file, tensors))
+        name = weights_file(writers.index(workers.rank), len(writers))
+        return write_tensors(part / name, file, stream(file, tensors))
 
     def commit() -> None:
         if workers.rank == 0:
             _commit(folder, part, attempt, written, config_files(model))
     try:
         workers.run_synchronized(begin)
-        written = workers.all_gather_object(workers.run_synchronized(write))
+        everybody = workers.all_gather_object(workers.run_synchronized(write))
+        written = [one for one in everybody if one is not None]
         workers.run_synchronized(commit)
     finally:
         if workers.rank == 0:
@@ -63,10 +70,6 @@ def _persistent(model: torch.nn.Module, owned: Collection[str]) -> dict[str, tor
     return {name: tensor.detach() for name, tensor in tensors.items() if id(tensor) in state}
 
 
-def _shard_name(rank: int, size: int, attempt: str = "") -> str:
-    return SINGLE if size == 1 else f"model-{attempt}{rank + 1:05}-of-{size:05}.safetensors"
-
-
 def _commit(folder: Path, part: Path, attempt: str, written: Sequence[Mapping[str, Any]],
             configs: Mapping[str, bytes]) -> None:
     """Worker 0: give all files their names, the one that says which of them count last; then remove the others."""
@@ -75,8 +78,8 @@ def _commit(folder: Path, part: Path, attempt: str, written: Sequence[Mapping[st
         disk.write_file(part / name, [text])
         disk.replace_file(part / name, folder / name)
     old = {path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name)}
-    plain = [_shard_name(rank, size) for rank in range(size)]
-    names = [_shard_name(rank, size, f"{attempt}-") for rank in range(size)] if old & set(plain) else plain
+    plain = [weights_file(number, size) for number in range(size)]
+    names = [weights_file(number, size, f"{attempt}-") for number in range(size)] if old & set(plain) else plain
     for before, name in zip(plain, names):
         disk.replace_file(part / before, folder / name)
     if size > 1:

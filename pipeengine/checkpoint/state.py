@@ -1,7 +1,7 @@
 """State dicts of a pipeline: the whole on worker 0, or any part put back into what a worker holds."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -33,17 +33,18 @@ def collect_state(model: torch.nn.Module, first_name: Mapping[str, str], owner: 
 
 
 def load_state(own: Mapping[str, torch.Tensor], known: Mapping[str, str], state: Mapping[str, torch.Tensor],
-               strict: bool) -> None:
+               strict: bool, needed: Collection[str]) -> None:
     """Copy ``state`` into the tensors of ``own``; everything is checked before anything changes.
 
-    ``known`` has every name of the model. Raises ``InputError`` for a wrong shape, and with ``strict`` for names that
-    the model does not have or entries of ``own`` that ``state`` has not.
+    ``known`` has every name of the model, ``needed`` those of ``own`` that nobody else would give. Raises
+    ``InputError`` for a wrong shape, and with ``strict`` for names that the model does not have or ``needed`` entries
+    that ``state`` has not.
     """
     unknown = sorted(set(state) - set(known))
-    missing = sorted(set(own) - set(state))
+    missing = sorted(set(needed) - set(state))
     if strict and (unknown or missing):
         what = f"{len(unknown)} names that the model does not have, first {unknown[0]!r}" if unknown else \
-            f"no value for {len(missing)} of {len(own)} held tensors, first {missing[0]!r}"
+            f"no value for {len(missing)} of {len(needed)} held tensors, first {missing[0]!r}"
         raise InputError(f"the state dict has {what}; give one of this model, or pass strict=False")
     for name in set(own) & set(state):
         if not isinstance(state[name], torch.Tensor) or state[name].shape != own[name].shape:

@@ -183,7 +183,7 @@ def close(task: Task, records: Sequence[Mapping[str, Any]]) -> None:
     files = {name: entry for record in records for name, entry in record["files"].items()}
     models = {name: entry for name, entry in files.items() if name.startswith("model")}
     texts = {**task.closing.texts, STATE: _state_text(task.closing, records)}
-    if len(records) > 1:
+    if len(models) > 1:
         texts[INDEX] = index_text(models)
     for name, text in texts.items():
         disk.write_file(task.path / name, [text])

@@ -2,19 +2,25 @@
 everybody's."""
 
 from pipeengine.distributed.activity import Activity, Unwatched
+from pipeengine.distributed.buckets import Copies, deal
+from pipeengine.distributed.connecting import connect
 from pipeengine.distributed.failure import ConnectionLost, headline
 from pipeengine.distributed.grad_norm import total_norm
+from pipeengine.distributed.grid import Grid
 from pipeengine.distributed.guard import GuardSettings
 from pipeengine.distributed.local import LocalTransport, Transport
+from pipeengine.distributed.single_process import SingleProcess
 from pipeengine.distributed.tied_parameters import NoTies, Tie, TiedParameters
 from pipeengine.distributed.transport import DistributedTransport
 from pipeengine.distributed.wishes import Wishes
-from pipeengine.distributed.workers import ProcessGroupWorkers, SingleProcess, Workers, connect
+from pipeengine.distributed.workers import ProcessGroupWorkers, Workers
 
 __all__ = [
     "Activity",
     "ConnectionLost",
+    "Copies",
     "DistributedTransport",
+    "Grid",
     "GuardSettings",
     "LocalTransport",
     "NoTies",
@@ -27,6 +33,7 @@ __all__ = [
     "Wishes",
     "Workers",
     "connect",
+    "deal",
     "headline",
     "total_norm",
 ]

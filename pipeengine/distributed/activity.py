@@ -18,7 +18,7 @@ from pipeengine.distributed.guard_watch import (
     WAITING_AT,
 )
 
-OPERATIONS = {"F": 1, "B": 2, "I": 3, "W": 4, "SA": 5, "RA": 6, "SG": 7, "RG": 8}
+OPERATIONS = {"F": 1, "B": 2, "I": 3, "W": 4, "SA": 5, "RA": 6, "SG": 7, "RG": 8, "R": 9}
 
 
 class Unwatched:

@@ -17,7 +17,7 @@ MARK = struct.Struct("<qqqii")
 CALLS = struct.Struct("<q")
 CALLS_AT, WAITING_AT, LEAVING_AT, LONG_AT, SECTION_AT, RECORD_BYTES = 32, 40, 41, 42, 64, 256
 OPERATIONS = ("", "forward", "backward", "input gradient", "weight gradient", "sending an activation",
-              "receiving an activation", "sending a gradient", "receiving a gradient")
+              "receiving an activation", "sending a gradient", "receiving a gradient", "summing gradients")
 TICK = 0.25                 # seconds between two looks
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
@@ -80,7 +80,8 @@ class Watch:
             overdue = quiet > self._patience.limit(self._key, calls, takes_long, busy) and not self._traced()
         where = section or "outside of any call of the pipeline"
         if operation and section:
-            where += f", stage {stage}, {OPERATIONS[operation]} of micro-batch {microbatch}"
+            where += f", stage {stage}, {OPERATIONS[operation]}"
+            where += f" of micro-batch {microbatch}" if microbatch >= 0 else ""
         return {"section": section, "where": where, "waiting": waiting, "quiet": quiet, "overdue": overdue,
                 "frozen": self._judges and now - self._stopped > self._frozen_after}
 

@@ -3,13 +3,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from pipeengine.distributed.failure import start
-from pipeengine.distributed.waiting import Waiter, give_up, new_group
+from pipeengine.distributed.groups import GroupMaker
+from pipeengine.distributed.waiting import Waiter, give_up
 from pipeengine.errors import WorkerError
 
 
@@ -23,18 +23,30 @@ class Tie:
 
 
 class NoTies:
-    """Nothing is shared: one process, where aliases are one tensor."""
+    """Nothing is shared: one process, where aliases are one tensor. What is shared overrides what it needs."""
 
     messages, bytes = 0, 0
+    spans: Sequence[tuple[int, float, float]] = ()
+    """Stage, start and end, in seconds of ``perf_counter``, of each sum of the last step that ran behind others."""
 
     def begin(self) -> None:
         """Nothing to set aside."""
+
+    def start(self, stage: int) -> None:
+        """Nothing to begin: the gradients of ``stage`` are summed by ``reduce``, if at all."""
 
     def reduce(self) -> None:
         """Nothing to sum."""
 
     def restore(self) -> None:
         """Nothing was set aside."""
+
+    def is_stale(self) -> bool:
+        """Whether a copy waits for new values: never where every holder updates its own."""
+        return False
+
+    def refresh(self) -> None:
+        """No new values to fetch."""
 
     def verify(self) -> None:
         """Nothing can differ."""
@@ -43,7 +55,7 @@ class NoTies:
         """Nothing to give up."""
 
 
-class TiedParameters:
+class TiedParameters(NoTies):
     """Keeps the copies of shared parameters equal.
 
     Gradients of this step are summed among the holders; what earlier steps have accumulated is already a sum and stays
@@ -51,11 +63,11 @@ class TiedParameters:
     """
 
     def __init__(self, ties: Sequence[Tie], tensors: Mapping[str, torch.Tensor], worker: int, ranks: Sequence[int],
-                 backend: str, timeout: timedelta, waiter: Waiter):
+                 backend: str, groups: GroupMaker, waiter: Waiter):
         self._ties, self._tensors, self._worker, self._ranks = tuple(ties), dict(tensors), worker, tuple(ranks)
         self._waiter = waiter
-        self._groups = {workers: new_group([ranks[w] for w in workers], backend, timeout, waiter)
-                        for workers in sorted({tie.workers for tie in ties})}
+        self._groups = {workers: groups.make([ranks[w] for w in workers], backend, "ties")
+                        for workers in sorted({tie.workers for tie in ties}) if worker in workers}
         self._before: dict[str, torch.Tensor | None] = {}
         self.messages, self.bytes = 0, 0
 

@@ -2,14 +2,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from pipeengine.distributed.failure import start
+from pipeengine.distributed.groups import GroupMaker
 from pipeengine.distributed.local import LocalTransport
-from pipeengine.distributed.waiting import Waiter, give_up, new_group
+from pipeengine.distributed.waiting import Waiter, give_up
 from pipeengine.errors import WorkerError
 from pipeengine.program import UNDERWAY
 from pipeengine.stages import ACTIVATION, Layout, allocate, check_header, has_arrived, header, pack, unpack
@@ -24,18 +24,18 @@ class DistributedTransport:
     """
 
     def __init__(self, worker_of: Sequence[int], rank: int, ranks: Sequence[int], device: torch.device, backend: str,
-                 timeout: timedelta, waiter: Waiter):
+                 groups: GroupMaker, waiter: Waiter):
         self._worker_of, self._rank, self._ranks = tuple(worker_of), rank, tuple(ranks)
         self._device, self._tagged, self._waiter = device, backend == "gloo", waiter
         self._groups: dict[tuple[int, int], dist.ProcessGroup] = {}
         if self._tagged:
-            group = new_group(ranks, backend, timeout, waiter)
+            group = groups.make(ranks, backend, "messages")
             self._groups = {(a, b): group for a in range(len(ranks)) for b in range(len(ranks))}
         else:
             for a in range(len(ranks)):
                 for b in range(len(ranks)):
-                    if a != b:
-                        self._groups[a, b] = new_group([ranks[a], ranks[b]], backend, timeout, waiter)
+                    if a != b and rank in (a, b):
+                        self._groups[a, b] = groups.make([ranks[a], ranks[b]], backend, "messages")
         self._place = {pair: tuple(dist.get_group_rank(group, self._ranks[end]) for end in pair)
                        for pair, group in self._groups.items()}
         self._local = LocalTransport()

@@ -3,15 +3,13 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
-from datetime import timedelta
+from collections.abc import Callable
 from time import perf_counter
 from typing import TypeVar, cast
 
 import torch.distributed as dist
 
 from pipeengine.distributed.failure import ConnectionLost
-from pipeengine.errors import PipeEngineError
 
 T = TypeVar("T")
 
@@ -133,15 +131,3 @@ def give_up(group: dist.ProcessGroup) -> None:
         dist.destroy_process_group(group)
     except Exception as error:              # already broken: that is why we are here
         del error
-
-
-def new_group(ranks: Sequence[int], backend: str, timeout: timedelta, waiter: Waiter) -> dist.ProcessGroup:
-    """A process group. Gloo connects to all peers at once, and one of them may die meanwhile; NCCL connects later."""
-    def make() -> dist.ProcessGroup:
-        return dist.new_group(list(ranks), backend=backend, timeout=timeout)
-    if backend != "gloo":
-        return make()
-    try:
-        return waiter.run(make)
-    except (RuntimeError, dist.DistError) as error:
-        raise error if isinstance(error, PipeEngineError) else ConnectionLost(str(error)) from error

@@ -1,4 +1,4 @@
-"""The workers of one pipeline: who they are, what they agree on, and how one failure becomes everybody's.
+"""The workers of one job: who they are, what they agree on, and how one failure becomes everybody's.
 
 Three things travel here besides the data: one small gather before a step (do all workers have the same batch, and can
 all of them run it?), the loss after it, and, when something breaks, its cause.
@@ -16,40 +16,57 @@ import torch
 import torch.distributed as dist
 
 from pipeengine.distributed.activity import Unwatched
-from pipeengine.distributed.board import Board, LocalBoard, StoreBoard
+from pipeengine.distributed.board import Board, StoreBoard
+from pipeengine.distributed.buckets import Copies
 from pipeengine.distributed.codec import decode_or_raise, encode_or_tell
 from pipeengine.distributed.failure import ConnectionLost, Description, start
+from pipeengine.distributed.grid import Grid
+from pipeengine.distributed.groups import GroupMaker
 from pipeengine.distributed.guard import Guard, GuardSettings, Told
-from pipeengine.distributed.local import LocalTransport, Transport
-from pipeengine.distributed.rendezvous import start_group
+from pipeengine.distributed.local import Transport
+from pipeengine.distributed.replicas import ReplicatedParameters
 from pipeengine.distributed.tied_parameters import NoTies, Tie, TiedParameters
 from pipeengine.distributed.transport import DistributedTransport
-from pipeengine.distributed.waiting import Waiter, give_up, new_group
+from pipeengine.distributed.waiting import Waiter, give_up
 from pipeengine.distributed.wishes import Wishes
 from pipeengine.errors import InputError, PipeEngineError, WorkerError
 from pipeengine.torch_private import default_store
 
-_SLOTS = 8
+_SLOTS = 12
 _VERDICT_SECONDS = 2.0      # until the guard has said who is to blame
 T = TypeVar("T")
 
 
 class Workers(Protocol):
-    """The workers of one pipeline, seen from worker ``rank`` of ``size``. Every method but ``publish`` and
-    ``published`` is called by all of them."""
+    """The workers of one pipeline, or of several replicas of it, seen from worker ``rank`` of ``size``.
+
+    ``grid`` says which replica it is in, and where. Every method but ``publish`` and ``published`` is called by all.
+    """
 
     rank: int
     size: int
-    backend: str | None
-    activity: Unwatched
+    grid: Grid
     wishes: Wishes
-    board: Board
+
+    @property
+    def backend(self) -> str | None:
+        """What carries values between stages; None inside one process."""
+
+    @property
+    def activity(self) -> Unwatched:
+        """Where this worker says what it is doing."""
+
+    @property
+    def board(self) -> Board:
+        """Where workers leave notes for each other."""
 
     def run_synchronized(self, what: Callable[[], T]) -> T:
         """Do something that needs no other worker, on all of them; if it fails on one, raise its error on all."""
 
-    def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str]) -> None:
-        """The same ``facts`` everywhere, and nobody has a ``problem``; else the same error everywhere."""
+    def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str],
+              told: Sequence[int] = ()) -> Sequence[Sequence[int]]:
+        """The same ``facts`` everywhere (the first) and in each replica (the others), and nobody has a ``problem``;
+        else the same error everywhere. Returns what each worker has ``told`` where there are replicas."""
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
         """``source``'s ``value`` on every worker."""
@@ -73,6 +90,10 @@ class Workers(Protocol):
             ) -> TiedParameters | NoTies:
         """What keeps copies of shared parameters equal; they have the owner's value afterwards."""
 
+    def replicate(self, copies: Sequence[Copies], tensors: Mapping[str, torch.Tensor],
+                  owner: Mapping[str, int] | None) -> NoTies:
+        """The same where there are replicas; with ``owner`` each parameter is updated by one worker."""
+
     def fail(self, error: BaseException, where: str) -> BaseException:
         """Tell the others of ``error``, and return what this worker is to raise."""
 
@@ -86,111 +107,59 @@ class Workers(Protocol):
         """Give the connections up."""
 
 
-class SingleProcess:
-    """One process that runs every stage."""
-
-    rank, size = 0, 1
-    backend = None
-
-    def __init__(self) -> None:
-        self.activity = Unwatched()
-        self._published: dict[int, str] = {}
-        self.wishes, self.board = Wishes(), LocalBoard()
-
-    def run_synchronized(self, what: Callable[[], T]) -> T:
-        """Do it."""
-        return what()
-
-    def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str]) -> None:
-        """Raise the ``problem``, if there is one."""
-        self.wishes.hear(self.wishes.own())
-        if problem is not None:
-            raise problem
-
-    def broadcast_object(self, value: T, source: int = 0) -> T:
-        """The value itself."""
-        return value
-
-    def all_gather_object(self, value: T) -> list[T]:
-        """A list of the one value."""
-        return [value]
-
-    def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
-        """The tensor itself."""
-        return tensor
-
-    def send_to_first(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
-        """The tensor itself."""
-        return tensor
-
-    def all_reduce(self, tensor: torch.Tensor, largest: bool = False) -> torch.Tensor:
-        """The tensor itself."""
-        return tensor
-
-    def connect_stages(self, worker_of: Sequence[int], device: torch.device) -> Transport:
-        """Stages hand values over as they are."""
-        return LocalTransport()
-
-    def tie(self, ties: Sequence[Tie], tensors: Mapping[str, torch.Tensor], device: torch.device) -> NoTies:
-        """Aliases are one tensor here: nothing to keep equal."""
-        return NoTies()
-
-    def fail(self, error: BaseException, where: str) -> BaseException:
-        """Nobody to tell: the error as it is."""
-        return error
-
-    def publish(self, text: str) -> None:
-        """Keep the text."""
-        self._published = {0: text}
-
-    def published(self) -> dict[int, str]:
-        """The text kept last, if any, as that of worker 0."""
-        return self._published
-
-    def close(self) -> None:
-        """No connections to give up."""
-
-
 class ProcessGroupWorkers:
-    """The processes of a pipeline, on a control group of their own."""
+    """The processes of ``num_replicas`` pipelines, on a control group of their own."""
 
     def __init__(self, ranks: Sequence[int], timeout: timedelta, backend: str = "gloo",
-                 settings: GuardSettings | None = None):
+                 settings: GuardSettings | None = None, num_replicas: int = 1):
         self.ranks, self.backend = tuple(ranks), backend
         self.rank, self.size = self.ranks.index(dist.get_rank()), len(self.ranks)
+        self.grid = Grid.of(self.rank, self.size, num_replicas)
         self.timeout = timeout
         self.wishes = Wishes()
         self._group: dist.ProcessGroup | None = None
-        self._store = self._own_store()
+        name = self._own_name()
+        self._store = dist.PrefixStore(name, default_store())
         self.board = StoreBoard(dist.PrefixStore("board", self._store))
         self._guard = Guard(self.rank, self.size, settings or GuardSettings())
         self.activity = self._guard.activity
         self.waiter = Waiter(self._guard.interrupted, waits=self._guard.activity.wait)
+        self._groups = GroupMaker(name, timeout, self.waiter)
         try:
             with self.activity.section("construction", takes_long=True):
                 self._guard.connect(self._store, self.waiter.run)
-                self._group = new_group(ranks, "gloo", timeout, self.waiter)
+                self._group = self._groups.make(self.ranks, "gloo", "control")
         except BaseException as error:
             failure = self.fail(error, "while connecting")
             self.close()
             raise failure from None
 
-    def _own_store(self) -> dist.Store:
-        """A part of the default store for these workers alone: every one of them counts the pipelines it has made."""
+    def _own_name(self) -> str:
+        """A name in the default store for these workers alone: every one of them counts the pipelines it has made."""
         name = "pipeengine/" + "-".join(map(str, self.ranks))
         number = default_store().add(f"{name}/made/{self.rank}", 1)
-        return dist.PrefixStore(f"{name}/{number}", default_store())
+        return f"{name}/{number}"
 
     def connect_stages(self, worker_of: Sequence[int], device: torch.device) -> Transport:
         """A transport with groups of its own; every worker calls it."""
-        return DistributedTransport(worker_of, self.rank, self.ranks, device, self.backend, self.timeout, self.waiter)
+        own = [self.ranks[worker] for worker in self.grid.pipeline]
+        return DistributedTransport(worker_of, self.grid.place, own, device, self.backend, self._groups, self.waiter)
 
     def tie(self, ties: Sequence[Tie], tensors: Mapping[str, torch.Tensor], device: torch.device) -> TiedParameters:
         """The copies of shared tensors, on groups of their own, equal from the start; every worker calls it."""
         tied = TiedParameters(ties, {tie.name: tensors[tie.name] for tie in ties if self.rank in tie.workers},
-                              self.rank, self.ranks, self.backend, self.timeout, self.waiter)
+                              self.rank, self.ranks, self.backend, self._groups, self.waiter)
         tied.equalise()
         return tied
+
+    def replicate(self, copies: Sequence[Copies], tensors: Mapping[str, torch.Tensor],
+                  owner: Mapping[str, int] | None) -> ReplicatedParameters:
+        """The copies of tensors in all replicas, on groups of their own, equal from the start; every worker calls
+        it."""
+        replicated = ReplicatedParameters(copies, tensors, self.rank, self.ranks, self.backend, self._groups,
+                                          self.waiter, owner)
+        replicated.equalise()
+        return replicated
 
     # -- collectives ------------------------------------------------------------------------------------------------
 
@@ -294,28 +263,40 @@ class ProcessGroupWorkers:
         self._raise_first(problem)
         return result
 
-    def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str]) -> None:
-        """One small gather: the same ``facts`` everywhere, and nobody has a ``problem``; else the same error
-        everywhere."""
+    def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str],
+              told: Sequence[int] = ()) -> Sequence[Sequence[int]]:
+        """One small gather: the same first of ``facts`` everywhere, the same others in each replica, and nobody has a
+        ``problem``; else the same error everywhere. Returns what each worker has ``told`` where there are replicas."""
         mine = self._record(problem is not None, *facts)
+        if told:
+            mine[2 + len(facts):2 + len(facts) + len(told)] = torch.tensor(told)
         mine[-1] = self.wishes.own()
         found = self._exchange(mine)
         for other in found:
             self.wishes.hear(int(other[-1]))
             other[-1] = mine[-1]        # what a worker asks for is no disagreement
-        if all(torch.equal(other, mine) for other in found) and problem is None:
-            return
+        replicas = self.grid.num_replicas
+        if replicas == 1 and problem is None and all(torch.equal(other, mine) for other in found):
+            return ()
         rows = [other.tolist()[1:] for other in found]
         if any(row[0] for row in rows):
             self._raise_first(problem)
         for number, name in enumerate(names, 1):
-            values = [row[number] for row in rows]
-            if len(set(values)) > 1:
-                other = next(r for r, value in enumerate(values) if value != values[0])
-                raise InputError(f"workers disagree on {name}: worker 0 has {values[0]}, worker {other} has "
-                                 f"{values[other]}; every worker must make the same calls with the same batch "
-                                 "(a DistributedSampler, or a loader that accelerate has prepared, gives each worker "
-                                 "another part of it, and so does a shuffle without a common seed)")
+            alike = self.size if number == 1 else self.grid.width
+            for first in range(0, self.size, alike):
+                self._compare(name, first, [row[number] for row in rows[first:first + alike]])
+        return [row[1 + len(facts):] for row in rows] if replicas > 1 else ()
+
+    @staticmethod
+    def _compare(name: str, first: int, values: Sequence[int]) -> None:
+        """Raise ``InputError`` unless the workers from ``first`` on have one value."""
+        other = next((number for number, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            raise InputError(f"workers disagree on {name}: worker {first} has {values[0]}, worker {first + other} has "
+                             f"{values[other]}; every worker of a pipeline must make the same calls with the same "
+                             "batch (a DistributedSampler, or a loader that accelerate has prepared, gives each worker "
+                             "another part of it, and so does a shuffle without a common seed; give it the number of "
+                             "replicas and pipe.replica)")
 
     def _raise_first(self, problem: Exception | None) -> None:
         """Raise the problem of the first worker that has one, on every worker."""
@@ -360,33 +341,7 @@ class ProcessGroupWorkers:
         self._guard.close()
 
 
-def connect(mesh: object, device: torch.device, launched: bool, timeout: timedelta = timedelta(minutes=10),
-            environment: Mapping[str, str] | None = None) -> Workers:
-    """The workers of this job: the ``pp`` dimension of ``mesh``, the default process group, or this process alone.
-
-    Where processes were ``launched`` (by torchrun) without a process group, one is started, as ``environment`` says.
-    """
-    environment = environment or {}
-    settings = GuardSettings.of(environment)
-    if mesh is not None:
-        group = mesh.get_group("pp") if "pp" in (mesh.mesh_dim_names or ()) else mesh.get_group()
-        ranks = dist.get_process_group_ranks(group)
-        return ProcessGroupWorkers(ranks, timeout, _backend(device), settings) if len(ranks) > 1 else SingleProcess()
-    if not dist.is_initialized():
-        if not launched:
-            return SingleProcess()
-        start_group(device, environment, timeout)
-    if dist.get_world_size() == 1:
-        return SingleProcess()
-    return ProcessGroupWorkers(range(dist.get_world_size()), timeout, _backend(device), settings)
-
-
 @cache
 def _number(call: str) -> int:
     """A number that stands for a call, the same on every worker."""
     return int.from_bytes(hashlib.sha256(call.encode()).digest()[:7], "big")
-
-
-def _backend(device: torch.device) -> str:
-    """What carries tensors on ``device``."""
-    return "gloo" if device.type == "cpu" else dist.get_default_backend_for_device(device)

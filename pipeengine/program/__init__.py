@@ -3,6 +3,8 @@
 from pipeengine.program.checking import check
 from pipeengine.program.lowering import lower
 from pipeengine.program.program import UNDERWAY, WINDOW, Action, Program
+from pipeengine.program.reductions import with_reductions
 from pipeengine.program.single_channel import simulate_channel
 
-__all__ = ["Action", "Program", "UNDERWAY", "WINDOW", "check", "lower", "simulate_channel"]
+__all__ = ["Action", "Program", "UNDERWAY", "WINDOW", "check", "lower", "simulate_channel",
+           "with_reductions"]

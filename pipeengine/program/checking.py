@@ -7,6 +7,7 @@ import numpy as np
 
 from pipeengine.errors import ScheduleError
 from pipeengine.program.program import Program
+from pipeengine.program.reductions import check_reductions
 from pipeengine.schedules import LETTERS, B, Edge, F, I, Schedule, W
 from pipeengine.simulation import OPS, RA, RG, SA, SG, Costs, Stuck, Wait, completes, peak_activations, waits
 
@@ -41,6 +42,7 @@ def check_program(program: Program, edges: Sequence[Edge], max_peak: float | Seq
     """Those rules, and each message sent and received once where it belongs, first in first out per pair, no
     deadlock."""
     schedule = program.schedule
+    check_reductions(program, program.topology.worker_of)
     _each_where_it_belongs(schedule, edges)
     send, receive = _matched(program, edges)
     consumer = _between(program, send, receive)
@@ -68,7 +70,8 @@ def _at(order: Schedule | Program, index: int) -> str:
 
 def _text(order: Schedule | Program, index: int) -> str:
     op, stage, microbatch, *peer = (column[index] for column in order.columns)
-    return f"{stage}{OPS[op]}{microbatch}" + (f"@{peer[0]}" if peer and peer[0] >= 0 else "")
+    number = str(microbatch) if microbatch >= 0 else ""
+    return f"{stage}{OPS[op]}{number}" + (f"@{peer[0]}" if peer and peer[0] >= 0 else "")
 
 
 def _in_range(schedule: Schedule) -> None:
@@ -305,7 +308,8 @@ def _in_order_of_time(program: Program, send: np.ndarray, receive: np.ndarray) -
         return False
     number = np.full(len(time), -1, np.int64)
     number[send] = number[receive] = np.arange(len(send))
-    return _ascending(program.starts, time, number, np.flatnonzero(program.columns.op >= SA))
+    op = program.columns.op
+    return _ascending(program.starts, time, number, np.flatnonzero((op >= SA) & (op <= RG)))
 
 
 def _ascending(starts: np.ndarray, time: np.ndarray, number: np.ndarray, lines: np.ndarray) -> bool:

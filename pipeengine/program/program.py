@@ -11,18 +11,20 @@ import numpy as np
 
 from pipeengine.errors import ScheduleError
 from pipeengine.schedules import NOT_ACTIONS, Edge, Lane, Schedule, Topology
-from pipeengine.simulation import OPS, RA, RG, SA, SG
+from pipeengine.simulation import OPS, RA, RG, SA, SG, R
 
 
 class Action(NamedTuple):
-    """One line of a program. ``peer`` is the other stage of a message, -1 for computation."""
+    """One line of a program. ``peer`` is the other stage of a message, -1 for computation; the sum of a stage's
+    gradients among replicas (``R``) has no micro-batch, -1."""
     op: str
     stage: int
     microbatch: int
     peer: int
 
     def __str__(self) -> str:
-        return f"{self.stage}{self.op}{self.microbatch}" + (f"@{self.peer}" if self.peer >= 0 else "")
+        return f"{self.stage}{self.op}" + (str(self.microbatch) if self.microbatch >= 0 else "") + (
+            f"@{self.peer}" if self.peer >= 0 else "")
 
 
 class ProgramLane(NamedTuple):
@@ -95,6 +97,8 @@ _TORCH = {"SEND_F": (SA, 1), "RECV_F": (RA, -1), "SEND_B": (SG, -1), "RECV_B": (
 
 
 def _cell(cell: str) -> tuple[int, int, int, int]:
+    if (whole := re.fullmatch(r"\s*(\d+)R\s*", cell)) is not None:
+        return R, int(whole[1]), -1, -1
     match = re.fullmatch(r"\s*(\d+)(SA|RA|SG|RG|[FBIW]|SEND_[FB]|RECV_[FB])(\d+)(?:@(\d+))?\s*", cell)
     if match is None:
         raise ScheduleError(

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeengine.simulation import OPS, RG, SA, Timeline
+from pipeengine.simulation import OPS, Timeline
 
 
 def chrome_trace(*timelines: Timeline) -> dict[str, object]:
@@ -31,11 +31,12 @@ def _meta(name: str, process: int, thread: int, value: str) -> dict[str, object]
 def _events(timeline: Timeline, process: int) -> list[dict[str, object]]:
     """Complete events, in microseconds as the format asks."""
     begin = timeline.start.min(initial=np.inf)
-    columns = (timeline.worker, timeline.op, timeline.stage, timeline.microbatch,
+    thread = 2 * timeline.worker + ~timeline.computes
+    columns = (thread, timeline.op, timeline.stage, timeline.microbatch,
                (timeline.start - begin) * 1e6, (timeline.end - timeline.start) * 1e6)
-    return [{"ph": "X", "pid": process, "tid": 2 * w + (SA <= op <= RG), "name": OPS[op] + (str(m) if m >= 0 else ""),
+    return [{"ph": "X", "pid": process, "tid": t, "name": OPS[op] + (str(m) if m >= 0 else ""),
              "cat": OPS[op], "ts": start, "dur": seconds, "args": {"stage": s, "microbatch": m}}
-            for w, op, s, m, start, seconds in zip(*(column.tolist() for column in columns))]
+            for t, op, s, m, start, seconds in zip(*(column.tolist() for column in columns))]
 
 
 def _flows(timeline: Timeline, process: int) -> list[dict[str, object]]:

@@ -16,7 +16,7 @@ PREFIX = "pipeline/"
 
 def worker_values(pipe: Pipeline, sent_bytes: int) -> dict[str, float]:
     """What only this worker knows: bytes that it sent in the step, and the most memory that it has had."""
-    rank = pipe.rank
+    rank = pipe.replica * pipe.num_workers + pipe.rank
     values = {f"{PREFIX}sent_bytes/worker_{rank}": float(sent_bytes)}
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is not None and hasattr(torch.accelerator, "max_memory_allocated"):
@@ -36,8 +36,9 @@ def timeline_values(pipe: Pipeline, published: Mapping[int, str], predicted_seco
     None where they have published different ones. ``bubble`` is the mean share of the step's actions in which a worker
     does not compute, from the first start to the last end.
     """
-    steps = {json.loads(text)["step"] for text in published.values()}
     workers = pipe.num_workers
+    published = {worker: text for worker, text in published.items() if worker < workers}    # those of replica 0
+    steps = {json.loads(text)["step"] for text in published.values()}
     if len(steps) != 1 or len(published) != workers:
         return None
     timeline = measured_timeline(published, schedule="", num_workers=workers, num_stages=pipe.num_stages)

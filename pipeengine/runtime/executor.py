@@ -31,15 +31,18 @@ class Task:
 
 
 class Executor:
-    """Runs the actions of one worker. ``records`` holds (op, stage, microbatch, start, end) of the last step, in
-    seconds."""
+    """Runs the actions of one worker; ``start_sum(stage)`` begins to sum a stage's gradients among replicas.
 
-    def __init__(self, transport: Transport, rng: RngStreams, activity: Unwatched | None = None):
-        self._transport, self._rng = transport, rng
+    ``records`` holds (op, stage, microbatch, start, end) of the last step, in seconds.
+    """
+
+    def __init__(self, transport: Transport, rng: RngStreams, activity: Unwatched | None = None,
+                 start_sum: Callable[[int], None] = lambda stage: None):
+        self._transport, self._rng, self._start_sum = transport, rng, start_sum
         self.activity = activity or Unwatched()
         self._do = {"F": self._forward, "B": self._backward, "I": self._input_gradient, "W": self._weight_gradient,
                     "SA": self._send_activation, "RA": self._post_activation,
-                    "SG": self._send_gradient, "RG": self._post_gradient}
+                    "SG": self._send_gradient, "RG": self._post_gradient, "R": self._reduce}
         self.records: list[tuple[str, int, int, float, float]] = []
         self.position: tuple = ()
 
@@ -165,6 +168,10 @@ class Executor:
         self.records.append((op, stage, microbatch, start, perf_counter()))
         if len(task.stages) > 1:
             self._hand_back(runnable, microbatch)
+
+    def _reduce(self, stage: int, microbatch: int, peer: int) -> None:
+        """Let the replicas' gradients of a stage travel; nobody waits here."""
+        self._start_sum(stage)
 
     def _seed(self, loss: torch.Tensor, weight: float) -> torch.Tensor:
         """The gradient of a micro-batch's loss; most micro-batches weigh the same."""

@@ -28,9 +28,23 @@ def merge_outputs(
         fill(specialization.recording.output, dict(zip(specialization.outputs, values)).__getitem__)
         for specialization, values in zip(specializations, outputs)
     ]
-    columns = iter(zip(*(tensors(output) for output in made)))
-    order = [value for value in refs(first.output)]
-    position = iter(order)
+    return join_outputs(specializations[0], made, [task.rows for task in tasks], [task.weight for task in tasks], loss)
+
+
+def join_outputs(
+    specialization: Specialization,
+    outputs: Sequence[object],
+    rows: Sequence[int],
+    weights: Sequence[float],
+    loss: torch.Tensor | None,
+) -> object:
+    """One output from those of several parts of a batch, of so many ``rows`` each, whose losses count for ``weights``.
+
+    Raises ``InputError`` for what has no rows and differs.
+    """
+    first = specialization.recording
+    columns = iter(zip(*(tensors(output) for output in outputs)))
+    position = iter([value for value in refs(first.output)])
 
     def merge(leaf: object) -> object:
         if not isinstance(leaf, torch.Tensor):
@@ -39,7 +53,7 @@ def merge_outputs(
         if value == first.loss:
             return loss
         try:
-            return _join(parts, tasks, value in specializations[0].totals)
+            return _join(parts, rows, weights, value in specialization.totals)
         except ValueError as error:
             raise InputError(
                 f"output {first.values[value].name} of the {len(parts)} micro-batches cannot be merged: {error}; "
@@ -47,18 +61,19 @@ def merge_outputs(
                 "of rows"
             ) from None
 
-    return tree_map(made[0], merge)
+    return tree_map(outputs[0], merge)
 
 
-def _join(parts: Sequence[torch.Tensor], tasks: Sequence[Task], is_total: bool) -> torch.Tensor:
+def _join(
+    parts: Sequence[torch.Tensor], rows: Sequence[int], weights: Sequence[float], is_total: bool
+) -> torch.Tensor:
     """Micro-batches' tensors as one: rows one after another; totals added, other scalars by weight; what is the same,
     once.
     """
     if len(parts) == 1:
         return parts[0]
-    rows = [task.rows for task in tasks]
     if parts[0].dim() == 0:
-        return _join_scalars(parts, rows, [task.weight for task in tasks], is_total)
+        return _join_scalars(parts, rows, weights, is_total)
     dim = row_dim([tuple(part.shape) for part in parts], rows)
     alike = all(part.shape == parts[0].shape for part in parts)
     if alike and (dim is None or parts[0].shape[dim] != rows[0]) and all(torch.equal(part, parts[0]) for part in parts):
@@ -80,8 +95,11 @@ def _join_scalars(parts, rows: Sequence[int], weights: Sequence[float], is_total
         raise ValueError(
             f"they are whole numbers from {min(map(int, parts))} to {max(map(int, parts))} that are no sum over rows"
         )
-    if abs(sum(weights) - 1) > 1e-6:  # those of a loss that is a sum
+    total = sum(weights)
+    if not 0 < total < 1 + 1e-6:  # those of a loss that is a sum
         weights = [count / sum(rows) for count in rows]
+    elif total < 1 - 1e-6:  # of one replica's part of the batch
+        weights = [weight / total for weight in weights]
     return sum(part * weight for part, weight in zip(parts, weights))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeengine.errors import ScheduleError
-from pipeengine.program import WINDOW, lower
+from pipeengine.program import WINDOW, lower, with_reductions
 from pipeengine.schedules import Edge, I, Schedule, forward_schedule
 from pipeengine.simulation import OPS, Costs, simulate
 from pipeengine.synthesis import SCHEDULES, build, find
@@ -66,11 +66,12 @@ class ScheduleChoice:
 class ProgramCache:
     """The programs of process ``worker``, each made once: for a number of micro-batches and a set of boundaries.
 
-    ``costs`` are the plan's: schedules that are made for given times, and the places of messages, follow them.
+    ``costs`` are the plan's: schedules that are made for given times, and the places of messages, follow them. With
+    ``reduces`` each stage's gradients are summed among replicas when its last backward is done.
     """
 
-    def __init__(self, choice: ScheduleChoice, worker: int, costs: Costs):
-        self._choice, self._worker, self._costs = choice, worker, costs
+    def __init__(self, choice: ScheduleChoice, worker: int, costs: Costs, *, reduces: bool = False):
+        self._choice, self._worker, self._costs, self._reduces = choice, worker, costs, reduces
         self._built = choice.build(costs)
         self._schedules: dict[int, Schedule] = {}
         self._split: dict[int, tuple[frozenset[int], ...]] = {}
@@ -126,8 +127,9 @@ class ProgramCache:
 
     def _listed(self, schedule: Schedule, edges: tuple[Edge, ...]) -> list[tuple]:
         if self._choice.num_workers > 1:
+            program = lower(schedule, edges, self._costs, window=WINDOW)
             return [tuple(action) for action in
-                    lower(schedule, edges, self._costs, window=WINDOW).actions(self._worker)]
+                    (with_reductions(program) if self._reduces else program).actions(self._worker)]
         timeline = simulate(schedule, None, edges)      # in one process any order that respects the schedule will do
         order = sorted(range(len(timeline.start)), key=lambda i: (timeline.start[i], timeline.stage[i]))
         return [(OPS[timeline.op[i]], int(timeline.stage[i]), int(timeline.microbatch[i]), -1) for i in order]

@@ -9,23 +9,25 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import TypeVar
 
 import torch
 
-from pipeengine.distributed import ConnectionLost, NoTies, TiedParameters, Transport, Workers, headline
+from pipeengine.distributed import ConnectionLost, NoTies, Transport, Workers, headline
 from pipeengine.errors import InputError, WorkerError
 from pipeengine.runtime.executor import Executor
 from pipeengine.runtime.outputs import merge_outputs
 from pipeengine.runtime.programs import ProgramCache
-from pipeengine.runtime.tasks import Prepared, TaskMaker
+from pipeengine.runtime.replica_batches import ReplicaBatches
+from pipeengine.runtime.tasks import Look, Prepared, TaskMaker
 from pipeengine.stages import Specialization
 from pipeengine.tracing import Inputs, fill, tensors
 
 _ACTIONS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient",
             "SA": "sending an activation", "RA": "receiving an activation",
-            "SG": "sending a gradient", "RG": "receiving a gradient"}
+            "SG": "sending a gradient", "RG": "receiving a gradient", "R": "summing gradients"}
 T = TypeVar("T")
 _FACTS = ("the number of calls", "the batch",
           "what the forward or the loss reads from Python (attributes, configs, globals, closures), which every worker "
@@ -58,9 +60,10 @@ class StepRunner:
     """Runs steps and evaluations; a failure becomes the same error on every worker and closes the pipeline."""
 
     def __init__(self, tasks: TaskMaker, programs: ProgramCache, executor: Executor, transport: Transport,
-                 ties: TiedParameters | NoTies, workers: Workers, worker_of: tuple[int, ...], num_microbatches: int):
+                 ties: NoTies, workers: Workers, worker_of: tuple[int, ...], num_microbatches: int):
         self._tasks, self._programs, self.executor, self.transport = tasks, programs, executor, transport
         self.ties, self._workers, self._worker_of = ties, workers, worker_of
+        self._replicas = ReplicaBatches(tasks, workers) if workers.grid.num_replicas > 1 else None
         self.progress = Progress(num_microbatches)
         self._run_before: set[int] = set()
 
@@ -108,19 +111,41 @@ class StepRunner:
         self.check_open()
         progress = self.progress
         call = progress.calls + 1
-        problem, prepared = None, None
-        try:
-            prepared = self._tasks.prepare(inputs, training=training, step=progress.step, call=call)
-        except InputError as error:
-            problem = error
-        except Exception as error:
-            problem = InputError(f"this batch cannot be used: {type(error).__name__}: {error}")
-            problem.__cause__ = error
-        facts = (call, prepared.digest, prepared.python, prepared.recorded) if prepared else (call, 0, 0, 0)
+        if self._replicas is not None:
+            whole = self._prepare_in_replicas(self._replicas, inputs, training, call)
+            progress.calls = call
+            return whole
+        prepared, problem = attempt(lambda: self._ready(inputs, training, call))
+        facts = (call, *prepared.facts) if prepared else (call, 0, 0, 0)
         self.guarded(lambda: self._workers.agree(facts, problem, _FACTS), harmless=InputError)
         progress.calls = call           # one that was refused everywhere has not happened
         assert prepared is not None, "a problem of one worker is raised on all"
         return prepared
+
+    def _look(self, inputs: Inputs, training: bool, call: int, first: int = 0) -> Look:
+        return self._tasks.look(inputs, training=training, step=self.progress.step, call=call, first=first)
+
+    def _ready(self, inputs: Inputs, training: bool, call: int) -> Prepared:
+        look = self._look(inputs, training, call)
+        return self._tasks.prepare(look, self._tasks.weigh(look))
+
+    def _prepare_in_replicas(self, replicas: ReplicaBatches, inputs: Inputs, training: bool, call: int) -> Prepared:
+        """The same for one replica's batch, which is a part of the whole: numbered and weighed in that."""
+        firsts = replicas.usual_firsts()
+        while True:
+            seen, problem = attempt(lambda: replicas.see(self._look(inputs, training, call, firsts[replicas.replica])))
+            facts = (call, *seen.look.facts) if seen else (call, 0, 0, 0)
+            told = replicas.tell(seen, self.ties.is_stale()) if seen else ()
+            everybody = self.guarded(partial(self._workers.agree, facts, problem, _FACTS, told), harmless=InputError)
+            assert seen is not None, "a problem of one worker is raised on all"
+            known = replicas.read(everybody)
+            if known.firsts == firsts:
+                break
+            firsts = known.firsts           # a short batch: the numbers of its micro-batches were a guess
+        weights = self.guarded(lambda: replicas.weigh(seen, known), harmless=InputError)
+        if known.is_stale:
+            self.guarded(self.ties.refresh)
+        return self._tasks.prepare(seen.look, weights)
 
     def _train(self, prepared: Prepared) -> None:
         progress, tasks = self.progress, prepared.tasks
@@ -143,10 +168,14 @@ class StepRunner:
         self.executor.run(self._programs.actions(len(tasks), prepared.edges, training=False), tasks)
         self._tasks.specializations.ran()
         loss = self.progress.loss = self._spread_loss(first, self.executor.loss)
-        last = self._worker_of[first.split.output_stage]
+        last = self._workers.grid.worker(self._worker_of[first.split.output_stage])
         outputs = [self.executor.outputs.get(m) for m in range(len(tasks))]
         merged = merge_outputs(prepared.specializations, outputs if self._workers.rank == last else None, tasks, loss)
-        return self._share(merged, first, last) if gather else merged
+        if not gather:
+            return merged
+        if self._replicas is not None:
+            return self._replicas.gather(merged, prepared, self._worker_of[first.split.output_stage], loss)
+        return self._share(merged, first, last)
 
     def _share(self, merged: object, specialization: Specialization, last: int) -> object:
         """The output of worker ``last`` everywhere: its tensors travel, every worker's own recording gives it form."""
@@ -166,14 +195,21 @@ class StepRunner:
         spec = specialization.recording.values[value].spec
         loss = own if own is not None else \
             torch.zeros(spec.shape, dtype=spec.dtype, device=self._tasks.reader.device)
+        if self._replicas is not None:          # each has the share of its own batch, the other workers 0
+            return self._workers.all_reduce(loss)
         return self._workers.broadcast(loss, self._worker_of[specialization.split.loss_stage])
 
     def _publish(self, start: float) -> None:
         records = [(op, stage, microbatch, round(begin - start, 7), round(end - start, 7))
-                   for op, stage, microbatch, begin, end in self.executor.records]
+                   for op, stage, microbatch, begin, end in (*self.executor.records, *self._sums())]
         self.progress.microbatches = 1 + max((record[2] for record in records),
                                              default=self.progress.microbatches - 1)
         self._workers.publish(json.dumps({"step": self.progress.step, "records": records}))
+
+    def _sums(self) -> list[tuple[str, int, int, float, float]]:
+        """When gradients were on their way among replicas, by stage; those of several stages as their first one's."""
+        own = min((record[1] for record in self.executor.records), default=0)
+        return [("R", max(stage, own), -1, begin, end) for stage, begin, end in self.ties.spans]
 
     def guarded(self, what: Callable[[], T], harmless: type[BaseException] | tuple[type[BaseException], ...] = ()) -> T:
         """Run something that talks to other workers; a failure becomes the same error on every worker."""
@@ -194,7 +230,7 @@ class StepRunner:
         if not self.executor.position:
             return ""
         op, stage, microbatch, _ = self.executor.position
-        return f", stage {stage}, {_ACTIONS[op]} of micro-batch {microbatch}"
+        return f", stage {stage}, {_ACTIONS[op]}" + (f" of micro-batch {microbatch}" if microbatch >= 0 else "")
 
     def check_open(self) -> None:
         """Raise ``WorkerError`` where the pipeline is closed."""
@@ -212,3 +248,15 @@ class StepRunner:
         self.progress.closed = why
         for part in (self.transport, self.ties, self._workers):
             part.close()
+
+
+def attempt(what: Callable[[], T]) -> tuple[T | None, InputError | None]:
+    """What comes of it, or the ``InputError`` that says why this batch cannot be used."""
+    try:
+        return what(), None
+    except InputError as error:
+        return None, error
+    except Exception as error:
+        problem = InputError(f"this batch cannot be used: {type(error).__name__}: {error}")
+        problem.__cause__ = error
+        return None, problem

@@ -17,7 +17,7 @@ from pipeengine.rng import mix
 from pipeengine.runtime.executor import Task
 from pipeengine.runtime.programs import ProgramCache
 from pipeengine.schedules import Edge
-from pipeengine.stages import Specialization, SpecializationCache, Weights, even_weights
+from pipeengine.stages import Shares, Specialization, SpecializationCache, Weights, even_weights
 from pipeengine.tracing import Inputs, current_modes
 
 _EVALUATION = 1 << 40       # random numbers of evaluations are not those of any step
@@ -69,21 +69,45 @@ class BatchReader:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch, ready to run. ``digest`` is of the batch, ``recorded`` of what was recorded for it, ``python`` of what
-    that read from Python, ``amount`` how many tokens or rows it holds.
-    """
+    """A batch, ready to run. ``facts`` are those of its ``Look``, ``amount`` says how many tokens or rows it holds."""
 
     tasks: tuple[Task, ...]
     specializations: tuple[Specialization, ...]
-    digest: int
-    recorded: int
-    python: int
+    facts: tuple[int, int, int]
     amount: tuple[int, str]
+
+    @property
+    def digest(self) -> int:
+        """The digest of the batch."""
+        return self.facts[0]
+
+    @property
+    def recorded(self) -> int:
+        """The digest of what was recorded for it."""
+        return self.facts[2]
 
     @property
     def edges(self) -> frozenset[Edge]:
         """Which pairs of stages exchange what, for any of the micro-batches."""
         return frozenset().union(*(specialization.edges for specialization in self.specializations))
+
+
+@dataclass(frozen=True)
+class Look:
+    """A batch, looked at: its micro-batches' tensors ``parts``, rows ``sizes``, random keys and what runs each of them.
+
+    ``kind`` is everything besides the numbers that eager execution would depend on. ``facts`` are the digests of the
+    batch, of what its recordings read from Python, and of the recordings.
+    """
+
+    batch: Batch
+    kind: tuple
+    parts: Sequence[list[torch.Tensor]]
+    sizes: tuple[int, ...]
+    keys: tuple[int, ...]
+    chosen: tuple[Specialization, ...]
+    training: bool
+    facts: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -96,26 +120,31 @@ class TaskMaker:
     seed: int
     loss_weight: Callable | None = None
 
-    def prepare(self, inputs: Inputs, *, training: bool, step: int, call: int) -> Prepared:
-        """Tasks for ``inputs``; random numbers follow ``step`` in training, else ``call``. Raises ``InputError``."""
+    def look(self, inputs: Inputs, *, training: bool, step: int, call: int, first: int = 0) -> Look:
+        """What will run ``inputs``; random numbers follow ``step`` in training, else ``call``, and the number of the
+        micro-batch, counted from ``first``. Raises ``InputError``."""
         self.reader.check_target(inputs, training)
         batch = self.reader.read(inputs)
         parts = batch.split(self.reader.num_microbatches, self.reader.device)
         sizes = batch.sizes(self.reader.num_microbatches)
-        keys = [mix(self.seed, step if training else _EVALUATION + call, index) for index in range(len(parts))]
+        keys = tuple(mix(self.seed, step if training else _EVALUATION + call, first + i) for i in range(len(parts)))
         kind = batch.key, (training, *self.specializations.look(), current_modes().autocast), batch.dims
         chosen = self._specialize(batch, kind, parts, sizes, keys, training)
-        weights = self._weigh(chosen, parts, sizes, batch, kind)
-        split = self.programs.split_backward_stages(len(parts)) if training else (frozenset(),) * len(parts)
-        tasks = tuple(
-            Task([*specialization.own_copies(tensors), *terms], specialization.stages.of(stages), weight, key, size)
-            for tensors, specialization, terms, weight, key, stages, size in zip(
-                parts, chosen, weights.terms, weights.loss, keys, split, sizes))
         recorded = python = 0
         for specialization in chosen:
             recorded = mix(recorded, specialization.digest)
             python = mix(python, specialization.recording.python.digest)
-        return Prepared(tasks, chosen, batch.digest(), recorded, python, batch.amount())
+        return Look(batch, kind, parts, sizes, keys, chosen, training, (batch.digest(), python, recorded))
+
+    def prepare(self, look: Look, weights: Weights) -> Prepared:
+        """The tasks of a batch whose micro-batches count for ``weights``."""
+        split = self.programs.split_backward_stages(len(look.parts)) if look.training else \
+            (frozenset(),) * len(look.parts)
+        tasks = tuple(
+            Task([*specialization.own_copies(tensors), *terms], specialization.stages.of(stages), weight, key, size)
+            for tensors, specialization, terms, weight, key, stages, size in zip(
+                look.parts, look.chosen, weights.terms, weights.loss, look.keys, split, look.sizes))
+        return Prepared(tasks, look.chosen, look.facts, look.batch.amount())
 
     def _specialize(self, batch: Batch, kind: tuple, parts: Sequence[list[torch.Tensor]], sizes: Sequence[int],
                     keys: Sequence[int], training: bool) -> tuple[Specialization, ...]:
@@ -130,14 +159,50 @@ class TaskMaker:
             chosen.append(specialization)
         return tuple(chosen)
 
-    def _weigh(self, chosen: Sequence[Specialization], parts: Sequence[list[torch.Tensor]], sizes: Sequence[int],
-               batch: Batch, kind: tuple) -> Weights:
-        """What each micro-batch's loss, and each of its terms, counts for in the loss of the full batch."""
+    def weigh(self, look: Look) -> Weights:
+        """What each micro-batch's loss, and each of its terms, counts for in the loss of this batch."""
         if self.loss_weight is not None:
-            raw = [self._own_weight(self.loss_weight, batch.again(tensors)) for tensors in parts]
-            return even_weights(raw, sizes, [len(specialization.terms) for specialization in chosen])
-        whole = [tensor.to(self.reader.device) for tensor in batch.tensors]
-        return self.specializations.weigh(kind, chosen, parts, sizes, whole, lambda: batch.again(whole))
+            return even_weights(self._own_weights(look), look.sizes,
+                                [len(specialization.terms) for specialization in look.chosen])
+        whole = [tensor.to(self.reader.device) for tensor in look.batch.tensors]
+        return self.specializations.weigh(look.kind, look.chosen, look.parts, look.sizes, whole,
+                                          lambda: look.batch.again(whole))
+
+    def shares(self, look: Look) -> Shares:
+        """The same, before it is known what the other replicas have."""
+        shares = Shares.of([specialization.kind for specialization in look.chosen], look.parts, look.sizes)
+        if self.loss_weight is None:
+            return shares
+        return Shares(shares.sizes, tuple(self._own_weights(look)), True, shares.num_terms)
+
+    def weigh_part(self, whole: Inputs, look: Look, replicas: Sequence[Inputs], firsts: Sequence[int], replica: int
+                   ) -> Weights:
+        """What each micro-batch of ``look``, the batch of ``replica``, counts for in the loss of the batch ``whole``.
+
+        ``replicas`` are all its parts in order, ``firsts`` the numbers of their first micro-batches.
+        """
+        batch = self.reader.read(whole)
+        looks = [look if number == replica else self._look_again(self.reader.read(part), look, first)
+                 for number, (part, first) in enumerate(zip(replicas, firsts))]
+        weights = self.specializations.weigh(
+            (batch.key, *look.kind[1:]), [one for other in looks for one in other.chosen],
+            [part for other in looks for part in other.parts], [size for other in looks for size in other.sizes],
+            batch.tensors, lambda: whole)
+        own = slice(sum(len(other.parts) for other in looks[:replica]), None)
+        return Weights(weights.loss[own][:len(look.parts)], weights.terms[own][:len(look.parts)])
+
+    def _look_again(self, batch: Batch, look: Look, first: int) -> Look:
+        """What would run ``batch`` of another replica: in the same modes as ``look``."""
+        parts, sizes = batch.split(self.reader.num_microbatches, self.reader.device), batch.sizes(
+            self.reader.num_microbatches)
+        kind = batch.key, look.kind[1], batch.dims
+        keys = tuple(range(first, first + len(parts)))
+        chosen = self._specialize(batch, kind, parts, sizes, keys, look.training)
+        return Look(batch, kind, parts, sizes, keys, chosen, look.training, (0, 0, 0))
+
+    def _own_weights(self, look: Look) -> list[float]:
+        assert self.loss_weight is not None, "asked for only where there is one"
+        return [self._own_weight(self.loss_weight, look.batch.again(tensors)) for tensors in look.parts]
 
     @staticmethod
     def _own_weight(loss_weight: Callable, inputs: Inputs) -> float:

@@ -29,6 +29,8 @@ class Costs:
     ``activation`` is what a stage keeps per micro-batch from F to its backward; ``weight_activation`` what of it stays
     between I and W (all of it unless given); ``transient`` what backward needs on top while it runs. After its last
     action a worker spends ``exchange`` (shared gradients, by the stages that take part, who wait for each other), then
+    ``optimizer``. Where there are replicas, ``reduce`` is what summing a stage's gradients takes: it begins after the
+    stage's last backward, one stage of a worker after the other, while the worker goes on, and ends before
     ``optimizer``.
     """
     forward: tuple[float, ...]
@@ -43,6 +45,7 @@ class Costs:
     transient: tuple[float, ...] | None = None
     exchange: tuple[float, ...] | None = None
     optimizer: tuple[float, ...] | None = None
+    reduce: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: float | Sequence[float]) -> None:
@@ -60,7 +63,7 @@ class Costs:
             put("backward", [i + w for i, w in zip(self.input_grad, self.weight_grad)])
         else:
             put("backward", self.backward)
-        for name in ("activation", "weight_activation", "transient", "exchange", "optimizer"):
+        for name in ("activation", "weight_activation", "transient", "exchange", "optimizer", "reduce"):
             if getattr(self, name) is not None:
                 put(name, getattr(self, name))
         _per_stage("edge_bytes", list(self.edge_bytes.values()), len(self.edge_bytes))

@@ -1,7 +1,7 @@
 """When everything happens: a schedule or program and costs in, a timeline out."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +12,7 @@ from pipeengine.simulation.costs import Costs
 from pipeengine.simulation.critical_path import Stuck, solve
 from pipeengine.simulation.dependencies import waits
 from pipeengine.simulation.memory import peak_activations
-from pipeengine.simulation.timeline import COLUMNS, Timeline, U, X
+from pipeengine.simulation.timeline import COLUMNS, R, Timeline, U, X
 
 
 def simulate(order: object, costs: Costs | None = None, edges: Sequence[Edge] | None = None) -> Timeline:
@@ -66,13 +66,14 @@ def breakdown(order: object, costs: Costs | None = None, edges: Sequence[Edge] |
     means = {name: (float(np.mean(getattr(costs, name))),) * len(costs.forward) for name in names}
     even = simulate(order, Costs(**means), edges).makespan
     uneven = simulate(order, Costs(**{name: getattr(costs, name) for name in names}), edges).makespan
-    whole = simulate(order, replace(costs, exchange=None, optimizer=None), edges).makespan
+    whole = simulate(order, replace(costs, exchange=None, optimizer=None, reduce=None), edges).makespan
     return Breakdown(ideal, even - ideal, uneven - even, whole - uneven)
 
 
 def _finish(timeline: Timeline, topology: Topology, costs: Costs) -> Timeline:
-    """``timeline`` with the end of the step: shared gradients exchanged together, then each worker's update."""
-    if costs.exchange is None and costs.optimizer is None:
+    """``timeline`` with the end of the step: sums among replicas behind the last actions, shared gradients exchanged
+    together, then each worker's update."""
+    if costs.exchange is None and costs.optimizer is None and costs.reduce is None:
         return timeline
     owner = np.array(topology.worker_of)
     exchange = np.bincount(owner, costs.exchange or [0.0] * len(owner), topology.num_workers)
@@ -80,11 +81,27 @@ def _finish(timeline: Timeline, topology: Topology, costs: Costs) -> Timeline:
     ready = timeline.last.copy()
     together = exchange > 0
     ready[together] = ready[together].max(initial=0.0)
-    workers, extra = np.arange(topology.num_workers), []
-    for code, begin, seconds in ((X, ready, exchange), (U, ready + exchange, update)):
-        extra += [(w, code, -1, -1, begin[w], begin[w] + seconds[w]) for w in workers[seconds > 0]]
+    ready += exchange
+    extra = [(w, X, -1, -1, ready[w] - exchange[w], ready[w]) for w in range(topology.num_workers) if exchange[w] > 0]
+    for worker, stage, begin, end in _reductions(timeline, costs.reduce or ()):
+        extra.append((worker, R, stage, -1, begin, end))
+        ready[worker] = max(ready[worker], end)
+    extra += [(w, U, -1, -1, ready[w], ready[w] + update[w]) for w in range(topology.num_workers) if update[w] > 0]
     added = list(zip(*extra)) or [()] * len(COLUMNS)
     joined = {name: np.concatenate([getattr(timeline, name), np.array(more, getattr(timeline, name).dtype)])
               for name, more in zip(COLUMNS, added)}
     order = np.argsort(joined["worker"], kind="stable")
     return replace(timeline, **{name: column[order] for name, column in joined.items()})
+
+
+def _reductions(timeline: Timeline, seconds: Sequence[float]) -> Iterator[tuple[int, int, float, float]]:
+    """(worker, stage, begin, end) of each stage's sum: after its last action, and after the worker's earlier sums."""
+    last: dict[tuple[int, int], float] = {}
+    for worker, stage, end in zip(timeline.worker.tolist(), timeline.stage.tolist(), timeline.end.tolist()):
+        last[worker, stage] = max(end, last.get((worker, stage), 0.0))
+    free: dict[int, float] = {}
+    for (worker, stage), end in sorted(last.items(), key=lambda item: (item[1], item[0])):
+        if seconds and seconds[stage] > 0:
+            begin = max(end, free.get(worker, 0.0))
+            free[worker] = begin + seconds[stage]
+            yield worker, stage, begin, free[worker]

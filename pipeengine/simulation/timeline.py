@@ -11,10 +11,11 @@ import numpy as np
 from pipeengine.errors import ScheduleError
 from pipeengine.schedules import LETTERS
 
-OPS = LETTERS + ("SA", "RA", "SG", "RG", "X", "U")
-"""All letters of a timeline: actions, messages (send and receive, activation and gradient), and the end of a
-step: X exchanges the gradients of shared parameters, U updates the parameters."""
-SA, RA, SG, RG, X, U = range(4, 10)
+OPS = LETTERS + ("SA", "RA", "SG", "RG", "X", "U", "R")
+"""All letters of a timeline: actions, messages (send and receive, activation and gradient), the end of a step (X
+exchanges the gradients of shared parameters, U updates the parameters), and R: a stage's gradients are summed among
+the replicas, while its worker goes on."""
+SA, RA, SG, RG, X, U, R = range(4, 11)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +55,8 @@ class Timeline:
 
     @cached_property
     def computes(self) -> np.ndarray:
-        """Boolean mask of the entries that keep a worker busy (no messages)."""
-        return (self.op < SA) | (self.op > RG)
+        """Boolean mask of the entries that keep a worker busy (no messages, no sums among replicas)."""
+        return (self.op < SA) | (self.op == X) | (self.op == U)
 
     @property
     def makespan(self) -> float:

@@ -5,7 +5,7 @@ of stages for every kind of micro-batch.
 """
 from pipeengine.stages.cache import Specialization, SpecializationCache
 from pipeengine.stages.full_batch import compare_two_microbatches, full_batch_loss_check
-from pipeengine.stages.loss_weight import Weights, even_weights
+from pipeengine.stages.loss_weight import Weights, as_weights, even_weights
 from pipeengine.stages.message import (
     ACTIVATION,
     GRADIENT,
@@ -20,6 +20,7 @@ from pipeengine.stages.message import (
 from pipeengine.stages.placement import Placement, SettledPlacement
 from pipeengine.stages.replay_check import check_recording
 from pipeengine.stages.runnable import Runnable
+from pipeengine.stages.shares import Shares, Totals
 
 __all__ = [
     "ACTIVATION",
@@ -28,10 +29,13 @@ __all__ = [
     "Placement",
     "Runnable",
     "SettledPlacement",
+    "Shares",
     "Specialization",
     "SpecializationCache",
+    "Totals",
     "Weights",
     "allocate",
+    "as_weights",
     "check_header",
     "check_recording",
     "compare_two_microbatches",

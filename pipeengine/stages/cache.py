@@ -20,7 +20,7 @@ from pipeengine.schedules import Edge
 from pipeengine.stages.codegen import compile_part
 from pipeengine.stages.guards import guard_check
 from pipeengine.stages.loss_terms import Term, find_terms, find_totals
-from pipeengine.stages.loss_weight import LossWeights, Weights, target_count, weigh_terms
+from pipeengine.stages.loss_weight import Kind, LossWeights, Weights, target_count, weigh_terms
 from pipeengine.stages.placement import SettledPlacement
 from pipeengine.stages.runnable import Runnable, make_runnable
 from pipeengine.stages.splitting import Split, split
@@ -52,6 +52,11 @@ class Specialization:
     flow: Dataflow
     terms: tuple[Term, ...]                     # of the loss
     totals: frozenset[int]                      # scalar outputs that are sums over rows
+
+    @property
+    def kind(self) -> Kind:
+        """What the weight of a micro-batch follows from."""
+        return self.flow, self.terms, self.count_targets
 
     def own_copies(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """``tensors`` with copies of those that the forward changes in place: the user's batch stays as it is."""
@@ -214,10 +219,7 @@ class SpecializationCache:
               sizes: Sequence[int], whole: Sequence[torch.Tensor], inputs: Callable[[], Inputs]) -> Weights:
         """What each of the micro-batches ``parts``, of ``sizes`` rows, counts for in the loss of the batch ``whole`` of
         kind ``key``."""
-        kinds = [
-            (specialization.flow, specialization.terms, specialization.count_targets)
-            for specialization in specializations
-        ]
+        kinds = [specialization.kind for specialization in specializations]
         return self._weights.weigh((key, self._python_version), kinds, parts, sizes, whole, inputs,
                                    self._placement.leaf_modules)
 

@@ -45,7 +45,7 @@ def auto(num_workers: int, num_microbatches: int, stages_per_worker: int = 1, co
     def offer(schedule: Schedule) -> float:
         nonlocal best
         if (peak_activations(schedule, costs) <= np.array(task.cap) * (1 + SLACK)).all():
-            price = getattr(simulate(schedule, replace(costs, exchange=None, optimizer=None)), objective)
+            price = getattr(simulate(schedule, replace(costs, exchange=None, optimizer=None, reduce=None)), objective)
             if best is None or price < best[0] * (1 - SLACK):
                 best = price, schedule
             return price

@@ -1,0 +1,76 @@
+"""Where a worker of a pipeline stands, and how far it has come: what the user may read, and nothing that acts."""
+from __future__ import annotations
+
+from partitioners import Plan
+from pipeengine.assembly import Assembly
+from pipeengine.distributed import Workers
+from pipeengine.runtime import StepRunner
+
+
+class Standing:
+    """What a pipeline tells of itself; any worker may read it alone."""
+
+    _workers: Workers
+    _assembly: Assembly
+    _runner: StepRunner
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that this pipeline runs."""
+        return self._assembly.plan
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the whole pipeline."""
+        return self._assembly.layout.num_stages
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that have been trained, those before a checkpoint was loaded included; dropout is keyed by it."""
+        return self._runner.progress.step
+
+    @property
+    def num_workers(self) -> int:
+        """Workers of one pipeline; with replicas there are as many in each."""
+        return self._workers.grid.width
+
+    @property
+    def amount(self) -> tuple[int, str]:
+        """What this replica's batch of the last step held: (number, "tokens") for a table of integers, else (number,
+        "rows")."""
+        return self._runner.progress.amount
+
+    @property
+    def rank(self) -> int:
+        """This worker's number in its pipeline."""
+        return self._workers.grid.place
+
+    @property
+    def replica(self) -> int:
+        """The number of the pipeline that this worker is in; 0 where there is only one."""
+        return self._workers.grid.replica
+
+    @property
+    def num_replicas(self) -> int:
+        """How many pipelines train together."""
+        return self._workers.grid.num_replicas
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The stages that this worker holds."""
+        return tuple(stage for stage, worker in enumerate(self._assembly.layout.worker_of) if worker == self.rank)
+
+    @property
+    def is_first_worker(self) -> bool:
+        """Whether this is worker 0 of replica 0: the one that prints."""
+        return self._workers.rank == 0
+
+    @property
+    def messages(self) -> int:
+        """Data messages this worker has sent so far."""
+        return self._assembly.transport.messages
+
+    @property
+    def message_bytes(self) -> int:
+        """Bytes of values in them."""
+        return self._assembly.transport.bytes
