@@ -89,6 +89,7 @@ def test_what_the_figures_rest_on_is_told(factories, capsys):
         "row": [8],
         "num_microbatches": 4,
         "bytes_per_weight": 4.0,
+        "flops": 6912.0,
         "costs": "analytic",
         "flops_per_second": 4e14,
         "bytes_per_second": 2e12,
