@@ -103,7 +103,7 @@ VALUES = [None, True, 3, -2 ** 70, 0.1, float("inf"), float("-inf"), "text", b"\
           torch.float16, torch.device("cpu")]
 
 
-@pytest.mark.parametrize("value", VALUES, ids=str)
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
 def test_plain_values_come_back(value, tmp_path):
     alone(tmp_path, part=Holder({"value": value})).save(1, force=True)
     part = Holder(None)
@@ -138,7 +138,7 @@ def _loop() -> list:
 
 
 @pytest.mark.parametrize("value", [object(), lambda: 1, _loop(), torch.eye(2).to_sparse(), torch.ones(2, device="meta"),
-                                   numpy.array([object()]), torch.ones(1, dtype=torch.complex128)], ids=repr)
+                                   numpy.array([object()]), torch.ones(1, dtype=torch.complex128)], ids=lambda value: type(value).__name__)
 def test_what_cannot_be_written_is_named(value, tmp_path):
     with pytest.raises(pe.InputError, match=r"state of loader.*state\.inner"):
         alone(tmp_path, loader=Holder({"inner": value})).save(1)
