@@ -81,10 +81,10 @@ def alone(schedule: str, rank: int) -> tuple[Callable[[], object], int]:
     model = Tiny()
     model.layers = model.layers[:stages]
     options = dict(loss_fn=F.mse_loss, num_microbatches=MICROBATCHES, schedule=schedule, num_stages=stages, check=False)
-    with mock.patch.object(pipeline, "connect", lambda *_: SingleProcess()):
+    with mock.patch.object(pipeline, "connect", lambda *_, **__: SingleProcess()):
         plan = pe.Pipeline(model, (x,), target=y, costs="analytic", **options).plan
     with mock.patch.object(groups, "new_process_group", lambda *_: dist.group.WORLD), \
-            mock.patch.object(pipeline, "connect", lambda *_: OneOfMany(WORKERS, plan.to_json())):
+            mock.patch.object(pipeline, "connect", lambda *_, **__: OneOfMany(WORKERS, plan.to_json())):
         pipe = pe.Pipeline(model, (x,), target=y, plan=plan, **options)
     pipe._runner.transport = NullTransport()
     pipe._runner.executor = Executor(pipe._runner.transport, pipe._assembly.rng)

@@ -61,10 +61,10 @@ class OneOfMany(ProcessGroupWorkers):
 
 def engine(rank: int, x: torch.Tensor, y: torch.Tensor, *, messages: bool) -> Callable[[], object]:
     """A step of worker ``rank``; ``messages``: packed, posted and unpacked as if they were there at once."""
-    with mock.patch.object(pipeline, "connect", lambda *_: SingleProcess()):
+    with mock.patch.object(pipeline, "connect", lambda *_, **__: SingleProcess()):
         plan = pe.Pipeline(Tiny(), (x,), target=y, num_stages=STAGES, costs="analytic", **OPTIONS).plan
     with mock.patch.object(groups, "new_process_group", lambda *_: dist.group.WORLD), \
-            mock.patch.object(pipeline, "connect", lambda *_: OneOfMany(STAGES, plan.to_json())):
+            mock.patch.object(pipeline, "connect", lambda *_, **__: OneOfMany(STAGES, plan.to_json())):
         pipe = pe.Pipeline(Tiny(), (x,), target=y, plan=plan, **OPTIONS)
     if not messages:
         pipe._runner.transport = NullTransport()
