@@ -1,6 +1,7 @@
 """Live tensor bytes by the allocator's events, as the profiler sees them."""
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -25,6 +26,7 @@ def mark(name: str) -> None:
 
 def live(what: Callable[[], object]) -> Live:
     """What ``what()`` allocates and frees on the CPU; its result is dropped before the count ends."""
+    gc.collect()        # what earlier tests have left in cycles must not be freed inside
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as seen:
         what()
     events = [(e.start_ns(), e.name(), e.nbytes()) for e in seen.profiler.kineto_results.events()

@@ -32,7 +32,7 @@ from pipeengine.distributed.wishes import Wishes
 from pipeengine.errors import InputError, PipeEngineError, WorkerError
 from pipeengine.torch_private import default_store
 
-_SLOTS = 12
+SLOTS = 12          # of eight bytes, in the record that every call begins with
 _VERDICT_SECONDS = 2.0      # until the guard has said who is to blame
 T = TypeVar("T")
 
@@ -222,7 +222,7 @@ class ProcessGroupWorkers:
 
     def _record(self, *numbers: int) -> torch.Tensor:
         """What every call begins with: which call it is, then ``numbers``; the last slot is free."""
-        mine = torch.zeros(_SLOTS, dtype=torch.int64)
+        mine = torch.zeros(SLOTS, dtype=torch.int64)
         filled = torch.tensor([fact & (1 << 63) - 1 for fact in (_number(self.activity.call), *numbers)])
         mine[:len(filled)] = filled
         return mine

@@ -37,6 +37,12 @@ class PipelineAccelerator(Accelerator):
         """The model as it is."""
         return model
 
+    def prepare_scheduler(self, scheduler: Any) -> Any:
+        """The scheduler, stepped once per step: no batch is multiplied by the number of processes."""
+        prepared = super().prepare_scheduler(scheduler)
+        prepared.split_batches = True
+        return prepared
+
     def gather(self, tensor: Any) -> Any:
         """``tensor``: the other workers have the same."""
         return tensor

@@ -138,7 +138,8 @@ def _loop() -> list:
 
 
 @pytest.mark.parametrize("value", [object(), lambda: 1, _loop(), torch.eye(2).to_sparse(), torch.ones(2, device="meta"),
-                                   numpy.array([object()]), torch.ones(1, dtype=torch.complex128)], ids=lambda value: type(value).__name__)
+                                   numpy.array([object()]), torch.ones(1, dtype=torch.complex128)],
+                         ids=lambda value: type(value).__name__)
 def test_what_cannot_be_written_is_named(value, tmp_path):
     with pytest.raises(pe.InputError, match=r"state of loader.*state\.inner"):
         alone(tmp_path, loader=Holder({"inner": value})).save(1)

@@ -49,7 +49,8 @@ def test_a_killed_worker_is_started_again(launcher, tmp_path):
     """Plain torchrun let the new workers meet the addresses of the dead ones, and never recovered."""
     output = start(launcher, SCRIPT, tmp_path).communicate(timeout=300)[0]
     assert {path.name for path in tmp_path.glob("done*")} == {"done-0-1", "done-1-1"}, output
-    assert "worker 1 was killed by SIGKILL" in output
+    # The agent may end the survivor before it has said so itself.
+    assert "worker 1 was killed by SIGKILL" in output or "failed (exitcode: -9) local_rank: 1" in output
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
