@@ -107,12 +107,7 @@ def turns_back(plan: pe.Plan, name: str) -> bool:
     return any(stages != sorted(stages) for stages in readers)
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    torch.set_num_threads(1)        # as the workers have: more threads add up in another order
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.mark.parametrize(("rest", "num_workers", "name", "schedule"), [

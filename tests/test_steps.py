@@ -18,12 +18,7 @@ LLAMA = zoo.hugging_face("llama")
 SCHEDULES = ("gpipe", "1f1b")
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    torch.set_num_threads(1)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def pipeline(model: nn.Module, example, **options) -> pe.Pipeline:

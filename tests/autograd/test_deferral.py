@@ -1,6 +1,5 @@
 """Weight gradients that wait, and forwards that run twice: the same bits as ever, nothing left over, less memory."""
 import copy
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -21,13 +20,7 @@ from pipeengine.autograd.deferral_rules import find_deferrable
 WIDTH, ROWS, LENGTH = 16, 8, 6
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    torch.set_num_threads(1)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
 
 
 # -- the functions that put off, against torch's own backward ---------------------------------------------------------

@@ -145,12 +145,7 @@ def truth(name: str, replicas: int) -> list[tuple]:
     return seen
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    torch.set_num_threads(1)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.mark.parametrize(("grid", "case"), [(grid, case) for grid in GRIDS for case in cases(*grid)

@@ -101,12 +101,7 @@ def predicted_messages(plan: pe.Plan, worker_of: tuple[int, ...], worker: int, r
                    + sum(bool(b.gradients) for b in away if worker_of[b.target] == worker))
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    torch.set_num_threads(1)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 # -- all stages in one process ----------------------------------------------------------------------------------------

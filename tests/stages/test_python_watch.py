@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import sys
 import types
-import warnings
 from collections.abc import Callable
 
 import pytest
@@ -23,12 +22,7 @@ SETTINGS = types.SimpleNamespace(scale=1.0)
 TABLE = {"scale": 1.0, "inner": {"shift": 0.0}}
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    torch.set_num_threads(1)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @dataclasses.dataclass

@@ -1,5 +1,4 @@
 """The check refuses what is wrong, and never what is right: judged against the model's own rounding."""
-import warnings
 
 import pytest
 import torch
@@ -14,13 +13,7 @@ from pipeengine.tracing import Inputs, analyse, capture
 WIDTH, WORDS = 8, 20
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    torch.set_num_threads(1)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
 
 
 class Words(nn.Module):

@@ -1,6 +1,5 @@
 """Heads that the loss does not use, numbers out of modules kept whole, clamped parameters, lazy and compiled models."""
 import copy
-import warnings
 
 import pytest
 import torch
@@ -13,13 +12,7 @@ import pipeengine as pe
 WIDTH = 16
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    torch.set_num_threads(1)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
 
 
 class Blocks(nn.Module):

@@ -1,5 +1,4 @@
 """What a forward makes for itself: tensors out of lists of tensors, functions that vmap has mapped, caches."""
-import warnings
 
 import pytest
 import torch
@@ -13,13 +12,7 @@ from pipeengine.tracing.born_objects import MappedFunction, NotMappable, tensor_
 WIDTH = 8
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    torch.set_num_threads(1)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
 
 
 def train(model: nn.Module, plain: nn.Module, batches, **options) -> pe.Pipeline:

@@ -1,7 +1,6 @@
 """Traps: what a naive recorder gets silently wrong is exact here, or refused. And the model stays as it was."""
 import copy
 import random
-import warnings
 
 import numpy as np
 import pytest
@@ -21,12 +20,7 @@ REFUSED_ALL_THE_SAME = ("parameter_changed_in_place", "packed_sequence_through_a
 REFUSALS = (pe.CaptureError, pe.InputError, pe.PartitionError)
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    torch.set_num_threads(1)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def set_seeds() -> None:

@@ -1,5 +1,4 @@
 """A forward that swaps its own modules, as BigBird does for short batches: recorded, and the model stays as it was."""
-import warnings
 
 import pytest
 import torch
@@ -11,13 +10,7 @@ import pipeengine as pe
 VOCAB = 97
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    torch.set_num_threads(1)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
 
 
 def big_bird(dropout: float):
