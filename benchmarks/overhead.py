@@ -24,6 +24,7 @@ from torch import nn
 import pipeengine as pe
 from pipeengine import pipeline
 from pipeengine.distributed import ProcessGroupWorkers, SingleProcess, groups, transport
+from pipeengine.distributed.guard import Guard
 from pipeengine.distributed.local import NullTransport
 from pipeengine.runtime.executor import Executor
 from pipeengine.stages.message import HEADER_BYTES, Layout
@@ -49,14 +50,19 @@ class Tiny(nn.Module):
 
 
 class OneOfMany(ProcessGroupWorkers):
-    """A worker whose peers never answer: what they would share is given, what they would agree on is its own word."""
+    """A worker whose peers never answer: what they would share is given, what they would agree on is its own word.
 
-    def __init__(self, size: int, shared: object):
-        self._answer = shared
-        super().__init__(range(size), None)
+    Worker 0's words at construction are that no search has found the plan, the plan it was given, and the plan that is
+    run. The guard has nobody to meet; what a worker tells it is written all the same.
+    """
+
+    def __init__(self, size: int, plan: object):
+        self._words = [None, plan, plan]
+        with mock.patch.object(Guard, "connect", lambda *_: None):
+            super().__init__(range(size), None)
 
     def broadcast_object(self, value: object, source: int = 0) -> object:
-        return value if self.rank == source else self._answer
+        return value if self.rank == source or not self._words else self._words.pop(0)
 
 
 def engine(rank: int, x: torch.Tensor, y: torch.Tensor, *, messages: bool) -> Callable[[], object]:
