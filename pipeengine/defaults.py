@@ -18,15 +18,19 @@ def count_microbatches(options: Options, plan: Plan | None, workers: Workers, de
     options.validate()
     if options.num_microbatches is not None:
         return options.num_microbatches
+    width, tell = workers.grid.width, progress(workers.rank)
     if plan is not None:
-        return plan.setting.num_microbatches
-    width = workers.grid.width
+        count = plan.setting.num_microbatches
+        if count < width:           # more workers than micro-batches wait for each other most of the time
+            tell(f"{count} micro-batches, as the plan was made for, on {width} workers; pass num_microbatches= to "
+                 "choose")
+        return count
     if width == 1:
         return 1
     reader = BatchReader.of(options.model, device, 1, loss_fn=options.loss_fn, batch_dims=options.batch_dims)
     rows = reader.read(Inputs.of(options.example, options.target)).rows
     count = paying_microbatches(rows, options.num_stages or width)
-    progress(workers.rank)(f"{count} micro-batches of a batch of {rows} rows; pass num_microbatches= to choose")
+    tell(f"{count} micro-batches of a batch of {rows} rows; pass num_microbatches= to choose")
     return count
 
 
@@ -43,7 +47,7 @@ def paying_microbatches(rows: int, num_stages: int) -> int:
 
 
 def progress(rank: int) -> Callable[[str], None]:
-    """Tells what takes more than two seconds, on one worker."""
+    """Tells the user a line, on worker 0 alone."""
     def tell(line: str) -> None:
         if rank == 0:
             print(f"pipeengine: {line}", file=sys.stderr, flush=True)

@@ -1,7 +1,29 @@
 """What is chosen where nothing was asked for."""
-import pytest
+from types import SimpleNamespace
 
-from pipeengine.defaults import paying_microbatches
+import pytest
+import torch
+
+from pipeengine.defaults import count_microbatches, paying_microbatches
+from pipeengine.options import Options
+
+
+def counted(capsys, width: int, *, asked: int | None = None, planned: int | None = None) -> tuple[int, str]:
+    """How many micro-batches are taken for 12 rows on so many workers, and what worker 0 says of it."""
+    options = Options(torch.nn.Linear(2, 2), (torch.zeros(12, 2),), asked, "1f1b", None, None, None, None, None, None,
+                      None, None, 0, True, False)
+    workers = SimpleNamespace(rank=0, grid=SimpleNamespace(width=width))
+    plan = planned and SimpleNamespace(setting=SimpleNamespace(num_microbatches=planned))
+    return count_microbatches(options, plan, workers, torch.device("cpu")), capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width, given, count, told", [
+    (4, dict(asked=1), 1, ""), (4, dict(asked=1, planned=8), 1, ""), (1, {}, 1, ""), (1, dict(planned=1), 1, ""),
+    (4, {}, 12, "12 micro-batches of a batch of 12 rows"), (4, dict(planned=8), 8, ""),
+    (4, dict(planned=1), 1, "1 micro-batches, as the plan was made for, on 4 workers")])
+def test_what_is_chosen_is_told_where_it_matters(capsys, width, given, count, told):
+    chosen, text = counted(capsys, width, **given)
+    assert chosen == count and (told in text if told else not text)
 
 
 @pytest.mark.parametrize("rows, num_stages, expected", [
