@@ -20,7 +20,7 @@ _NOTHING = "nothing of that name"
 
 def agree_on_construction(options: Options, layout: Mapping[str, object], flow: Dataflow, workers: Workers) -> None:
     """Raise ``InputError`` on every worker unless all were given the same; ``layout`` is what was made of it so far."""
-    facts = {**_given(options), **layout, "the model or the example": _hashed(_shape(options.model, flow)),
+    facts = {**_given(options), **layout, "the model or the example": hashed(_shape(options.model, flow)),
              "what the forward or the loss reads from Python": f"values with hash {flow.recording.python.digest}",
              **_set(options.model)}
     everybody = workers.all_gather_object(facts)
@@ -76,7 +76,8 @@ def _set(model: torch.nn.Module) -> dict[str, object]:
     return {"autocast": torch.is_autocast_enabled(), **modes, **dropout, **trained}
 
 
-def _hashed(text: str) -> str:
+def hashed(text: str) -> str:
+    """Words for a text that is too long to be shown, the same on every worker that has it."""
     return f"that with hash {_number(text)}"
 
 

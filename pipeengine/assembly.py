@@ -6,7 +6,6 @@ step is a function of what came before, and every worker comes to the same end o
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 import partitioners
 from partitioners import Plan
 from partitioners.plan import check_rules
-from pipeengine.agreement import agree_on_construction
+from pipeengine.agreement import agree_on_construction, hashed
 from pipeengine.autograd import Recompute, find_deferrable
 from pipeengine.checkpoint import fetch_missing, load_stage, release_foreign
 from pipeengine.costs import analytic, cost_graph, made_up_target, measure, price_modules, price_stages
@@ -68,9 +67,9 @@ class Layout:
 
     def facts(self) -> dict[str, object]:
         """What every worker must have alike, by name."""
-        order = hashlib.sha256(self.order.encode()).hexdigest()[:12]
-        return {"num_stages": self.num_stages, "schedule": self.choice.name, "the schedule's order": f"one with hash "
-                f"{order}", "recompute": (sorted(self.recompute.stages), sorted(self.recompute.modules))}
+        return {"num_stages": self.num_stages, "schedule": self.choice.name,
+                "the schedule's order": hashed(self.order),
+                "recompute": (sorted(self.recompute.stages), sorted(self.recompute.modules))}
 
 
 @dataclass(frozen=True)
@@ -312,8 +311,8 @@ def tell_other_loss(options: Options, recorded: Recorded) -> None:
     given = options.target is not None or options.loss_fn is None
     if recorded.num_parts < 2 or options.loss_weight is not None or not given:
         return
-    parts = batch.split(recorded.num_parts, device)
-    other = compare_two_microbatches(options.model, recorded.flow, parts[:2], batch.dims, batch.again, options.loss_fn,
+    two = batch.split(recorded.num_parts, device)[:2]
+    other = compare_two_microbatches(options.model, recorded.flow, two, batch.join(two), batch.again, options.loss_fn,
                                      device)
     if other is not None:
         progress(0)(other)

@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
@@ -41,6 +42,15 @@ class Batch:
         """Rows of each micro-batch, as ``tensor_split`` makes them; at most one micro-batch per row."""
         count = min(num_microbatches, self.rows)
         return tuple(self.rows // count + (i < self.rows % count) for i in range(count))
+
+    def on(self, device: torch.device) -> Callable[[], list[torch.Tensor]]:
+        """What gives the whole tensors on ``device``, once somebody needs them: most losses are weighed without."""
+        return cache(lambda: [tensor.to(device) for tensor in self.tensors])
+
+    def join(self, parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+        """The tensors of the batch that such micro-batches make up: what ``split`` takes apart."""
+        return [own[0] if dim is None and index not in self.packed else torch.cat(own, dim or 0)
+                for index, (own, dim) in enumerate(zip(zip(*parts), self.dims))]
 
     def split(self, num_microbatches: int, device: torch.device) -> list[list[torch.Tensor]]:
         """For each micro-batch its tensors, in the order of ``tensors``, on ``device``."""

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ def combine(text: str, sums: list[int]) -> int:
 def _sum(words: torch.Tensor) -> int:
     """The sum of words times odd numbers, modulo 2^64."""
     total, position = 0, 0
-    weights = torch.arange(1, 2 * _WIDTH, 2, dtype=torch.int64, device=words.device) * (_MIX - (1 << 64))
+    weights = _weights(words.device)
     for part in torch.split(words, _WIDTH * 1024):
         runs = part.numel() // _WIDTH
         sums = _weighted(part[:runs * _WIDTH].view(runs, _WIDTH), weights).tolist() if runs else []
@@ -48,6 +49,12 @@ def _sum(words: torch.Tensor) -> int:
             position += 1
             total += value * (2 * position * _MIX + 1)
     return total % (1 << 64)
+
+
+@cache
+def _weights(device: torch.device) -> torch.Tensor:
+    """An odd number for each word of a run; the same for all of them, and made once: small batches come often."""
+    return torch.arange(1, 2 * _WIDTH, 2, dtype=torch.int64, device=device) * (_MIX - (1 << 64))
 
 
 def _weighted(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | np.ndarray:

@@ -319,14 +319,9 @@ class ProcessGroupWorkers:
             verdict = self._guard.verdict(_VERDICT_SECONDS)
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             return error
-        if verdict is None or verdict.rank == self.rank and verdict.kind == "failed":
-            return self._own_failure(error, where, lost)
-        return WorkerError(verdict.text())
-
-    def _own_failure(self, error: BaseException, where: str, secondary: bool) -> BaseException:
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            return error
-        if secondary:
+        if verdict is not None and not (verdict.rank == self.rank and verdict.kind == "failed"):
+            return WorkerError(verdict.text())
+        if lost:
             return WorkerError(
                 f"worker {self.rank} lost its connection {where}; another worker has died or been stopped: {error}"
             )

@@ -133,6 +133,7 @@ class TaskMaker:
         recorded = python = 0
         for specialization in chosen:
             recorded = mix(recorded, specialization.digest)
+        for specialization in {id(one): one for one in chosen}.values():
             python = mix(python, specialization.recording.python.digest)
         return Look(batch, kind, parts, sizes, keys, chosen, training, (batch.digest(), python, recorded))
 
@@ -164,9 +165,8 @@ class TaskMaker:
         if self.loss_weight is not None:
             return even_weights(self._own_weights(look), look.sizes,
                                 [len(specialization.terms) for specialization in look.chosen])
-        whole = [tensor.to(self.reader.device) for tensor in look.batch.tensors]
-        return self.specializations.weigh(look.kind, look.chosen, look.parts, look.sizes, whole,
-                                          lambda: look.batch.again(whole))
+        whole = look.batch.on(self.reader.device)
+        return self.specializations.weigh(look.kind, look.chosen, look.parts, look.sizes, whole, look.batch.again)
 
     def shares(self, look: Look) -> Shares:
         """The same, before it is known what the other replicas have."""
@@ -187,7 +187,7 @@ class TaskMaker:
         weights = self.specializations.weigh(
             (batch.key, *look.kind[1:]), [one for other in looks for one in other.chosen],
             [part for other in looks for part in other.parts], [size for other in looks for size in other.sizes],
-            batch.tensors, lambda: whole)
+            batch.on(self.reader.device), batch.again)
         own = slice(sum(len(other.parts) for other in looks[:replica]), None)
         return Weights(weights.loss[own][:len(look.parts)], weights.terms[own][:len(look.parts)])
 

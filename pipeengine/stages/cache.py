@@ -216,11 +216,12 @@ class SpecializationCache:
                               find_totals(plain, wanted, self._model))
 
     def weigh(self, key: tuple, specializations: Sequence[Specialization], parts: Sequence[Sequence[torch.Tensor]],
-              sizes: Sequence[int], whole: Sequence[torch.Tensor], inputs: Callable[[], Inputs]) -> Weights:
-        """What each of the micro-batches ``parts``, of ``sizes`` rows, counts for in the loss of the batch ``whole`` of
-        kind ``key``."""
+              sizes: Sequence[int], whole: Callable[[], Sequence[torch.Tensor]],
+              again: Callable[[Sequence[torch.Tensor]], Inputs]) -> Weights:
+        """What each of the micro-batches ``parts``, of ``sizes`` rows, counts for in the loss of the batch of kind
+        ``key``, whose tensors ``whole()`` gives and ``again`` puts into its inputs."""
         kinds = [specialization.kind for specialization in specializations]
-        return self._weights.weigh((key, self._python_version), kinds, parts, sizes, whole, inputs,
+        return self._weights.weigh((key, self._python_version), kinds, parts, sizes, whole, again,
                                    self._placement.leaf_modules)
 
 

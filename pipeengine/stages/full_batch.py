@@ -16,14 +16,14 @@ from pipeengine.tracing import Dataflow, Inputs, find_loss, undisturbed
 
 
 def compare_two_microbatches(model: torch.nn.Module, flow: Dataflow, parts: Sequence[Sequence[torch.Tensor]],
-                             dims: Sequence[int | None], again: Callable[[Sequence[torch.Tensor]], Inputs],
+                             whole: Sequence[torch.Tensor], again: Callable[[Sequence[torch.Tensor]], Inputs],
                              loss_fn: Callable | None, device: torch.device) -> str | None:
-    """Take the micro-batches ``parts``, two of a kind, as a full batch; None if their weighted losses are its loss, or
-    if that cannot be tried, else what to tell the user.
+    """Take the micro-batches ``parts``, two of a kind, as the full batch ``whole``; None if their weighted losses are
+    its loss, or if that cannot be tried, else what to tell the user.
 
-    ``flow`` is recorded for the first; ``dims`` says along which dimension each tensor is split, ``again`` puts tensors
-    into the inputs. Two are enough to see what mixes rows, whatever the batch, and cost four forwards. Models that draw
-    random numbers are not compared: the full batch draws others.
+    ``flow`` is recorded for the first; ``again`` puts tensors into the inputs. Two are enough to see what mixes rows,
+    whatever the batch, and cost four forwards. Models that draw random numbers are not compared: the full batch draws
+    others.
     """
     recording = flow.recording
     rng = RngStreams(device)
@@ -31,13 +31,11 @@ def compare_two_microbatches(model: torch.nn.Module, flow: Dataflow, parts: Sequ
     alike = [tensor.shape for tensor in parts[0]] == [tensor.shape for tensor in parts[1]]
     if not alike or any(node.random for node in recording.nodes) or not (holds is None or holds(parts[1], 0)):
         return None
-    whole = [one if dim is None else torch.cat((one, other), dim) for one, other, dim in zip(*parts, dims)]
-    terms, sizes = find_terms(flow, flow, model), (1, 1)
+    kinds = [(flow, find_terms(flow, flow, model), target_count(flow, model))] * 2
     try:
         with warnings.catch_warnings(action="ignore"):
-            weights = LossWeights(model, loss_fn, device, rng).weigh(
-                (), [(flow, terms, target_count(flow, model))] * 2, parts, sizes, whole, lambda: again(whole),
-                recording.leaf_modules)
+            weights = LossWeights(model, loss_fn, device, rng).weigh((), kinds, parts, (1, 1), lambda: whole, again,
+                                                                     recording.leaf_modules)
             return full_batch_loss_check(model, again(whole), [again(part) for part in parts], weights, loss_fn)
     except Exception:       # the model may take micro-batches only, or not have the memory for two
         return None
@@ -56,8 +54,7 @@ def full_batch_loss_check(
 
     Runs the model itself with real parameters, without gradients, dropout off, and leaves it as it was. ``losses``: the
     micro-batches' losses with the weights of their terms, as the pipeline computes them; needed where a loss has
-    several
-    terms with weights of their own (without, such a loss is not checked).
+    several terms with weights of their own (without, such a loss is not checked).
     """
     if losses is None and any((term != 1).any() for terms in weights.terms for term in terms):
         return None
@@ -87,10 +84,8 @@ def full_batch_loss_check(
     return (
         f"the loss of the full batch is {float(expected):.6g}, its {len(parts)} micro-batches give {total:.6g}: "
         "no weights that follow from the recorded loss make them equal (a loss that mixes rows, batch norm, a target "
-        "count "
-        "that the inputs do not tell). The pipeline trains on the second. Pass loss_weight= with what a micro-batch "
-        "counts for, "
-        "divide by a number that is the same for all micro-batches, or use num_microbatches=1"
+        "count that the inputs do not tell). The pipeline trains on the second. Pass loss_weight= with what a "
+        "micro-batch counts for, divide by a number that is the same for all micro-batches, or use num_microbatches=1"
     )
 
 

@@ -1,8 +1,7 @@
 """What each micro-batch's loss counts for, so that the weighted sum is the loss of the full batch.
 
 A term that is a sum weighs 1; one that is divided by something weighs what it is divided by, as a share of what the
-full
-batch's is divided by. Terms with different weights get them where the loss adds them up.
+full batch's is divided by. Terms with different weights get them where the loss adds them up.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ Evaluate = Callable[[Sequence[torch.Tensor]], float]
 @dataclass(frozen=True)
 class Weights:
     """``loss[i]``: what the loss of micro-batch i counts for; ``terms[i]``: what each of its terms does besides
-    (0-dimensional,
-    float64; empty where the loss is one term)."""
+    (0-dimensional, float64; empty where the loss is one term)."""
 
     loss: tuple[float, ...]
     terms: tuple[tuple[torch.Tensor, ...], ...]
@@ -180,34 +178,35 @@ class LossWeights:
         kinds: Sequence[Kind],
         parts: Sequence[Sequence[torch.Tensor]],
         sizes: Sequence[int],
-        whole: Sequence[torch.Tensor],
-        inputs: Callable[[], Inputs],
+        whole: Callable[[], Sequence[torch.Tensor]],
+        again: Callable[[Sequence[torch.Tensor]], Inputs],
         leaf_modules: Mapping[str, str],
     ) -> Weights:
-        """``kinds[i]``: flow, terms and counter of targets of micro-batch i; ``whole``: tensors of the full batch of
-        kind ``key``.
+        """``kinds[i]``: flow, terms and counter of targets of micro-batch i; ``whole()``: tensors of the full batch of
+        kind ``key``, asked for only where they are needed; ``again`` puts them into its inputs.
         """
         num_terms = [len(terms) for _, terms, _ in kinds]
         if len(parts) == 1 or not any(term.kind == "sum" for _, terms, _ in kinds for term in terms):
             return even_weights(sizes, sizes, num_terms)
         if all(count is not None for _, _, count in kinds):
             return even_weights([count(part) for (_, _, count), part in zip(kinds, parts)], sizes, num_terms)
-        full = self._full_batch(key, whole, inputs, leaf_modules)
+        tensors = whole()
+        full = self._full_batch(key, tensors, again, leaf_modules)
         if full is None:
             return even_weights(sizes, sizes, num_terms)
         rows = [size / sum(sizes) for size in sizes]
         return as_weights(
-            [self._pair(flow, full).share(part, whole, row) for (flow, _, _), part, row in zip(kinds, parts, rows)],
+            [self._pair(flow, full).share(part, tensors, row) for (flow, _, _), part, row in zip(kinds, parts, rows)],
             rows,
         )
 
-    def _full_batch(self, key, whole, inputs, leaf_modules) -> Dataflow | None:
+    def _full_batch(self, key, whole, again, leaf_modules) -> Dataflow | None:
         """The full batch's recording; None where it cannot be recorded, which leaves the shares of rows."""
         key = key, tuple(tuple(tensor.shape) for tensor in whole)
         known = self._full.get(key)
         if known is not None and (known[1] is None or known[1](whole, 0)):
             return known[0]
-        given = inputs()
+        given = again(whole)
         try:
             with warnings.catch_warnings(action="ignore"):
                 recording = capture(

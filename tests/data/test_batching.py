@@ -153,3 +153,16 @@ def test_argument_names():
         def forward(self, x, /, y, *rest, z=3, **others):
             return x
     assert argument_names(Model()) == ("x", "y")
+
+
+@pytest.mark.parametrize("num_microbatches", (1, 2, 3))
+def test_joining_undoes_splitting(num_microbatches):
+    """Along whatever dimension; what goes whole to each comes back once."""
+    batch = apart(rows(6, 2), time=torch.randn(3, 6), mask=torch.randn(4, 4), batch_dims={"time": 1})
+    parts = batch.split(num_microbatches, torch.device("cpu"))
+    assert all(map(torch.equal, batch.join(parts), batch.tensors))
+
+
+def test_the_whole_batch_is_moved_once_and_only_when_asked_for():
+    whole = apart(rows(6, 2)).on(torch.device("cpu"))
+    assert whole() is whole()

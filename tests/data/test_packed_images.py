@@ -1,5 +1,4 @@
 """Images packed along dimension 0 go with the rows that they belong to; and the models that take them so."""
-import warnings
 
 import pytest
 import torch
@@ -14,13 +13,7 @@ from pipeengine.tracing import Inputs
 VOCAB, IMAGE, START, END = 97, 90, 92, 93
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    torch.set_num_threads(1)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("quiet_and_seeded")
 
 
 def grid(*sides: int) -> torch.Tensor:
@@ -117,6 +110,14 @@ def halves(batch: dict, sides: tuple[int, ...]) -> list[dict]:
     at = {name: first if name == "pixel_values" else middle for name in batch}
     return [{name: value[:at[name]] for name, value in batch.items()},
             {name: value[at[name]:] for name, value in batch.items()}]
+
+
+@pytest.mark.parametrize("num_microbatches", (1, 2, 4))
+def test_joining_undoes_splitting(num_microbatches):
+    batch = take_apart(Inputs((), chat(0, (4, 2, 4, 2))), names=(), batch_dims=None)
+    assert batch.packed, "images of all rows stand one after another"
+    parts = batch.split(num_microbatches, torch.device("cpu"))
+    assert all(map(torch.equal, batch.join(parts), batch.tensors))
 
 
 @pytest.mark.parametrize("make", (qwen2_vl, qwen2_5_vl, qwen3_vl, glm4v), ids=lambda make: make.__name__)
