@@ -1,8 +1,9 @@
-"""What it costs to look, before every step, at what the forward and the loss read from Python.
+"""What it costs to look, before every step, at what the forward and the loss read from Python, and at the batch.
 
     python benchmarks/watch.py
 
-Models of about a thousand modules; the minimum counts. The budget is 2 % of a step of 10 ms.
+Models of about a thousand modules, batches of token ids; the minimum counts. The budget of the first is 2 % of a step
+of 10 ms.
 """
 import argparse
 from time import perf_counter
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import pipeengine as pe
+from pipeengine.data.checksum import checksum
 from pipeengine.tracing import PythonWatch
 
 STEP_SECONDS = 0.01
@@ -84,6 +86,11 @@ def main() -> None:
         assert watch.look() == 0, "nothing has changed"
         print(f"{name:8s} {sum(1 for _ in model.modules()):7d} {len(recording.python.entries):7d} {1e6 * seconds:8.1f} "
               f"{seconds / STEP_SECONDS:16.2%}")
+    print("digest of a batch of  us  us per MB")
+    for megabytes in (0.004, 0.26, 104):
+        tokens = torch.randint(0, 50_000, (int(megabytes * 1e6) // 8,))
+        seconds = best(lambda: checksum(tokens), options.seconds)
+        print(f"{megabytes:17g} MB {1e6 * seconds:6.1f} {1e6 * seconds / megabytes:10.1f}")
 
 
 if __name__ == "__main__":

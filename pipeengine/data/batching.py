@@ -66,6 +66,8 @@ class Batch:
     def packed_sizes(self, num_microbatches: int) -> tuple[tuple[int, ...], ...]:
         """For each micro-batch, how many entries of each packed tensor it gets."""
         sizes = self.sizes(num_microbatches)
+        if not self.packed:
+            return ((),) * len(sizes)
         starts = [sum(sizes[:number]) for number in range(len(sizes) + 1)]
         return tuple(tuple(sum(rows[a:b]) for rows in self.packed.values()) for a, b in zip(starts, starts[1:]))
 
@@ -77,7 +79,8 @@ class Batch:
         return Inputs(args, kwargs, target)
 
     def digest(self) -> int:
-        """A number of 32 bits that tells batches apart, by every byte of every tensor: about a second per gigabyte.
+        """A number of 32 bits that tells batches apart, by every byte of every tensor; ``benchmarks/watch.py`` says
+        what that costs.
 
         Objects that are no tensors, numbers or texts count by their type: they have no bytes to compare.
         """

@@ -22,10 +22,10 @@ def checksum(tensor: torch.Tensor) -> int:
         flat = torch.view_as_real(flat.resolve_conj()).reshape(-1)
     raw = flat.contiguous().view(torch.uint8)
     size = raw.numel()
-    whole = size // 8 * 8
-    total = _sum(raw[:whole].view(torch.int64)) if raw.data_ptr() % 8 == 0 else _sum(raw[:whole].clone().view(
-        torch.int64))
-    rest = int.from_bytes(bytes(raw[whole:].tolist()), "little") * 3
+    whole, on_cpu = size // 8 * 8, raw.device.type == "cpu"
+    sums = _sums_on_cpu(raw.numpy()[:whole].view(np.int64)) if on_cpu else _sums(raw[:whole])
+    total = sum(value * (2 * position * _MIX + 1) for position, value in enumerate(sums, 1))
+    rest = int.from_bytes(bytes(raw[whole:].tolist()), "little") * 3 if whole < size else 0
     return (total + rest + size * _MIX) % (1 << 64)
 
 
@@ -35,30 +35,33 @@ def combine(text: str, sums: list[int]) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=4).digest(), "little")
 
 
-def _sum(words: torch.Tensor) -> int:
-    """The sum of words times odd numbers, modulo 2^64."""
-    total, position = 0, 0
-    weights = _weights(words.device)
-    for part in torch.split(words, _WIDTH * 1024):
+def _sums_on_cpu(words: np.ndarray) -> list[int]:
+    """Of every run, its words times odd numbers, added up with wrap-around; numpy's loop keeps no copy of the
+    products."""
+    weights, full = _weights_on_cpu(), len(words) // _WIDTH * _WIDTH
+    sums = np.einsum("ij,j->i", words[:full].reshape(-1, _WIDTH), weights).tolist() if full else []
+    rest = words[full:]
+    return [*sums, int(np.dot(rest, weights[:len(rest)]))] if len(rest) else sums
+
+
+def _sums(raw: torch.Tensor) -> list[int]:
+    """The same on an accelerator, a few megabytes at a time."""
+    aligned = raw if raw.data_ptr() % 8 == 0 else raw.clone()
+    weights, sums = _weights(raw.device), []
+    for part in torch.split(aligned.view(torch.int64), _WIDTH * 64):
         runs = part.numel() // _WIDTH
-        sums = _weighted(part[:runs * _WIDTH].view(runs, _WIDTH), weights).tolist() if runs else []
+        sums += (part[:runs * _WIDTH].view(runs, _WIDTH) * weights).sum(1).tolist() if runs else []
         rest = part[runs * _WIDTH:]
-        if rest.numel():
-            sums += _weighted(rest.view(1, -1), weights[:rest.numel()]).tolist()
-        for value in sums:
-            position += 1
-            total += value * (2 * position * _MIX + 1)
-    return total % (1 << 64)
+        sums += [int((rest * weights[:rest.numel()]).sum())] if rest.numel() else []
+    return sums
+
+
+@cache
+def _weights_on_cpu() -> np.ndarray:
+    """An odd number for each word of a run; the same for all of them, and made once: small batches come often."""
+    return _weights(torch.device("cpu")).numpy()
 
 
 @cache
 def _weights(device: torch.device) -> torch.Tensor:
-    """An odd number for each word of a run; the same for all of them, and made once: small batches come often."""
     return torch.arange(1, 2 * _WIDTH, 2, dtype=torch.int64, device=device) * (_MIX - (1 << 64))
-
-
-def _weighted(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | np.ndarray:
-    """The weighted sum of every row, wrapping around; numpy's loop keeps no copy of the products."""
-    if rows.device.type == "cpu":
-        return np.einsum("ij,j->i", rows.numpy(), weights.numpy())
-    return (rows * weights).sum(1)

@@ -3,7 +3,7 @@ lie."""
 import pytest
 import torch
 
-from pipeengine.data.checksum import checksum, combine
+from pipeengine.data.checksum import _sums, _sums_on_cpu, checksum, combine
 
 SIZES = (0, 1, 7, 8, 9, 1000, 16384, 16385, 3 * 16384 + 5)
 
@@ -56,3 +56,9 @@ def test_random_batches_are_told_apart():
         other.view(-1)[places] += torch.tensor([1, -1])
         sums.add(checksum(other))
     assert len(sums) == 301
+
+
+@pytest.mark.parametrize("words", (0, 5, 16384, 16389, 70 * 16384 + 3))
+def test_an_accelerator_adds_up_as_the_processor_does(words):
+    tensor = torch.randint(-2**62, 2**62, (words,), generator=torch.Generator().manual_seed(0))
+    assert _sums(tensor.view(torch.uint8)) == _sums_on_cpu(tensor.numpy())
