@@ -24,13 +24,13 @@ NOISE = {"bart": 1e-3, "whisper": 1e-3}
 def pairs(num_workers: int, rest: bool = False) -> list[tuple[str, str]]:
     """(model, schedule) to try on so many workers. ``rest`` are those left for when there is time.
 
-    Two workers: every model, and both schedules for those that everybody uses. Three: every
-    model. Four: a third of the awkward.
+    Two workers: every model. Three: a third of the awkward and those that everybody uses. Four: a sixth, and two
+    that everybody uses.
     """
     usual = [(name, schedule) for number, name in enumerate(SPREAD) for schedule in SCHEDULES
-             if schedule == SCHEDULES[num_workers % 2]
-             and (num_workers < 4 or name not in zoo.AWKWARD or number % 3 == 0)
-             or num_workers == 2 and name not in zoo.AWKWARD]
+             if schedule == SCHEDULES[(num_workers + (name not in zoo.AWKWARD)) % 2]
+             and (num_workers == 2 or number % (3 * num_workers - 6) == num_workers - 3 if name in zoo.AWKWARD
+                  else num_workers < 4 and name in NAMED or name in ("gpt2", "vit"))]
     return [pair for pair in ((name, s) for name in SPREAD for s in SCHEDULES) if pair not in usual] if rest else usual
 
 

@@ -17,11 +17,16 @@ CASES = {case.name: case for case in (
 CHAINS = ("gpt2", "gpt2-untied", "llama")
 
 
-def count(report, names) -> None:
+# Messages do not depend on the schedule; the chains are tried under both.
+PAIRS = [(name, schedule) for number, name in enumerate(CASES) for schedule in ("gpipe", "1f1b")
+         if name in CHAINS or schedule == ("gpipe", "1f1b")[number % 2]]
+
+
+def count(report) -> None:
     """Messages and bytes that this worker sends in each of two steps of the first batch, and in an evaluation of it."""
     warnings.simplefilter("ignore")
-    for name in names:
-        for schedule in ("gpipe", "1f1b"):
+    for name in CASES:
+        for schedule in [schedule for chosen, schedule in PAIRS if chosen == name]:
             batch = CASES[name].batches[0]
             pipe = pe.Pipeline(CASES[name].build(), batch, num_microbatches=MICROBATCHES, schedule=schedule,
                                costs="analytic")
@@ -37,11 +42,10 @@ def count(report, names) -> None:
 
 @cache
 def sent(num_workers: int) -> list[dict]:
-    return launch(num_workers, count, list(CASES), limit=100)
+    return launch(num_workers, count, limit=100)
 
 
-@pytest.mark.parametrize("schedule", ("gpipe", "1f1b"))
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "schedule"), PAIRS)
 @pytest.mark.parametrize("num_workers", (2, 3))
 def test_traffic_is_the_plans(num_workers, name, schedule):
     found = [worker[name, schedule] for worker in sent(num_workers)]

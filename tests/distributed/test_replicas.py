@@ -43,10 +43,18 @@ ROWS = {1: ((8,), (8,), (5,)), 2: ((4, 4), (6, 2), (1, 4)), 4: ((2, 2, 2, 2), (4
 GRIDS = ((2, 2), (4, 1))                # replicas, workers of each
 
 
-def cases(replicas: int, width: int) -> list[tuple[str, str, str | None]]:
-    """(model, schedule, shard): every model under 1F1B, a few under every schedule that these workers can run."""
+SHARDED = ("gpt2", "t5", "TiedThrice", "FrozenAndUnused", "LongSkips")
+USUAL = {2: ("gpt2", "TiedThrice", "MaskedMean", "Classifier", "gpt2-dropout"),
+         4: ("gpt2", "FrozenAndUnused", "LongSkips", "gpt2-dropout")}
+
+
+def cases(replicas: int, width: int, rest: bool = False) -> list[tuple[str, str, str | None]]:
+    """(model, schedule, shard): models under 1F1B, one under every schedule that these workers can run; ``rest`` are
+    the other models, for when there is time."""
     chosen = [(name, "1f1b", shard) for name in CASES for shard in (None, "optimizer")
-              if shard is None or name in ("gpt2", "t5", "TiedThrice", "FrozenAndUnused", "LongSkips")]
+              if (name not in USUAL[replicas]) == rest and (shard is None or name in SHARDED)]
+    if rest:
+        return chosen
     if (replicas, width) == (2, 2):
         chosen += [("LongSkips", schedule, "optimizer") for schedule in (
             "gpipe", "zb-h1", "interleaved-1f1b")]
@@ -105,9 +113,9 @@ def one_case(name: str, schedule: str, shard: str | None, replicas: int) -> list
     return seen
 
 
-def run_cases(report, replicas: int, width: int) -> None:
+def run_cases(report, replicas: int, width: int, rest: bool) -> None:
     warnings.simplefilter("ignore")
-    for case in cases(replicas, width):
+    for case in cases(replicas, width, rest):
         try:
             report(case, one_case(*case, replicas))
         except Exception:
@@ -115,8 +123,8 @@ def run_cases(report, replicas: int, width: int) -> None:
 
 
 @cache
-def ran(replicas: int, width: int) -> list[dict]:
-    return launch(replicas * width, run_cases, replicas, width, limit=400)
+def ran(replicas: int, width: int, rest: bool) -> list[dict]:
+    return launch(replicas * width, run_cases, replicas, width, rest, limit=400)
 
 
 @cache
@@ -148,12 +156,12 @@ def truth(name: str, replicas: int) -> list[tuple]:
 pytestmark = pytest.mark.usefixtures("quiet")
 
 
-@pytest.mark.parametrize(("grid", "case"), [(grid, case) for grid in GRIDS for case in cases(*grid)
-                                            if not CASES[case[0]].random],
-                         ids=lambda value: "-".join(map(str, value)))
-def test_replicas_are_one_process(grid, case):
+@pytest.mark.parametrize(("grid", "rest", "case"), [
+    pytest.param(grid, rest, case, marks=[pytest.mark.slow] * rest, id="-".join(map(str, (*grid, *case))))
+    for grid in GRIDS for rest in (False, True) for case in cases(*grid, rest) if not CASES[case[0]].random])
+def test_replicas_are_one_process(grid, rest, case):
     """Two steps whose gradients add up, a short batch, a replica without a target: every gradient of every worker."""
-    seen = [worker.get(case, "this worker never got here") for worker in ran(*grid)]
+    seen = [worker.get(case, "this worker never got here") for worker in ran(*grid, rest)]
     assert not any(isinstance(one, str) for one in seen), "\n".join(map(str, seen))
     for number, expected in enumerate(truth(case[0], grid[0])):
         merged: dict[str, torch.Tensor] = {}
@@ -172,11 +180,11 @@ def test_shards_are_bit_equal_and_every_parameter_has_one_gradient(grid):
             continue
         for number in range(4):
             expected: dict[str, torch.Tensor] = {}
-            for worker in ran(*grid):
+            for worker in ran(*grid, False):
                 expected |= worker[whole][number][1]
-            names = [name for worker in ran(*grid) for name in worker[dealt][number][1]]
+            names = [name for worker in ran(*grid, False) for name in worker[dealt][number][1]]
             assert set(names) == set(expected) and len(names) == len(set(names)), dealt
-            for worker in ran(*grid):
+            for worker in ran(*grid, False):
                 assert worst_difference({n: expected[n] for n in worker[dealt][number][1]},
                                         worker[dealt][number][1])[0] == 0.0
 
@@ -190,9 +198,9 @@ def test_dropout_is_keyed_by_the_global_micro_batch():
         pipe = pe.Pipeline(model, batch, num_microbatches=replicas * MICROBATCHES, costs="analytic", check=False)
         loss = pipe.step(**batch)
         merged: dict[str, torch.Tensor] = {}
-        for worker in ran(replicas, width):
+        for worker in ran(replicas, width, False):
             merged |= worker[name, "1f1b", None][0][1]
-        assert_same_step((loss, gradients(model)), (ran(replicas, width)[0][name, "1f1b", None][0][0], merged), 1e-6)
+        assert_same_step((loss, gradients(model)), (ran(replicas, width, False)[0][name, "1f1b", None][0][0], merged), 1e-6)
 
 
 # ------------------------------------------------------------------------------------------------- what is around steps
