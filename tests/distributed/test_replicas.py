@@ -200,7 +200,8 @@ def test_dropout_is_keyed_by_the_global_micro_batch():
         merged: dict[str, torch.Tensor] = {}
         for worker in ran(replicas, width, False):
             merged |= worker[name, "1f1b", None][0][1]
-        assert_same_step((loss, gradients(model)), (ran(replicas, width, False)[0][name, "1f1b", None][0][0], merged), 1e-6)
+        expected = ran(replicas, width, False)[0][name, "1f1b", None][0][0]
+        assert_same_step((loss, gradients(model)), (expected, merged), 1e-6)
 
 
 # ------------------------------------------------------------------------------------------------- what is around steps
