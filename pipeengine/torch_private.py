@@ -11,13 +11,12 @@ from datetime import timedelta
 
 import torch
 
-__all__ = ["AutogradFunctionBase", "ConvNd", "DYNAMO_MODULE", "DataDependentOutputException", "DisableTorchFunction",
-           "DropoutModule", "DynamicOutputShapeException", "FAKE_TENSOR_LOGGER", "FakeTensor", "FakeTensorMode",
-           "LossModule", "PYTREE_NODES", "TorchDispatchMode", "apply_in_c", "check_version", "cpu_attention",
-           "default_store", "engine_run_backward", "foreach_norm", "new_process_group",
-           "peek_function_transform",
-           "pop_saved_tensor_hooks", "push_saved_tensor_hooks", "storage_number", "top_saved_tensor_hooks",
-           "version_of"]
+__all__ = ["APPLY_IS_IN_C", "AutogradFunctionBase", "ConvNd", "DYNAMO_MODULE", "DataDependentOutputException",
+           "DisableTorchFunction", "DropoutModule", "DynamicOutputShapeException", "FAKE_TENSOR_LOGGER", "FakeTensor",
+           "FakeTensorMode", "LossModule", "PYTREE_NODES", "TorchDispatchMode", "apply_in_c", "check_version",
+           "cpu_attention", "default_store", "engine_run_backward", "foreach_norm", "new_process_group",
+           "peek_function_transform", "pop_saved_tensor_hooks", "push_saved_tensor_hooks", "storage_number",
+           "top_saved_tensor_hooks", "version_of"]
 
 _OLDEST, _TOO_NEW = (2, 11), (2, 15)
 
@@ -73,6 +72,9 @@ push_saved_tensor_hooks = torch._C._autograd._push_saved_tensors_default_hooks
 # from 2.14 on Function itself. Missing, such functions fail the replay check.
 AutogradFunctionBase = torch.autograd.function._SingleLevelFunction \
     if isinstance(vars(torch.autograd.Function)["apply"], classmethod) else torch.autograd.Function
+
+# Whether ``Square.apply``, bound once by the user, goes straight to C, past any change of the class.
+APPLY_IS_IN_C = AutogradFunctionBase is torch.autograd.Function
 
 # The ``apply`` in C that does the work in all these versions.
 apply_in_c = torch._C._FunctionBase.__dict__["apply"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from types import BuiltinMethodType, ModuleType
 
 import torch
 
-from pipeengine.torch_private import DYNAMO_MODULE, AutogradFunctionBase, apply_in_c
+from pipeengine.torch_private import APPLY_IS_IN_C, DYNAMO_MODULE, AutogradFunctionBase, apply_in_c
 from pipeengine.tracing.recorder import Recorder
 
 
@@ -20,6 +21,10 @@ def intercepted(model: torch.nn.Module, recorder: Recorder) -> Iterator[None]:
             if issubclass(cls, torch.nn.Module):
                 _set(stack, cls, "__call__", _through(recorder, vars(cls)["__call__"]))
         _set(stack, AutogradFunctionBase, "apply", classmethod(_apply_through(recorder)))
+        if APPLY_IS_IN_C:
+            for names, name, apply in _bound_earlier(model):
+                stack.callback(names.__setitem__, name, apply)
+                names[name] = _bound(recorder, apply)
         for owner, name in ((torch, "manual_seed"), (torch, "set_rng_state"), (torch, "seed"),
                             (torch.random, "manual_seed"), (torch.random, "set_rng_state"), (torch.random, "fork_rng")):
             _set(stack, owner, name, _refuse(recorder, getattr(owner, name), "sets the state of the random numbers"))
@@ -53,9 +58,27 @@ def _apply_through(recorder: Recorder) -> Callable:
     def apply(cls, *args, **kwargs):
         own_apply = apply_in_c.__get__(None, cls)
         # The node calls what the user would have called; where that is this stand-in, the one that it stands for.
-        target = own_apply if AutogradFunctionBase is torch.autograd.Function else cls.apply
+        target = own_apply if APPLY_IS_IN_C else cls.apply
         return recorder.call_autograd_function(own_apply, target, cls, args, kwargs)
     return apply
+
+
+def _bound_earlier(model: torch.nn.Module) -> Iterator[tuple[dict, str, Callable]]:
+    """Where ``apply = Square.apply`` of an autograd function lies: (names, name, apply) of the modules of Python and of
+    ``model``. What such an ``apply`` does cannot be changed from outside where it is torch's own in C."""
+    places = [vars(module) for name, module in list(sys.modules.items())
+              if isinstance(module, ModuleType) and not name.startswith("torch.")]
+    for names in (*places, *(vars(module) for module in model.modules())):
+        for name, value in list(names.items()):
+            if type(value) is BuiltinMethodType and value.__name__ == "apply" and isinstance(value.__self__, type) \
+                    and issubclass(value.__self__, torch.autograd.Function):
+                yield names, name, value
+
+
+def _bound(recorder: Recorder, apply: BuiltinMethodType) -> Callable:
+    def stand_in(*args, **kwargs):
+        return recorder.call_autograd_function(apply, apply, apply.__self__, args, kwargs)
+    return stand_in
 
 
 def _mapping(recorder: Recorder, original: Callable) -> Callable:
