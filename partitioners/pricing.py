@@ -50,7 +50,7 @@ def build_plan(graph: nx.DiGraph, stage_of: Mapping[Node, int], setting: Setting
 
 
 def worker_bottleneck(loads: list[float], setting: Setting) -> float:
-    """The largest load of a worker."""
+    """The largest load of a worker, in the unit of ``loads`` (seconds)."""
     together: dict[int, list[float]] = {}
     for worker, load in zip(setting.workers(len(loads)), loads):
         together.setdefault(worker, []).append(load)

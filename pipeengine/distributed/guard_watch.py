@@ -30,7 +30,7 @@ class Patience:
         self._longest: dict[tuple, float] = {}
 
     def learn(self, key: tuple, quiet: float) -> None:
-        """It was quiet for so long and went on."""
+        """It was ``quiet`` for so many seconds and went on."""
         self._longest[key] = max(self._longest.get(key, 0.0), quiet)
 
     def limit(self, key: tuple, calls: int, takes_long: bool, busy: bool) -> float:

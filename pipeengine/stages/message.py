@@ -101,7 +101,7 @@ def _decode(number: int, num_axes: int) -> Order:
 
 
 def pack(tensors: Sequence[torch.Tensor], layout: Layout, header: bytes | None, device: torch.device) -> torch.Tensor:
-    """One buffer that holds ``tensors`` behind ``header`` and their memory orders.
+    """One buffer, uint8 of shape (``layout.bytes``,), that holds ``tensors`` behind ``header`` and their memory orders.
 
     A receiver computes with the strides that one process would have, and so gets the same bits; those of a gradient are
     known when it is there. Without a header values travel in the recorded order. A header needs a buffer on the CPU.
@@ -120,7 +120,7 @@ def pack(tensors: Sequence[torch.Tensor], layout: Layout, header: bytes | None, 
 
 
 def allocate(layout: Layout, device: torch.device) -> torch.Tensor:
-    """A buffer of ``layout.bytes`` for a message to come."""
+    """A buffer for a message to come: uint8 of shape (``layout.bytes``,)."""
     buffer = torch.empty(layout.bytes, dtype=torch.uint8, device=device)
     if device.type == "cpu":
         buffer.numpy()[-1] = 0
@@ -133,7 +133,8 @@ def has_arrived(buffer: torch.Tensor) -> bool:
 
 
 def unpack(buffer: torch.Tensor, layout: Layout, orders: Sequence[Order] | None = None) -> list[torch.Tensor]:
-    """The values inside ``buffer``, without a copy; ``orders`` are those of ``check_header``, if there is a header."""
+    """The values inside ``buffer``, without a copy, in the shapes of ``layout``; ``orders`` are those of
+    ``check_header``, if there is a header."""
     return [buffer.view(slot.dtype).as_strided(slot.shape, _strides(slot.shape, order) if order else slot.stride,
                                                slot.offset)
             for slot, order in zip(layout.slots, layout.orders if orders is None else orders)]

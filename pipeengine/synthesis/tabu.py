@@ -76,7 +76,7 @@ class TabuSearch:
         return tail, after
 
     def improve(self, lanes: list[list[int]], rounds: int, bound: float) -> tuple[float, list[list[int]]]:
-        """The best order seen within ``rounds`` swaps, or the first that reaches ``bound``."""
+        """The best order seen within ``rounds`` swaps, or the first that reaches ``bound`` seconds, and its seconds."""
         lanes, best, chosen = [list(lane) for lane in lanes], float("inf"), lanes
         draw, tabu = random.Random(0), {}
         for turn in range(rounds):
