@@ -21,7 +21,7 @@ class Chain:
 
 
 def best_chain(problem: Problem, known: float, *, limit: int, deadline: float) -> Chain | None:
-    """The best stages, or None if nothing beats ``known``, in seconds as ``deadline``. Raises ``TooMany`` beyond ``limit`` ideals or ``deadline``.
+    """The best stages, or None if nothing beats ``known``. Raises ``TooMany`` beyond ``limit`` ideals or ``deadline``.
 
     Either answer is exact: a chain is optimal, None proves that no solution is below ``known``.
     """
