@@ -1,5 +1,6 @@
 """The command for graphs in files: exit status, JSON keys, sizes with units."""
 import json
+import re
 from argparse import ArgumentTypeError
 from pathlib import Path
 from xml.etree import ElementTree
@@ -121,6 +122,10 @@ def test_picture_stays_in_its_frame_and_no_label_meets_a_bar():
     labels = {text.text: float(text.get("x")) for text in tree.iter(space + "text") if text.text.startswith("stage ")}
     assert len(labels) == 12 and all(x + 6.0 * len(text) < min(x for x, _ in bars) for text, x in labels.items())
     assert max(y for _, y in bars) + 18 < height
+    # Rows are apart by more than a column is tall here: no line runs from one to another.
+    ends = [list(map(float, re.findall(r"[-0-9.]+", line.get("d")))) for line in tree.findall(space + "path")
+            if "Q" in line.get("d")]
+    assert len(ends) > 1000 and max(abs(line[1] - line[5]) for line in ends) < 26
 
 
 def test_picture_is_svg_with_every_node(capsys):
@@ -140,5 +145,6 @@ def test_picture_names_stages_by_their_modules_and_explains_itself():
     assert ends(plan, 0) == f"{path}.0 … {path}.2"
     texts = [e.text for e in ElementTree.fromstring(draw(plan, graph)).iter("{http://www.w3.org/2000/svg}text")]
     assert "stage 1: ..a_very_long_name.layers.3 … ..me_that_is_longer_than_all" in texts
-    assert {"a node that takes no time", "one of 3 ms, forward and backward", "value used in its own stage",
-            "value that another stage needs (faint: far away)"} <= set(texts)
+    assert {"a node that takes no time", "one of 3 ms, forward and backward", "used in its own stage",
+            "needed by another stage (cut short: in another row)"} <= set(texts)
+    assert any(text.startswith("1 ..") and text.endswith("layers.3") for text in texts)
