@@ -3,6 +3,8 @@
 Pages that are run and checked further elsewhere: docs/runs.md (tests/run), docs/checkpoints.md (tests/checkpoint).
 """
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,3 +129,15 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if "://" not in target and not target.startswith("#"):
             assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    for name in ("mkdocs", "material", "mkdocstrings_handlers.python"):
+        pytest.importorskip(name)
+    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    reference = (tmp_path / "site" / "reference" / "api" / "index.html").read_text()
+    assert "num_microbatches" in reference and "ShuffledSampler" in reference
+    assert "pipeengine simulate" in (tmp_path / "site" / "reference" / "command" / "index.html").read_text()
