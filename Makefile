@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train lint test test-slow test-torch-2.14 chaos clean
+.PHONY: train lint docs test test-slow test-torch-2.14 chaos clean
 
 .venv/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -14,6 +14,11 @@ train: .venv/.installed
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The site in build/site; a warning, a dead link among them, is an error.
+docs: .venv/.installed
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # Files side by side; the cases of one file share their launches of workers.
 test: .venv/.installed

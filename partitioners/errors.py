@@ -26,3 +26,8 @@ class PartitionError(PipeEngineError):
 
 class InfeasibleError(PartitionError):
     """No partition within the limits; the message says what would do."""
+
+
+def exit_status(error: Exception) -> int:
+    """What a command exits with: 3 where the question has no answer, 2 where it was not asked well."""
+    return 3 if isinstance(error, PartitionError) else 2

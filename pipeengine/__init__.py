@@ -101,6 +101,8 @@ except PackageNotFoundError:            # run from a folder that was never insta
 def __getattr__(name: str) -> object:
     if name not in _LATER:
         raise AttributeError(f"module 'pipeengine' has no attribute {name!r}")
+    if _LATER[name] == "simulation":
+        importlib.import_module("pipeengine.report")        # which shows timelines in notebooks
     return getattr(importlib.import_module(f"pipeengine.{_LATER[name]}"), name)
 
 

@@ -7,7 +7,14 @@ PipeEngineError
 ├── InputError          a batch, an option or a checkpoint of the wrong kind (also ValueError)
 └── WorkerError         a step that failed on some worker; the same root cause on every worker
 """
-from partitioners.errors import GraphError, InfeasibleError, PartitionError, PipeEngineError, PlanError
+from partitioners.errors import (
+    GraphError,
+    InfeasibleError,
+    PartitionError,
+    PipeEngineError,
+    PlanError,
+    exit_status,
+)
 
 
 class ScheduleError(PipeEngineError):
@@ -27,4 +34,4 @@ class WorkerError(PipeEngineError, RuntimeError):
 
 
 __all__ = ["CaptureError", "GraphError", "InfeasibleError", "InputError", "PartitionError", "PipeEngineError",
-           "PlanError", "ScheduleError", "WorkerError"]
+           "PlanError", "ScheduleError", "WorkerError", "exit_status"]

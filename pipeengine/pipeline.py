@@ -15,7 +15,15 @@ from pipeengine.checkpoint import Holdings, collect_state, load_state, save_weig
 from pipeengine.distributed import connect, total_norm
 from pipeengine.exploration import Choice
 from pipeengine.options import Options
-from pipeengine.report import RunReport, measured_timeline, predict, report_text, save_report, stage_rows
+from pipeengine.report import (
+    RunReport,
+    measured_step,
+    measured_timeline,
+    predict,
+    report_text,
+    save_report,
+    stage_rows,
+)
 from pipeengine.runtime import Executor, StepRunner, TaskMaker
 from pipeengine.schedules import Schedule
 from pipeengine.simulation import Timeline
@@ -210,10 +218,14 @@ class Pipeline(Standing):
 
         Any worker may call it alone. In one process every stage is shown as a worker of its own.
         """
-        grid, published = self._workers.grid, self._workers.published()
-        own = {place: published[worker] for place, worker in enumerate(grid.pipeline) if worker in published}
-        return measured_timeline(own, schedule=self._assembly.programs.name, num_workers=grid.width,
-                                 num_stages=self.num_stages)
+        return measured_timeline(self._published(), schedule=self._assembly.programs.name,
+                                 num_workers=self._workers.grid.width, num_stages=self.num_stages)
+
+    def _published(self) -> dict[int, str]:
+        """What the workers of this replica have published last, by place."""
+        published = self._workers.published()
+        return {place: published[worker] for place, worker in enumerate(self._workers.grid.pipeline)
+                if worker in published}
 
     def predicted_timeline(self) -> Timeline:
         """One step as the plan's costs predict it, with as many micro-batches as ``timeline()`` shows.
@@ -232,7 +244,8 @@ class Pipeline(Standing):
         rows = stage_rows(made.priced, made.programs.schedule(progress.microbatches), parameters, progress.microbatches)
         loss = None if progress.trained_loss is None else float(progress.trained_loss)
         return RunReport(type(self._model).__name__, made.programs.name, progress.microbatches, tuple(rows),
-                         self.predicted_timeline(), self.timeline(), loss, in_turns=self._workers.grid.width == 1)
+                         self.predicted_timeline(), self.timeline(), loss, in_turns=self._workers.grid.width == 1,
+                         step=measured_step(self._published()))
 
     def report(self) -> str:
         """The run so far as a table for a terminal."""

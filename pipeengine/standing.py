@@ -1,6 +1,8 @@
 """Where a worker of a pipeline stands, and how far it has come: what the user may read, and nothing that acts."""
 from __future__ import annotations
 
+import torch
+
 from partitioners import Plan
 from pipeengine.assembly import Assembly
 from pipeengine.distributed import Workers
@@ -10,9 +12,15 @@ from pipeengine.runtime import StepRunner
 class Standing:
     """What a pipeline tells of itself; any worker may read it alone."""
 
+    _model: torch.nn.Module
     _workers: Workers
     _assembly: Assembly
     _runner: StepRunner
+
+    def __repr__(self) -> str:
+        where = f", replica {self.replica} of {self.num_replicas}" if self.num_replicas > 1 else ""
+        return (f"<{type(self).__name__} of {type(self._model).__name__}: {self.num_stages} stages, worker "
+                f"{self.rank} of {self.num_workers}{where}, {self.num_steps} steps>")
 
     @property
     def plan(self) -> Plan:

@@ -15,8 +15,8 @@ __all__ = ["APPLY_IS_IN_C", "AutogradFunctionBase", "ConvNd", "DYNAMO_MODULE", "
            "DisableTorchFunction", "DropoutModule", "DynamicOutputShapeException", "FAKE_TENSOR_LOGGER", "FakeTensor",
            "FakeTensorMode", "LossModule", "PYTREE_NODES", "TorchDispatchMode", "apply_in_c", "check_version",
            "cpu_attention", "default_store", "engine_run_backward", "foreach_norm", "new_process_group",
-           "peek_function_transform", "pop_saved_tensor_hooks", "push_saved_tensor_hooks", "storage_number",
-           "top_saved_tensor_hooks", "version_of"]
+           "peek_function_transform", "pop_saved_tensor_hooks", "profiler_enabled", "push_saved_tensor_hooks",
+           "storage_number", "top_saved_tensor_hooks", "version_of"]
 
 _OLDEST, _TOO_NEW = (2, 11), (2, 15)
 
@@ -41,6 +41,9 @@ from torch._subclasses.fake_tensor import (  # noqa: E402
     FakeTensor,
     FakeTensorMode,
 )
+
+# Whether torch.profiler records, so that ranges are marked only for it; always marking them would replace it.
+from torch.autograd import _profiler_enabled as profiler_enabled  # noqa: E402
 
 # The backward engine, from graph edges; torch.autograd.backward with GradientEdge roots would replace it.
 from torch.autograd.graph import _engine_run_backward as engine_run_backward  # noqa: E402

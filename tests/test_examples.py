@@ -79,6 +79,29 @@ def test_plan_offline(tmp_path):
     assert json.loads((tmp_path / "plan.json").read_text())["num_stages"] == 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", (0, 2))
+@pytest.mark.parametrize("name", ("vision", "encoder_decoder", "own_model"))
+def test_recipes_learn(name, workers):
+    output = run(EXAMPLES / f"{name}.py", "30", workers=workers)
+    found = losses(output)
+    assert len(found) == 30 and found[-1] < 0.8 * found[0], output
+    assert name != "vision" or float(re.search(r"accuracy ([0-9.]+)", output)[1]) > 0.5
+
+
+@pytest.mark.slow
+def test_recipes_of_large_models_are_planned_and_run_small(tmp_path):
+    """With the optimizer that the docstring rules out 8B do not fit, with the other they do; 70B with LoRA fit."""
+    output = run(EXAMPLES / "finetune_8b.py", "--plan")
+    assert "adamw does not fit" in output and "adafactor fits" in output
+    output = run(EXAMPLES / "lora_70b.py", "--plan")
+    assert "bottleneck" in output
+    for name in ("finetune_8b", "lora_70b"):
+        found = losses(run(EXAMPLES / f"{name}.py", "--length", "32", "--microbatches", "4", folder=tmp_path))
+        assert len(found) == 5 and found[-1] < found[0], name
+    assert (tmp_path / "runs" / "lora" / "adapter_model.safetensors").is_file()
+
+
 def test_readme_first_example(tmp_path):
     """At most 15 lines, and it runs as printed, with plain python and over two workers."""
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)

@@ -50,7 +50,7 @@ LINE = {
         "cli",
         "__main__",
     ),
-    "partitioners": ("errors", "units", "graph", "plan", "solvers", "pricing", "partitioning", "reporting"),
+    "partitioners": ("errors", "units", "notebook", "graph", "plan", "solvers", "pricing", "partitioning", "reporting"),
 }
 WITHOUT_TORCH_ROOMS = {"errors", "device_cards", "object_path", "schedules", "simulation", "program", "synthesis",
                        "report"}

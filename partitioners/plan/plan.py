@@ -8,6 +8,7 @@ from pathlib import Path
 
 from partitioners.errors import PlanError
 from partitioners.graph import Cluster, Device, Link, MemoryModel
+from partitioners.notebook import html_of
 from partitioners.units import format_bytes, format_seconds
 
 FORMAT = "pipeline-plan/1"
@@ -174,6 +175,13 @@ class Plan:
             return cls.from_json(obj)
         except PlanError as error:
             raise PlanError(f"{path} is no plan: {error}") from error
+
+    def __repr__(self) -> str:
+        return (f"<Plan of {len(self.stage_of)} nodes on {self.num_stages} stages: bottleneck "
+                f"{format_seconds(self.bottleneck)}, gap {self.gap:.2%}>")
+
+    def _repr_html_(self) -> str | None:
+        return html_of(self)
 
     def __str__(self) -> str:
         rows = [("stage", "device", "nodes", "forward", "backward", "link", "load", "parameters", "memory", "sends")]

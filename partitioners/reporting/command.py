@@ -5,11 +5,12 @@ import argparse
 import json
 import math
 import sys
+import textwrap
 from pathlib import Path
 
 import networkx as nx
 
-from partitioners.errors import GraphError, PipeEngineError
+from partitioners.errors import GraphError, PipeEngineError, exit_status
 from partitioners.graph import (
     FORMAT,
     OPTIMIZER_STATES,
@@ -24,6 +25,8 @@ from partitioners.plan import Plan, verify
 from partitioners.reporting.drawing import draw
 from partitioners.reporting.explanation import cut_stories, explain, limits
 from partitioners.units import parse_memory, parse_rate, parse_seconds
+
+COLUMNS = 100       # of a line of text, at most
 
 
 def _count(text: str) -> int:
@@ -172,15 +175,22 @@ def render(plan: Plan, graph: nx.DiGraph, form: str) -> str:
     if form == "svg":
         return draw(plan, graph)
     if form == "text":
-        return f"{_tell_assumptions(assumptions(plan, graph))}\n\n{explain(plan, graph)}"
+        return _wrapped(f"{_tell_assumptions(assumptions(plan, graph))}\n\n{explain(plan, graph)}")
     found = limits(plan, graph)
     stories = cut_stories(plan, graph) if plan.num_stages > 1 else ()
     return json.dumps(plan.to_json() | {"cuts": [vars(story) for story in stories], "limits": vars(found),
                                         "assumptions": assumptions(plan, graph)})
 
 
+def _wrapped(text: str) -> str:
+    """Sentences on lines of at most 100 columns, what goes on indented; rows of a table stay as they are."""
+    return "\n".join(line if len(line) <= COLUMNS else textwrap.fill(
+        line, COLUMNS, subsequent_indent=" " * (len(line) - len(line.lstrip()) + 4), break_long_words=False,
+        break_on_hyphens=False, drop_whitespace=True, replace_whitespace=False) for line in text.split("\n"))
+
+
 def run(args: argparse.Namespace) -> tuple[int, str]:
-    """Exit status and what to print; 2 when there is no valid answer."""
+    """Exit status and what to print; 2 for a graph that cannot be used, 3 when there is no answer."""
     try:
         graph = read_graph(args.graph)
         plan = plan_graph(graph, args)
@@ -188,7 +198,7 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
             plan.save(args.save)
         return 0, render(plan, graph, args.format)
     except (PipeEngineError, OSError) as error:
-        return 2, json.dumps({"error": str(error)}) if args.format == "json" else f"error: {error}"
+        return exit_status(error), json.dumps({"error": str(error)}) if args.format == "json" else f"error: {error}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,9 +11,10 @@ from partitioners.plan import Plan, StageCost
 from partitioners.units import format_bytes, format_seconds
 
 WIDTH, MARGIN, STEP, LANE = 1200, 40, 11, 11
+ROW_GAP = 26    # between two rows, with the names of what begins there
 WIDEST = 36.0   # distance between the columns of a small graph
 FAR = 14        # columns, or lanes, beyond which a line is faint
-LETTER = 6.2    # mean width of a letter
+LETTER = 6.6    # mean width of a letter
 INSIDE, ACROSS = 'stroke="#bbb" stroke-width="0.6"', 'stroke="#222" stroke-width="1.2"'
 Point = tuple[float, float]
 
@@ -23,15 +24,20 @@ def colour(stage: int, lightness: int = 52) -> str:
     return f"hsl({(stage * 137.508 + 210) % 360:.0f},62%,{lightness}%)"
 
 
-def draw(plan: Plan, graph: nx.DiGraph) -> str:
-    """The plan as an SVG document. Hovering over a node or bar tells its figures."""
-    layout = _layout(graph)
-    bars, height = _bars(plan, layout.bottom + 48)
+def draw(plan: Plan, graph: nx.DiGraph | None = None) -> str:
+    """The plan as an SVG document: its graph, where there is one, over a bar for each stage. Hovering over a node or
+    bar tells its figures."""
+    picture, top = [_caption(plan)], 48.0
+    if graph is not None:
+        layout = _layout(graph)
+        picture += [*_edges(plan, graph, layout), *_nodes(plan, graph, layout), *_labels(plan, layout),
+                    *_legend(graph, layout)]
+        top = layout.bottom + 48
+    bars, height = _bars(plan, top)
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height:.0f}" '
-        f'viewBox="0 0 {WIDTH} {height:.0f}" font-family="sans-serif" font-size="12">',
-        f'<rect width="{WIDTH}" height="{height:.0f}" fill="white"/>', _caption(plan), *_edges(plan, graph, layout),
-        *_nodes(plan, graph, layout), *_legend(graph, layout), *bars, "</svg>"])
+        f'viewBox="0 0 {WIDTH} {height:.0f}" font-family="Helvetica, Arial, sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{height:.0f}" fill="white"/>', *picture, *bars, "</svg>"])
 
 
 def _caption(plan: Plan) -> str:
@@ -43,8 +49,9 @@ def _caption(plan: Plan) -> str:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where each node is, the distance between columns, and where the graph ends."""
+    """Where each node is, in which row, the distance between columns, and where the graph ends."""
     points: dict[Node, Point]
+    row: dict[Node, int]
     step: float
     bottom: float
 
@@ -73,14 +80,15 @@ def _layout(graph: nx.DiGraph) -> _Layout:
     columns = _columns(graph)
     step = min(max((WIDTH - 2 * MARGIN) / len(columns), STEP), WIDEST)
     per_row, lane = int((WIDTH - 2 * MARGIN) / step + 1e-9), LANE * min(step / STEP, 2.0)
-    points, top = {}, 45.0
+    points, rows, top = {}, {}, 34.0 + ROW_GAP
     for start in range(0, len(columns), per_row):
         row = columns[start:start + per_row]
         for place, nodes in enumerate(row):
             for number, node in enumerate(nodes):
                 points[node] = (MARGIN + (place + 0.5) * step, top + (number + 0.5) * lane)
-        top += max(map(len, row)) * lane + 14
-    return _Layout(points, step, top)
+                rows[node] = start // per_row
+        top += max(map(len, row)) * lane + ROW_GAP
+    return _Layout(points, rows, step, top - ROW_GAP + 14)
 
 
 def _edges(plan: Plan, graph: nx.DiGraph, layout: _Layout) -> list[str]:
@@ -89,7 +97,12 @@ def _edges(plan: Plan, graph: nx.DiGraph, layout: _Layout) -> list[str]:
     for u, v in sorted(graph.edges, key=lambda edge: layout.points[edge[1]][::-1]):
         (x, y), (a, b) = layout.points[u], layout.points[v]
         cut = plan.stage_of[str(u)] != plan.stage_of[str(v)]
-        far = a < x or a - x > FAR * layout.step or abs(b - y) > FAR * LANE * layout.size
+        if layout.row[u] != layout.row[v]:
+            # A line from row to row would run through all that lies between: it leaves the one and enters the other.
+            stub, style = 0.42 * layout.step, ACROSS if cut else INSIDE
+            lines.append(f'<path d="M{x:.1f} {y:.1f}h{stub:.1f}M{a - stub:.1f} {b:.1f}H{a:.1f}" fill="none" {style}/>')
+            continue
+        far = a - x > FAR * layout.step or abs(b - y) > FAR * LANE * layout.size
         if far and (u, plan.stage_of[str(v)]) in seen:
             continue
         seen.add((u, plan.stage_of[str(v)]))
@@ -117,6 +130,26 @@ def _nodes(plan: Plan, graph: nx.DiGraph, layout: _Layout) -> list[str]:
     return dots
 
 
+def _labels(plan: Plan, layout: _Layout) -> list[str]:
+    """Above each row, where a stage begins or goes on there: its number and its first module in that row."""
+    first: dict[tuple[int, int], Node] = {}
+    for node in sorted(layout.points, key=lambda node: layout.points[node]):
+        first.setdefault((layout.row[node], plan.stage_of[str(node)]), node)
+    top = {row: min(y for node, (_, y) in layout.points.items() if layout.row[node] == row)
+           for row in set(layout.row.values())}
+    labels, end = [], {row: float(WIDTH - MARGIN) for row in top}
+    for (row, stage), node in sorted(first.items(), key=lambda item: layout.points[item[1]], reverse=True):
+        x, y = layout.points[node][0] - 3, top[row] - 5 - 4.5 * layout.size
+        letters = int((end[row] - x) / (0.85 * LETTER)) - len(f"{stage}  ")
+        if letters < 0:
+            continue
+        end[row] = x
+        name = _shortened(str(node).partition(":")[0], letters) if letters > 6 else ""
+        labels.append(f'<text x="{x:.1f}" y="{y:.1f}" font-size="10" fill="{colour(stage, 36)}">'
+                      f"{escape(f'{stage} {name}'.strip())}</text>")
+    return labels
+
+
 def _legend(graph: nx.DiGraph, layout: _Layout) -> list[str]:
     """What dots and lines mean, on one line below the graph."""
     largest = max((_seconds(data) for _, data in graph.nodes(data=True)), default=0.0)
@@ -129,8 +162,8 @@ def _legend(graph: nx.DiGraph, layout: _Layout) -> list[str]:
         ]
         x += 44 + LETTER * len(text)
     for style, text in (
-        (INSIDE, "value used in its own stage"),
-        (ACROSS, "value that another stage needs (faint: far away)"),
+        (INSIDE, "used in its own stage"),
+        (ACROSS, "needed by another stage (cut short: in another row)"),
     ):
         parts += [f'<path d="M{x:.0f} {y:.0f}h26" {style}/>', _text(x + 34, y + 4, text)]
         x += 58 + LETTER * len(text)

@@ -227,6 +227,9 @@ def limits(plan: Plan, graph: nx.DiGraph) -> Limits:
 
 def _title(graph: nx.DiGraph, names: dict[str, object], name: str) -> str:
     label = graph.nodes[names[name]].get("label")
+    # "layers.3 (add.1)" is "layers.3:add.1" for people: it is named once.
+    if label and label == f"{str(name).replace(':', ' (', 1)})":
+        return str(label)
     return f"{label} ({name})" if label and label != name else name
 
 

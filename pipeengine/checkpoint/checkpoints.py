@@ -65,6 +65,9 @@ class Checkpoints:
 
     # -- save -------------------------------------------------------------------------------------------------------
 
+    def __repr__(self) -> str:
+        return f"<Checkpoints in {self._folder} of {', '.join(['weights', *self._parts])}>"
+
     def save(self, step: int, force: bool = False) -> None:
         """Save as ``step`` when it is due, or in any case with ``force``; every worker calls it after every step.
 

@@ -16,20 +16,17 @@ def collect_state(model: torch.nn.Module, first_name: Mapping[str, str], owner: 
     ``first_name`` is that of every alias, ``owner`` the worker by first name. Aliases are one tensor in the result, as
     they are in the model's. Each tensor travels once, straight to worker 0.
     """
-    whole: dict[str, torch.Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        first = first_name.get(name, name)
+    state, arrived = model.state_dict(), dict[str, torch.Tensor]()
+    names = {name: first_name.get(name, name) for name in state}
+    # Aliases once, on both sides: what is sent twice and taken once leaves the sender waiting.
+    for first, name in {first: name for name, first in reversed(names.items())}.items():
         source = max(0, owner.get(first, 0))
-        if first in whole:
-            whole[name] = whole[first]
-        elif workers.rank in (0, source):
-            own = tensor.detach() if tensor.device.type != "meta" else torch.empty_like(tensor, device="cpu")
+        if workers.rank in (0, source):
+            own = state[name].detach()
+            own = own if own.device.type != "meta" else torch.empty_like(own, device="cpu")
             value = workers.send_to_first(own, source)
-            if workers.rank == 0:
-                whole[name] = whole[first] = value.clone() if source == 0 else value
-        elif name == first:
-            whole[first] = tensor
-    return {name: whole[name] for name in model.state_dict()} if workers.rank == 0 else None
+            arrived[first] = value.clone() if workers.rank == source else value
+    return {name: arrived[first] for name, first in names.items()} if workers.rank == 0 else None
 
 
 def load_state(own: Mapping[str, torch.Tensor], known: Mapping[str, str], state: Mapping[str, torch.Tensor],

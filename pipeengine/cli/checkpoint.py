@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[int, str]:
-    """Exit status and answer; the status is 2 where nothing is whole."""
+    """Exit status and answer; the status is 3 where nothing is whole."""
     from pipeengine.checkpoint import look_at
     try:
         rows = look_at(Path(args.folder), thorough=args.what != "list", first_whole=args.what == "show")
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
             raise InputError(f"{args.folder} holds no checkpoints; give the folder that Checkpoints was given, or one "
                              "of its step folders")
         whole = [row for row in rows if row["problem"] is None]
-        status = 0 if len(whole) == len(rows) or args.what == "list" and whole or args.what == "show" and whole else 2
+        status = 0 if len(whole) == len(rows) or args.what == "list" and whole or args.what == "show" and whole else 3
         if args.what == "show":
             rows = whole or rows
         if args.format == "json":

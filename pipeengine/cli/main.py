@@ -1,13 +1,15 @@
 """``pipeengine``: plan, profile, simulate, report and look at checkpoints from the command line.
 
-With ``--format json`` the answer is one JSON object on stdout, an error included; the exit status is 2 when there is no
-valid answer. torch is imported only for commands that are given a model.
+With ``--format json`` the answer is one JSON object on stdout, an error included. The exit status is 2 for wrong
+usage and files that cannot be used, 3 when there is no answer. torch is imported only for commands that are given a
+model.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +18,7 @@ from time import perf_counter
 
 import networkx
 
+import pipeengine
 from partitioners.graph import to_json
 from partitioners.reporting import command
 from partitioners.units import format_bytes, format_seconds, parse_flops, parse_rate
@@ -23,38 +26,39 @@ from pipeengine.cli import checkpoint as checkpoint_command
 from pipeengine.cli import launch as launch_command
 from pipeengine.cli import search as search_command
 from pipeengine.cli import simulate as simulate_command
+from pipeengine.cli.parsing import Parser, add_completion, finish, set_logging
 from pipeengine.device_cards import DeviceCard
-from pipeengine.errors import InputError, PipeEngineError
+from pipeengine.errors import InputError, PipeEngineError, exit_status
 
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in the format that was asked for."""
-
-    def error(self, message: str) -> None:
-        if _wants_json(sys.argv[1:]):
-            print(json.dumps({"error": message}))
-            raise SystemExit(2)
-        super().error(message)
-
-
-def _wants_json(arguments: Sequence[str]) -> bool:
-    return "--format=json" in arguments or ("--format", "json") in zip(arguments, arguments[1:])
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the command."""
-    parser = _Parser(prog="pipeengine", description="Cut models into balanced pipeline stages; look at runs.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    _plan_arguments(commands.add_parser("plan", help="cut a model or a cost graph into stages"))
-    _profile_arguments(commands.add_parser("profile", help="what every part of a model takes on this machine"))
-    simulate_command.add_arguments(commands.add_parser("simulate", help="what a schedule would take"))
-    search_command.add_arguments(commands.add_parser("search", help="the best way to use so many devices"))
-    _report_arguments(commands.add_parser("report", help="a finished run as a table, a page or a trace"))
-    checkpoint_command.add_arguments(commands.add_parser("checkpoint", help="what a run has saved, and whether it is "
-                                                         "whole"))
-    launch_command.add_arguments(commands.add_parser("launch", help="start a script on several workers, again if one "
-                                                     "of them is lost"))
+    parser = _parser()
     args = parser.parse_args(arguments)
+    set_logging(args)
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        return 130          # as a shell says of Ctrl-C
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="pipeengine", description="Cut models into balanced pipeline stages; look at runs.",
+                    epilog="exit status: 0 done, 2 wrong usage or a file that cannot be used, 3 no answer (nothing "
+                           "fits, nothing is whole), 130 Ctrl-C")
+    parser.add_argument("--version", action="version", version=f"pipeengine {pipeengine.__version__}")
+    add_completion(parser)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    for name, (text, add) in _ARGUMENTS.items():
+        own = commands.add_parser(name, help=text, description=text[:1].upper() + text[1:] + ".")
+        add(own)
+        finish(own, name)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
     status, text = _COMMANDS[args.command](args)
     try:
         print(text, end="\n" if text else "", flush=True)
@@ -67,7 +71,7 @@ def _answer(args: argparse.Namespace, make: Callable[[], str]) -> tuple[int, str
     try:
         return 0, make()
     except (PipeEngineError, OSError) as error:
-        return 2, json.dumps({"error": str(error)}) if args.format == "json" else f"error: {error}"
+        return exit_status(error), json.dumps({"error": str(error)}) if args.format == "json" else f"error: {error}"
 
 
 def _progress(seconds: float = 2.0) -> Callable[[str], None]:
@@ -77,7 +81,9 @@ def _progress(seconds: float = 2.0) -> Callable[[str], None]:
     def tell(line: str) -> None:
         if perf_counter() - last[0] > seconds:
             last[0] = perf_counter()
-            print(line, file=sys.stderr, flush=True)
+            logger.info(line)
+        else:
+            logger.debug(line)
     return tell
 
 
@@ -282,6 +288,15 @@ def _search(args: argparse.Namespace) -> tuple[int, str]:
     return search_command.run(args, _is_graph_file, _progress())
 
 
+_ARGUMENTS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "plan": ("cut a model or a cost graph into stages", _plan_arguments),
+    "profile": ("what every part of a model takes on this machine", _profile_arguments),
+    "simulate": ("what a schedule would take", simulate_command.add_arguments),
+    "search": ("the best way to use so many devices", search_command.add_arguments),
+    "report": ("a finished run as a table, a page or a trace", _report_arguments),
+    "checkpoint": ("what a run has saved, and whether it is whole", checkpoint_command.add_arguments),
+    "launch": ("start a script on several workers, again if one of them is lost", launch_command.add_arguments),
+}
 _COMMANDS = {"plan": _plan, "profile": _profile, "search": _search, "simulate": simulate_command.run, "report": _report,
              "checkpoint": checkpoint_command.run, "launch": launch_command.run}
 if __name__ == "__main__":

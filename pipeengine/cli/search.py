@@ -10,7 +10,7 @@ import networkx
 from partitioners.reporting import command
 from partitioners.units import parse_memory, parse_rate, parse_seconds
 from pipeengine.device_cards import CARDS
-from pipeengine.errors import InputError, PipeEngineError
+from pipeengine.errors import InputError, PipeEngineError, exit_status
 from pipeengine.exploration import OPTIMIZERS, Search, dumps, search
 
 
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, is_graph_file: Callable[[str], bool],
         progress: Callable[[str], None]) -> tuple[int, str]:
-    """Exit status and what to print; 2 when there is no valid answer."""
+    """Exit status and what to print; 3 when there is no answer."""
     try:
         found = _searched(args, command.read_graph(args.graph) if is_graph_file(args.graph) else None, progress)
         if found.best is not None and args.output:
@@ -73,9 +73,9 @@ def run(args: argparse.Namespace, is_graph_file: Callable[[str], bool],
         text = dumps(found) if args.format == "json" else str(found)
         if found.best is not None and args.output and args.format == "text":
             text += f"\nwrote {args.output}"
-        return 0 if found.best else 2, text
+        return 0 if found.best else 3, text
     except (PipeEngineError, OSError) as error:
-        return 2, json.dumps({"error": str(error)}) if args.format == "json" else f"error: {error}"
+        return exit_status(error), json.dumps({"error": str(error)}) if args.format == "json" else f"error: {error}"
 
 
 def _searched(args: argparse.Namespace, graph: networkx.DiGraph | None, progress: Callable[[str], None]) -> Search:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from partitioners.plan import Plan
 from partitioners.units import format_bytes, format_seconds, parse_size
-from pipeengine.errors import PipeEngineError, ScheduleError
+from pipeengine.errors import InfeasibleError, PipeEngineError, ScheduleError, exit_status
 from pipeengine.program import check
 from pipeengine.report import chrome_trace, seconds_text, size_text, timeline_svg, timeline_text
 from pipeengine.schedules import Edge, Schedule, Topology
@@ -89,7 +89,7 @@ class _Result(NamedTuple):
 
 
 def run(args: argparse.Namespace) -> tuple[int, str]:
-    """Exit code and what to print. 2 when there is no valid answer."""
+    """Exit status and what to print; 2 for words that do not fit, 3 when there is no answer."""
     try:
         names = list(SCHEDULES) if args.schedule == "all" else [args.schedule]
         results, refused = _simulated(args, names)
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> tuple[int, str]:
             text = f"wrote {args.output}"
         return 0, text
     except (PipeEngineError, OSError) as error:
-        return 2, json.dumps({"error": str(error)}) if args.format == "json" else f"error: {error}"
+        return exit_status(error), json.dumps({"error": str(error)}) if args.format == "json" else f"error: {error}"
 
 
 def _simulated(args: argparse.Namespace,
@@ -197,7 +197,7 @@ def _held(plan: Plan, topology: Topology) -> tuple[float, ...]:
 def _room(memory: float, held: Sequence[float]) -> float:
     """What is left for activations on the worker that holds most besides. Raises ``ScheduleError`` if nothing is."""
     if memory <= max(held):
-        raise ScheduleError(f"--max-peak is {memory:,.0f} bytes, and a worker of {len(held)} needs {max(held):,.0f} "
+        raise InfeasibleError(f"--max-peak is {memory:,.0f} bytes, and a worker of {len(held)} needs {max(held):,.0f} "
                             "for weights, gradients and optimizer alone; give more memory, or plan more stages")
     return memory - max(held)
 

@@ -53,6 +53,10 @@ class ShuffledSampler(Sampler[int]):
         self._start = self._handed_out = 0
         self._has_rolled_on = False
 
+    def __repr__(self) -> str:
+        return (f"<ShuffledSampler of {self.size} samples, seed {self.seed}, replica {self.replica} of "
+                f"{self.num_replicas}, {self._start} taken>")
+
     # -- the order --------------------------------------------------------------------------------------------------
 
     def order(self, start: int, stop: int) -> list[int]:

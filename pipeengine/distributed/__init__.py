@@ -6,7 +6,7 @@ from pipeengine.distributed.buckets import Copies, deal
 from pipeengine.distributed.connecting import connect
 from pipeengine.distributed.failure import ConnectionLost, headline
 from pipeengine.distributed.grad_norm import total_norm
-from pipeengine.distributed.grid import Grid
+from pipeengine.distributed.grid import Grid, ranks_of_mesh, ranks_of_world
 from pipeengine.distributed.guard import GuardSettings
 from pipeengine.distributed.local import LocalTransport, Transport
 from pipeengine.distributed.single_process import SingleProcess
@@ -35,5 +35,7 @@ __all__ = [
     "connect",
     "deal",
     "headline",
+    "ranks_of_mesh",
+    "ranks_of_world",
     "total_norm",
 ]

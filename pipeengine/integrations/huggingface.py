@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -25,12 +25,13 @@ from pipeengine.checkpoint import Checkpoints, Holdings
 from pipeengine.errors import InputError
 from pipeengine.integrations.one_batch import PipelineAccelerator
 from pipeengine.integrations.pretrained import load_pretrained, save_pretrained
+from pipeengine.integrations.refusals import refuse_unsupported
 from pipeengine.pipeline import Pipeline
+from pipeengine.tracing import tensors
 
 __all__ = ["PipelineAccelerator", "PipelineMixin", "PipelineTrainer", "load_pretrained", "save_pretrained"]
 
 STATE = "training"          # the folder within checkpoint-N that holds optimizer, scheduler and counters
-_OWN_LOSSES = ("transformers.trainer", "trl.trainer.sft_trainer")
 logger = logging.get_logger(__name__)
 
 
@@ -39,8 +40,9 @@ class PipelineMixin:
 
     ``pipeline`` holds options of ``pipeengine.Pipeline``, such as ``num_microbatches`` and ``schedule``. Under torchrun
     every process is a worker, and all get the same batches: ``per_device_train_batch_size`` is the batch of the whole
-    pipeline. In plain Python the stages run in this process. ``trainer.pipe`` is the pipeline, made when it is first
-    needed from the first rows of the data.
+    pipeline. With ``num_replicas`` (or a ``mesh``) each of several pipelines gets its share of the data, as processes
+    do elsewhere. In plain Python the stages run in this process. ``trainer.pipe`` is the pipeline, made when it is
+    first needed from the first rows of the data.
 
     Raises ``InputError`` for what a pipeline cannot do: fp16, FSDP, DeepSpeed, torch_compile and a ``compute_loss`` of
     the script's own.
@@ -59,11 +61,12 @@ class PipelineMixin:
     # -- construction -----------------------------------------------------------------------------------------------
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Accelerate without its sharding: all workers of a pipeline take the same batches."""
-        _refuse_unsupported(self)
+        """Accelerate without its sharding: the workers of a pipeline take the same batches, replicas their share."""
+        refuse_unsupported(self, self._pipeline_options)
         self.args._n_gpu = min(1, self.args.n_gpu)
         super().create_accelerator_and_postprocess()                    # type: ignore[misc]
         self.accelerator.__class__ = PipelineAccelerator
+        self.accelerator.stand(self._pipeline_options.get("num_replicas"), self._pipeline_options.get("mesh"))
 
     def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
         """Nothing: each worker moves its own stages when the pipeline is made."""
@@ -159,7 +162,8 @@ class PipelineMixin:
             self._pipe = self._make_pipe(inputs)
         pipe = self.pipe
         with self.accelerator.autocast():
-            outputs: Any = pipe.evaluate(**arguments, target=target, gather=not prediction_loss_only)
+            outputs: Any = pipe.evaluate(**arguments, target=target,
+                                         gather=pipe.num_replicas == 1 and not prediction_loss_only)
         loss = pipe.loss.mean().to(self.args.device) if has_loss and pipe.loss is not None else None
         if prediction_loss_only:
             return loss, None, None
@@ -168,6 +172,8 @@ class PipelineMixin:
             logits: Any = tuple(value for key, value in outputs.items() if key not in (*ignored, "loss"))
         else:
             logits = outputs[1:] if loss is not None and target is None else outputs
+        if pipe.num_replicas > 1:
+            logits = trainer._prepare_input(_within_replica(pipe, logits))
         return loss, logits[0] if len(logits) == 1 else logits, labels[0] if len(labels) == 1 else labels or None
 
     # -- the optimizer ----------------------------------------------------------------------------------------------
@@ -195,9 +201,9 @@ class PipelineMixin:
         return self.pipe.clip_grad_norm_(float("inf")) if grad_norm is None else grad_norm
 
     def get_total_train_batch_size(self, args: Any) -> int:
-        """Rows of one update: all workers share a batch."""
+        """Rows of one update: the workers of a pipeline share a batch."""
         trainer: Any = self
-        return trainer._train_batch_size * args.gradient_accumulation_steps
+        return trainer._train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
 
     # -- folders ----------------------------------------------------------------------------------------------------
 
@@ -285,6 +291,14 @@ class _WithoutWeights:
         return replace(self._pipe.holdings(), first_name={}, owned=frozenset())
 
 
+def _within_replica(pipe: Pipeline, logits: Any) -> Any:
+    """The output of the own replica's last stage; every worker of all replicas calls it."""
+    holdings = pipe.holdings()
+    grid = holdings.workers.grid
+    everybody: Any = holdings.guarded(lambda: holdings.workers.all_gather_object(logits if tensors(logits) else None))
+    return next((everybody[worker] for worker in grid.pipeline if everybody[worker] is not None), None)
+
+
 def newest_whole(folder: Path) -> str:
     """The newest ``checkpoint-N`` whose last file, ``trainer_state.json``, was written. Raises ``InputError``."""
     suffixes = (path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*"))
@@ -296,29 +310,6 @@ def newest_whole(folder: Path) -> str:
         logger.warning(f"passing over {path}: it has no trainer_state.json, so its save was interrupted")
     raise InputError(f"{folder} holds {len(numbers)} checkpoints and none is whole; train without "
                      "resume_from_checkpoint, or copy one back")
-
-
-def _refuse_unsupported(trainer: Any) -> None:
-    args = trainer.args
-    refusals: dict[str, tuple[bool, str]] = {
-        "fp16=True": (args.fp16, "use bf16=True"),
-        "fsdp": (bool(args.fsdp), 'pass pipeline=dict(shard="parameters") where it is offered, or leave it out'),
-        "deepspeed": (args.deepspeed is not None, "leave it out: the pipeline shares the memory"),
-        "torch_compile=True": (args.torch_compile, "compile blocks of the model before"),
-        "parallelism_config": (getattr(args, "parallelism_config", None) is not None, "leave it out"),
-        "predict_with_generate=True": (getattr(args, "predict_with_generate", False), "generate after training, from "
-                                       "the saved folder"),
-    }
-    for name, (is_asked, advice) in refusals.items():
-        if is_asked:
-            raise InputError(f"a pipeline does not do {name} in the Trainer; {advice}")
-    if _module_of(type(trainer).compute_loss) not in _OWN_LOSSES:
-        raise InputError(f"{type(trainer).__name__} has a compute_loss of its own, which a pipeline cannot call, for "
-                         "no worker has the whole model; pass compute_loss_func=, a function of outputs and labels")
-
-
-def _module_of(function: Callable) -> str:
-    return getattr(function, "__module__", "")
 
 
 @contextlib.contextmanager

@@ -49,6 +49,10 @@ class Program:
     lanes: tuple[ProgramLane, ...]
     planned: tuple[np.ndarray, ...] | None = None
 
+    def __repr__(self) -> str:
+        return (f"<Program {self.name}: {sum(len(lane.op) for lane in self.lanes)} lines on {len(self.lanes)} workers, "
+                f"{self.num_microbatches} micro-batches>")
+
     @cached_property
     def schedule(self) -> Schedule:
         """The computations alone."""

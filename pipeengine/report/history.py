@@ -53,6 +53,9 @@ class History:
         """JSON types only."""
         return asdict(self)
 
+    def __repr__(self) -> str:
+        return f"<History of {len(self.curves)} curves to step {self.last_step} of {self.total}>"
+
     def last(self, name: str) -> float | None:
         """The last value of a curve."""
         points = self.curves.get(name)

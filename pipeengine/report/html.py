@@ -7,10 +7,12 @@ from html import escape
 from pipeengine.report.advice import advice
 from pipeengine.report.curves import charts
 from pipeengine.report.history import History
+from pipeengine.report.memory import PREDICTED, memory_bars
 from pipeengine.report.numbers import seconds_text, size_text
 from pipeengine.report.run_report import RunReport
 from pipeengine.report.svg import Panel, timeline_svg
 from pipeengine.report.table import Column, headline, lengths_in_turns, table_columns
+from pipeengine.report.zoom import HINT, SCRIPT
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #222; --quiet: #666; --paper: #fff; --line: #e3e5e8; --lane: #f3f4f6; }
@@ -42,7 +44,10 @@ td.left { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .92e
 .key { font-size: .8em; color: var(--quiet); } .key span { margin-right: 1.2em; white-space: nowrap; }
 .key i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em; }
 table.names { width: auto; max-width: 100%; } table.names td { text-align: left; white-space: normal;
-overflow-wrap: anywhere; }
+overflow-wrap: break-word; }
+table.memory { width: 100%; } td.bar { width: 55%; min-width: 5em; } td.bar i { display: block; height: .8em;
+border-radius: 2px; } table.memory td:last-child { text-align: right; white-space: nowrap; }
+.hint { font-size: .8em; } @media (pointer: coarse) { .hint { display: none; } }
 @media (max-width: 600px) { body { margin: 1em auto; padding: 0 .8em; } }
 """
 
@@ -51,15 +56,36 @@ def report_html(report: RunReport) -> str:
     """The report as one self-contained page, light or dark as its reader's browser is: figures, curves over the steps,
     timeline predicted over measured, table of stages, options."""
     head, drawn = headline(report), panels(report)
-    drawing = timeline_svg(drawn, standalone=False) if drawn else "<p class=quiet>no timeline was recorded</p>"
+    drawing = f"<div class=wide>{timeline_svg(drawn, standalone=False)}</div><p class='quiet hint'>{HINT}</p>" \
+        if drawn else "<p class=quiet>no timeline was recorded</p>"
     notes = (*lengths_in_turns(report), *report.notes) if report.in_turns else report.notes
     return (f"<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
             f"<title>{escape(report.name)}</title><style>{_STYLE}</style>\n"
             f"<h1>{escape(report.name)}</h1><p class=quiet>{escape(head[0].split(': ', 1)[1])}</p>\n"
             f"{_figures(report)}{''.join(f'<p>{escape(note)}</p>' for note in notes)}\n{_history(report.history)}"
-            f"<h2>One step</h2><div class=wide>{drawing}</div>\n<h2>Stages</h2>{_table(report)}\n"
+            f"<h2>{_step_title(report)}</h2>{drawing}\n<h2>Stages</h2>{_table(report)}\n{_memory(report)}"
             f"<h2>What to look at</h2>{''.join(f'<p>{escape(line)}</p>' for line in advice(report)) or '<p>-</p>'}\n"
-            f"{_setting(report.history)}</html>\n")
+            f"{_setting(report.history)}{SCRIPT if drawn else ''}</html>\n")
+
+
+def _step_title(report: RunReport) -> str:
+    """Which step the timeline shows."""
+    if report.step is None:
+        return "One step"
+    total = report.history.total if report.history is not None else None
+    return f"Step {report.step + 1:,}" + (f" of {total:,}" if total else "")
+
+
+def _memory(report: RunReport) -> str:
+    """Per worker the most that was predicted beside the most that was measured, as bars on one scale."""
+    bars = memory_bars(report)
+    if not bars:
+        return ""
+    largest = max(value for _, _, value in bars)
+    rows = "".join(f"<tr><td>{escape(worker)}</td><td>{escape(what)}</td><td class=bar><i style='width:"
+                   f"{100 * value / largest:.1f}%;background:{'#3f72b0' if what == PREDICTED else '#c25a2b'}'></i></td>"
+                   f"<td>{size_text(value)}</td></tr>" for worker, what, value in bars)
+    return f"<h2>Memory at its peak</h2><div class=wide><table class='names memory'>{rows}</table></div>\n"
 
 
 def _history(history: History | None) -> str:

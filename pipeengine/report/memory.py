@@ -7,7 +7,11 @@ import numpy as np
 
 from partitioners import Plan
 from pipeengine.program import UNDERWAY, WINDOW
+from pipeengine.report.history import OWN
+from pipeengine.report.run_report import RunReport
 from pipeengine.schedules import B, Schedule, W
+
+PREDICTED = "predicted"
 
 
 def step_bytes(plan: Plan, schedule: Schedule) -> tuple[float, ...]:
@@ -26,6 +30,23 @@ def stage_bytes(plan: Plan, schedule: Schedule) -> tuple[float, ...]:
     return tuple(model.weights(cost.param_bytes, cost.frozen_bytes) - (cost.param_bytes - cost.frozen_bytes)
                  + most_added(plan, op[stage == number], stage[stage == number])
                  for number, cost in enumerate(plan.stages))
+
+
+def memory_bars(report: RunReport) -> list[tuple[str, str, float]]:
+    """(worker, what, bytes) of every worker's predicted and measured peak, as far as they are known.
+
+    On a CPU nobody counts tensors: there the measured peak is that of the whole process.
+    """
+    bars = []
+    for worker in sorted({row.worker for row in report.rows}):
+        own = [row.predicted_bytes for row in report.rows if row.worker == worker]
+        if all(value is not None for value in own):
+            bars.append((f"worker {worker}", PREDICTED, float(sum(value or 0.0 for value in own))))
+        for name, what in (("peak_bytes", "measured"), ("process_peak_bytes", "measured, the whole process")):
+            points = report.history.curves.get(f"{OWN}{name}/worker_{worker}", ()) if report.history else ()
+            if points:
+                bars.append((f"worker {worker}", what, max(value for _, value in points)))
+    return [bar for bar in bars if bar[2] > 0]
 
 
 def most_added(plan: Plan, op: np.ndarray, stage: np.ndarray) -> float:

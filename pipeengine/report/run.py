@@ -46,6 +46,12 @@ def measured_timeline(published: Mapping[int, str], *, schedule: str, num_worker
                                  num_workers=num_workers if num_workers > 1 else num_stages)
 
 
+def measured_step(published: Mapping[int, str]) -> int | None:
+    """The number of the step, from 0, that the workers have published last; None where they differ, or nobody has."""
+    steps = {int(json.loads(text)["step"]) for text in published.values()}
+    return steps.pop() if len(steps) == 1 else None
+
+
 def stage_rows(
     plan: Plan, schedule: Schedule, parameters: Mapping[int, int], num_microbatches: int
 ) -> Iterator[StageRow]:
@@ -66,6 +72,8 @@ def stage_rows(
             predicted_bytes=memory[stage],
             sent_bytes=float(num_microbatches * (sum(b.bytes for b in sends) + sum(b.gradient_bytes for b in returns))),
             sent_messages=num_microbatches * (len(sends) + len(returns)),
+            activation_bytes=float(plan.stages[stage].activation_bytes),
+            kept_bytes=float(plan.stages[stage].kept_bytes),
         )
 
 
@@ -78,4 +86,5 @@ def save_report(report: RunReport, folder: Path) -> None:
     timelines = [timeline for timeline in (report.predicted, report.measured) if timeline is not None]
     if timelines:
         (folder / "timeline.svg").write_text(timeline_svg(panels(report)))
-    (folder / "trace.json").write_text(json.dumps(chrome_trace(*timelines)))
+    held = {row.stage: (row.activation_bytes or 0.0, row.kept_bytes or 0.0) for row in report.rows}
+    (folder / "trace.json").write_text(json.dumps(chrome_trace(*timelines, step=report.step, held=held)))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from partitioners.notebook import html_of
 from pipeengine.errors import InputError, ScheduleError
 from pipeengine.report.history import History
 from pipeengine.simulation import Timeline
@@ -16,7 +17,11 @@ from pipeengine.simulation import Timeline
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage of a run, per step. What is unknown is None and left out of the table."""
+    """One stage of a run, per step. What is unknown is None and left out of the table.
+
+    ``activation_bytes`` are kept for one micro-batch from its F to its B or I, ``kept_bytes`` from its I to its W, by
+    the plan.
+    """
     stage: int
     worker: int
     modules: str = ""
@@ -27,6 +32,8 @@ class StageRow:
     measured_bytes: float | None = None
     sent_bytes: float | None = None
     sent_messages: int | None = None
+    activation_bytes: float | None = None
+    kept_bytes: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +42,8 @@ class RunReport:
 
     Seconds of ``StageRow`` are those of a step; where a row has none, they are summed from the timelines. ``in_turns``:
     all stages ran in one process, one after the other, while workers and the predicted timeline are those of separate
-    workers. ``history`` is of all steps, where the run keeps one.
+    workers. ``history`` is of all steps, where the run keeps one; ``step`` is the number,
+    from 0, of the one that was measured.
     """
     name: str
     schedule: str
@@ -47,6 +55,7 @@ class RunReport:
     notes: tuple[str, ...] = ()
     in_turns: bool = False
     history: History | None = None
+    step: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self._completed(row) for row in self.rows))
@@ -59,6 +68,12 @@ class RunReport:
                 mine = timeline.computes & (timeline.stage == row.stage)
                 values[f"{name}_seconds"] = float((timeline.end - timeline.start)[mine].sum())
         return StageRow(**values)
+
+    def __repr__(self) -> str:
+        return f"<RunReport of {self.name}: {len(self.rows)} stages, {self.num_microbatches} micro-batches>"
+
+    def _repr_html_(self) -> str | None:
+        return html_of(self)
 
     def to_json(self) -> str:
         """The report as JSON text."""

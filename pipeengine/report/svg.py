@@ -17,6 +17,7 @@ MEANING = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight 
            "X": "shared gradients", "U": "update"}
 _MANY = 20_000
 _HOVER = 3_000
+DARK_INK = ' data-ink="#222"'       # says how to write on a block, where not in white
 
 
 class Panel(NamedTuple):
@@ -114,14 +115,16 @@ def _axis(panel: Panel, frame: _Frame, unit: str) -> str:
     timeline, bottom = panel.timeline, frame.top + panel.timeline.num_workers * frame.lane
     step = _nice(frame.seconds / 10)
     digits = max(0, -int(np.floor(np.log10(step) + 1e-9)))
-    parts = []
+    parts = ['<g class="ticks">']
     for tick in np.arange(0, frame.seconds * (1 + 1e-9), step):
         x = frame.left + tick / frame.seconds * frame.width
         parts.append(f'<path d="M{x:.2f} {bottom:g}v4" stroke="#999"/>'
                      f'<text x="{x:.2f}" y="{bottom + 15:g}" text-anchor="middle" fill="#555">{tick:.{digits}f}</text>')
+    parts.append("</g>")
     end = frame.left + timeline.makespan / frame.seconds * frame.width
     parts.append(f'<path d="M{frame.left:g} {bottom:g}h{frame.width:g}" stroke="#999"/>'
-                 f'<path d="M{end:.2f} {frame.top - 3:g}V{bottom:g}" stroke="#c0392b" stroke-dasharray="3 2"/>'
+                 f'<path class="end" d="M{end:.2f} {frame.top - 3:g}V{bottom:g}" stroke="#c0392b" '
+                 'stroke-dasharray="3 2"/>'
                  + _length(panel.title, f"{timeline.makespan:.4g} {unit}".rstrip(), end, frame) +
                  f'<text x="{frame.left + frame.width + 8:g}" y="{bottom + 15:g}" fill="#555">{escape(unit)}</text>')
     return "".join(parts)
@@ -178,7 +181,12 @@ def _blocks(timeline: Timeline, frame: _Frame, hover: bool) -> str:
     top = frame.top + timeline.worker[keep] * frame.lane + 2
     draw = _rectangles if hover and len(keep) <= _HOVER else _paths
     fills = [_shade(COLOURS[OPS[op]], int(r), ranks) for op, r in zip(timeline.op[keep], rank)]
-    return (draw(timeline, keep, low, high, top, frame.lane - 4, fills)
+    # A window onto the blocks: a page zooms by what part of them it shows.
+    box = f"{frame.left:g} {frame.top:g} {frame.width:g} {timeline.num_workers * frame.lane:g}"
+    x, y, width, height = box.split()
+    return (f'<svg class="blocks" x="{x}" y="{y}" width="{width}" height="{height}" viewBox="{box}" '
+            f'preserveAspectRatio="none" data-seconds="{frame.seconds:.9g}">'
+            f"{draw(timeline, keep, low, high, top, frame.lane - 4, fills)}</svg>"
             + _numbers(timeline, keep, low, high, top, frame, fills))
 
 
@@ -191,7 +199,7 @@ def _rectangles(timeline: Timeline, keep: np.ndarray, low: np.ndarray, high: np.
         hint = (f"{OPS[timeline.op[i]]}{timeline.microbatch[i]} of stage {timeline.stage[i]}: "
                 f"{timeline.start[i]:.6g} to {timeline.end[i]:.6g}")
         parts.append(f'<rect x="{x:.2f}" y="{y:g}" width="{max(end - x - gap, 0.4):.2f}" height="{height:g}" '
-                     f'fill="{fill}"><title>{hint}</title></rect>')
+                     f'fill="{fill}"{DARK_INK if _ink(fill) == "#222" else ""}><title>{hint}</title></rect>')
     return "".join(parts)
 
 
@@ -210,7 +218,7 @@ def _numbers(timeline: Timeline, keep: np.ndarray, low: np.ndarray, high: np.nda
              fills: Sequence[str]) -> str:
     """Micro-batch numbers in the blocks that have room for them."""
     if frame.lane < 12:
-        return ""
+        return '<g class="numbers"></g>'
     size = min(10.0, frame.lane * 0.5)
     parts = []
     for i, x, end, y, fill in zip(keep.tolist(), low, high, top, fills):
@@ -218,4 +226,4 @@ def _numbers(timeline: Timeline, keep: np.ndarray, low: np.ndarray, high: np.nda
         if end - x >= size * 0.6 * len(text) + 2:
             parts.append(f'<text x="{(x + end - 0.6) / 2:.2f}" y="{y + frame.lane / 2 + 1.5:.2f}" fill="{_ink(fill)}">'
                          f'{text}</text>')
-    return f'<g font-size="{size:g}" text-anchor="middle" pointer-events="none">{"".join(parts)}</g>'
+    return f'<g class="numbers" font-size="{size:g}" text-anchor="middle" pointer-events="none">{"".join(parts)}</g>'

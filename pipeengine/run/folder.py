@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeengine.errors import InputError
 
+PLAN_PICTURE = "plan.svg"
 _PACKAGES = ("pipeengine", "torch", "transformers", "numpy")
 
 

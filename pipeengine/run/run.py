@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from partitioners import draw
 from pipeengine.checkpoint import Checkpoints
 from pipeengine.errors import InputError
 from pipeengine.pipeline import Pipeline
 from pipeengine.report import History, RunReport, report_text, save_report
-from pipeengine.run.folder import RunFolder, host_name, write_json
+from pipeengine.run.folder import PLAN_PICTURE, RunFolder, host_name, write_json
 from pipeengine.run.interruption import Interruption
 from pipeengine.run.mail import Mail
 from pipeengine.run.own_values import PREFIX, parameters_of, timeline_values, worker_values
@@ -51,8 +52,8 @@ class Run:
     - ``parts``: what is saved besides the weights, such as ``optimizer=optimizer, scheduler=scheduler``.
 
     The folder has ``run.json``, ``options.json``, ``plan.json``, ``metrics.jsonl``, ``checkpoints/``, ``report.json``,
-    ``report.html``, ``timeline.svg`` and ``trace.json``. Raises ``InputError`` as ``Checkpoints`` does, and for
-    trackers that do not exist; one that fails later is told of once on stderr and training goes on.
+    ``report.html``, ``timeline.svg``, ``plan.svg`` and ``trace.json``. Raises ``InputError`` as ``Checkpoints``
+    does, and for trackers that do not exist; one that fails later is told of once on stderr and training goes on.
     """
 
     def __init__(self, folder: str | Path, pipe: Pipeline, *, save_every: int | str | None = None,
@@ -89,6 +90,7 @@ class Run:
         parameters = parameters_of(self.pipe, self.config)
         write_json(self._files.options, parameters)
         self.pipe.plan.save(self._files.plan)
+        (self.folder / PLAN_PICTURE).write_text(draw(self.pipe.plan), encoding="utf-8")
         recorder = Recorder(self._files.metrics, trackers,
                             TrackerSetting(self.folder.name or "run", self.id, self.folder, self.first_step))
         recorder.configure(parameters)
@@ -199,6 +201,9 @@ class Run:
         if self._recorder is not None:
             self._recorder.end_progress()
 
+    def __repr__(self) -> str:
+        return f"<Run in {self.folder} at step {self._step + 1}: {self.pipe!r}>"
+
     # -- what happened ----------------------------------------------------------------------------------------------
 
     def report(self) -> str:
@@ -212,7 +217,8 @@ class Run:
         if self._recorder is not None:
             save_report(self._report(), self.folder)
             self._recorder.add_artifacts([self.folder / name for name in (
-                "report.html", "report.json", "timeline.svg", "trace.json", "plan.json", "options.json")])
+                "report.html", "report.json", "timeline.svg", "trace.json", "plan.json", PLAN_PICTURE,
+                "options.json")])
 
     def close(self) -> None:
         """Close the file, the trackers and the checkpoints; every worker calls it. What is there stays."""

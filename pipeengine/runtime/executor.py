@@ -8,6 +8,7 @@ from time import perf_counter
 
 import torch
 from torch.autograd.graph import get_gradient_edge
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from pipeengine.autograd import Queue
@@ -15,7 +16,7 @@ from pipeengine.autograd import run as run_deferred
 from pipeengine.distributed import Transport, Unwatched
 from pipeengine.rng import RngStreams
 from pipeengine.stages import ACTIVATION, GRADIENT, Runnable
-from pipeengine.torch_private import engine_run_backward
+from pipeengine.torch_private import engine_run_backward, profiler_enabled
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Executor:
         self.loss: torch.Tensor | None = None
         self.outputs: dict[int, list] = {}
         self.records.clear()
-        do, at = self._do, self.activity.at
+        do, at = self._do if not profiler_enabled() else self._marked(), self.activity.at
         try:
             for action in actions:
                 self.position = action
@@ -72,6 +73,16 @@ class Executor:
             self._ready.clear()
             self._seeds.clear()
             self._tasks = ()
+
+    def _marked(self) -> dict[str, Callable[[int, int, int], None]]:
+        """What to do, each inside a range by which torch.profiler tells stages apart, waiting included."""
+        def marked(op: str, do: Callable[[int, int, int], None]) -> Callable[[int, int, int], None]:
+            def run(stage: int, microbatch: int, peer: int) -> None:
+                number = str(microbatch) if microbatch >= 0 else ""
+                with record_function(f"stage {stage}: {op}{number}" + (f" with stage {peer}" if peer >= 0 else "")):
+                    do(stage, microbatch, peer)
+            return run
+        return {op: marked(op, do) for op, do in self._do.items()}
 
     # -- computing --------------------------------------------------------------------------------------------------
 

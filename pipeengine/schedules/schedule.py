@@ -161,6 +161,10 @@ class Schedule:
             raise ScheduleError(f"schedule {self.name} has lanes for {len(self.lanes)} workers, "
                                 f"its topology has {self.topology.num_workers}; give every worker one lane")
 
+    def __repr__(self) -> str:
+        return (f"<Schedule {self.name}: {self.topology.num_stages} stages on {self.topology.num_workers} workers, "
+                f"{self.num_microbatches} micro-batches>")
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Schedule):
             return NotImplemented

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from partitioners.notebook import html_of
 from pipeengine.errors import ScheduleError
 from pipeengine.schedules import LETTERS
 
@@ -93,6 +94,14 @@ class Timeline:
     def idle_share(self) -> np.ndarray:
         """The part of the makespan in which each worker does not compute."""
         return 1 - self.busy / self.makespan if self.makespan else np.zeros(self.num_workers)
+
+    def __repr__(self) -> str:
+        idle = 100 * self.idle_share.mean() if self.num_workers else 0.0
+        return (f"<Timeline {self.name!r}: {len(self.end)} entries on {self.num_workers} workers, "
+                f"{self.makespan:.4g} s, {idle:.1f} % idle>")
+
+    def _repr_html_(self) -> str | None:
+        return html_of(self)
 
     def to_dict(self) -> dict[str, object]:
         """JSON types only."""

@@ -163,6 +163,10 @@ class Recording:
         """Where ``node`` stands."""
         return self._index[id(node)]
 
+    def __repr__(self) -> str:
+        return (f"<Recording of {len(self.nodes)} nodes, {len(self.inputs)} inputs, {len(self.guards)} guards, "
+                f"{len(self.leaf_modules)} modules kept whole>")
+
     def __str__(self) -> str:
         return "\n".join(f"{index:5} {node.name} -> {', '.join(str(v) for v in node.results)}"
                          for index, node in enumerate(self.nodes))

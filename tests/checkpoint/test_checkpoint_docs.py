@@ -30,7 +30,7 @@ def test_every_block_is_true(tmp_path, monkeypatch, capsys):
     exec(compile(second, PAGE.name, "exec"), names)
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "200" and "model.safetensors is damaged" in out[1]
-    assert main(["checkpoint", "verify", "run"]) == 2
+    assert main(["checkpoint", "verify", "run"]) == 3
     holds = {path.name for path in (tmp_path / "run" / "step-000200").iterdir()}
     assert holds == {"model.safetensors", "optimizer-00001-of-00001.safetensors", "state.json", "plan.json",
                      "manifest.json"}

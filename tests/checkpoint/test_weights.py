@@ -4,6 +4,7 @@ import traceback
 import warnings
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from workers import launch
 
 import pipeengine as pe
+from pipeengine.checkpoint import collect_state
 from pipeengine.checkpoint.weights import load_stage
 
 NAMES = {"gpt2": True, "llama": False, "llama-tied": True, "bert": True, "t5": True, "vit": False}
@@ -212,3 +214,22 @@ def test_a_wrong_folder_is_refused(spoil, tmp_path):
     source = tmp_path if spoil == "empty folder" else folder() / "truth-vit"
     with pytest.raises(pe.InputError, match="no checkpoint" if spoil == "empty folder" else "lacks"):
         pipeline(on_meta("llama"), "llama", num_stages=2, weights=source)
+
+
+def test_an_alias_travels_once():
+    """A head and its bias under a second name on the last worker: it sent twice what worker 0 took once, and waited."""
+    model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2), "tail": nn.Module()})
+    model["tail"].bias = model["head"].bias
+    first_name = {"tail.bias": "head.bias"}
+    owner = {name: int(name.startswith("head")) for name in model.state_dict()}
+    sent, taken = [], []
+    for rank, log in ((0, taken), (1, sent)):
+        def pass_on(tensor, source, rank=rank, log=log):
+            if source != 0:
+                log.append(tuple(tensor.shape))
+            return tensor
+        state = collect_state(model, first_name, owner, SimpleNamespace(rank=rank, send_to_first=pass_on))
+        assert (state is None) == (rank == 1)
+        if state is not None:
+            assert list(state) == list(model.state_dict()) and state["tail.bias"] is state["head.bias"]
+    assert sent == taken == [(2, 2), (2,)] or sent == taken == [(2,), (2, 2)]

@@ -45,7 +45,7 @@ def test_damage_and_nothing(folder, capsys):
     path.write_bytes(whole[:-1] + b"\x55")
     assert main(["checkpoint", "list", str(folder)]) == 0, "sizes fit, and nothing was read"
     capsys.readouterr()
-    assert main(["checkpoint", "verify", str(folder)]) == 2
+    assert main(["checkpoint", "verify", str(folder)]) == 3
     first, second = capsys.readouterr().out.splitlines()
     assert "not whole" in first and str(path) in first and "step-000001  whole" in second
     assert main(["checkpoint", "show", str(folder)]) == 0 and capsys.readouterr().out.startswith("step-000001")

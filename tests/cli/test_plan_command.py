@@ -1,5 +1,6 @@
 """The command for graphs in files: exit status, JSON keys, sizes with units."""
 import json
+import re
 from argparse import ArgumentTypeError
 from pathlib import Path
 from xml.etree import ElementTree
@@ -8,7 +9,7 @@ import networkx as nx
 import pytest
 
 from partitioners import Device, Plan, draw, partition
-from partitioners.reporting.command import main
+from partitioners.reporting.command import main, render
 from partitioners.reporting.drawing import ends
 from partitioners.units import parse_flops, parse_memory, parse_rate, parse_seconds, parse_size
 
@@ -86,7 +87,7 @@ def test_published_devices_by_default(capsys):
 
 def test_infeasible_is_an_error_object(capsys):
     status = main([str(DATA / "L_gnmt_training.json"), "--stages", "2", "--memory", "1GB", "--format", "json"])
-    assert status == 2
+    assert status == 3
     assert list(json.loads(capsys.readouterr().out)) == ["error"]
 
 
@@ -105,6 +106,16 @@ def test_text_tells_the_second_choice(capsys, tmp_path):
     assert Plan.load(tmp_path / "p.json").num_stages == 4
 
 
+def test_text_fits_a_hundred_columns_and_names_a_node_once(capsys):
+    graph = nx.DiGraph()
+    for number in range(12):
+        graph.add_node(f"model.decoder.layers.{number}.a_long_name:add", forward=1e-3, output_bytes=4.0,
+                       label=f"model.decoder.layers.{number}.a_long_name (add)")
+    nx.add_path(graph, list(graph))
+    text = render(partition(graph, 3, bandwidth=1e9), graph, "text")
+    assert max(map(len, text.splitlines())) <= 100 and "a_long_name (add)" in text and ":add" not in text
+
+
 def test_picture_stays_in_its_frame_and_no_label_meets_a_bar():
     graph = nx.path_graph(700, create_using=nx.DiGraph)
     for node in graph:
@@ -121,6 +132,10 @@ def test_picture_stays_in_its_frame_and_no_label_meets_a_bar():
     labels = {text.text: float(text.get("x")) for text in tree.iter(space + "text") if text.text.startswith("stage ")}
     assert len(labels) == 12 and all(x + 6.0 * len(text) < min(x for x, _ in bars) for text, x in labels.items())
     assert max(y for _, y in bars) + 18 < height
+    # Rows are apart by more than a column is tall here: no line runs from one to another.
+    ends = [list(map(float, re.findall(r"[-0-9.]+", line.get("d")))) for line in tree.findall(space + "path")
+            if "Q" in line.get("d")]
+    assert len(ends) > 1000 and max(abs(line[1] - line[5]) for line in ends) < 26
 
 
 def test_picture_is_svg_with_every_node(capsys):
@@ -140,5 +155,6 @@ def test_picture_names_stages_by_their_modules_and_explains_itself():
     assert ends(plan, 0) == f"{path}.0 … {path}.2"
     texts = [e.text for e in ElementTree.fromstring(draw(plan, graph)).iter("{http://www.w3.org/2000/svg}text")]
     assert "stage 1: ..a_very_long_name.layers.3 … ..me_that_is_longer_than_all" in texts
-    assert {"a node that takes no time", "one of 3 ms, forward and backward", "value used in its own stage",
-            "value that another stage needs (faint: far away)"} <= set(texts)
+    assert {"a node that takes no time", "one of 3 ms, forward and backward", "used in its own stage",
+            "needed by another stage (cut short: in another row)"} <= set(texts)
+    assert any(text.startswith("1 ") and text.endswith("layers.3") for text in texts)

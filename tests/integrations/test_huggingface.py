@@ -120,14 +120,14 @@ def accuracy(prediction) -> dict[str, float]:
     return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean()), "rows": len(logits)}
 
 
-def trainer_of(cls, kind: str, folder, *, model=None, arguments=None, **more):
+def trainer_of(cls, kind: str, folder, *, model=None, arguments=None, eval_rows=20, **more):
     options = dict(output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=6, learning_rate=1e-3,
                    per_device_eval_batch_size=6, logging_steps=1, report_to=[], use_cpu=True, save_strategy="no",
                    disable_tqdm=True, weight_decay=0.1, max_grad_norm=0.5, warmup_steps=3, log_level="error",
                    lr_scheduler_type="cosine", eval_strategy="steps", eval_steps=10)
     torch.manual_seed(0)
     return cls(model=model or MODELS[kind](), args=TrainingArguments(**{**options, **(arguments or {})}),
-               train_dataset=rows(kind), eval_dataset=rows(kind, 20), data_collator=collate, **more)
+               train_dataset=rows(kind), eval_dataset=rows(kind, eval_rows), data_collator=collate, **more)
 
 
 def history(trainer, *keys: str) -> list[tuple]:
@@ -260,6 +260,46 @@ def test_two_workers_train_as_the_stock_trainer(kinds, tmp_path):
         saved = read_saved(kind, tmp_path / f"saved {kind}")
         for name, tensor in saved.state_dict().items():
             assert numpy.array_equal(tensor.numpy(), reports[0][kind]["weights"][name]), (kind, name)
+
+
+def train_in_replicas(report, folder: str, kinds: tuple[str, ...]) -> None:
+    """Two pipelines of two stages, each with batches of half the rows; then a resumed one, and metrics of 20 rows."""
+    as_torchrun(report)
+    halved = dict(per_device_train_batch_size=3, per_device_eval_batch_size=3)
+    for kind in kinds:
+        trainer = trainer_of(PipelineTrainer, kind, f"{folder}/{kind}", arguments=ACCUMULATED | halved,
+                             eval_rows=18, pipeline=PIPELINE | dict(num_replicas=2))
+        trainer.train()
+        report(kind, outcome(trainer))
+        report(f"share of {kind}", (trainer.pipe.replica, len(trainer.get_train_dataloader())))
+        trainer.save_model(f"{folder}/saved {kind}")
+        trainer.pipe.close()
+    trainer = trainer_of(PipelineTrainer, "classifier", folder, arguments=halved, compute_metrics=accuracy,
+                         pipeline=PIPELINE | dict(num_replicas=2))
+    report("metrics", trainer.evaluate())
+    report("predictions", trainer.predict(rows("classifier", 9)).predictions)
+    trainer.pipe.close()
+
+
+@pytest.mark.slow
+def test_replicas_take_their_share_of_the_data(tmp_path):
+    """Two replicas of two stages with batches of 3 train as one process with batches of 6."""
+    kinds = ("llama", "t5", "bert")
+    reports = launch(4, train_in_replicas, str(tmp_path), kinds, limit=400)
+    for kind in kinds:
+        stock = trainer_of(Trainer, kind, tmp_path / "stock", arguments=ACCUMULATED, eval_rows=18)
+        stock.train()
+        assert_same(reports[0][kind], outcome(stock))
+        assert [report[f"share of {kind}"] for report in reports] == [(0, 8), (0, 8), (1, 8), (1, 8)]
+        assert all(report[kind]["losses"] == reports[0][kind]["losses"] for report in reports)
+        for name, tensor in read_saved(kind, tmp_path / f"saved {kind}").state_dict().items():
+            assert numpy.array_equal(tensor.numpy(), reports[0][kind]["weights"][name]), (kind, name)
+    stock = trainer_of(Trainer, "classifier", tmp_path, compute_metrics=accuracy)
+    expected = stock.evaluate()
+    predictions = stock.predict(rows("classifier", 9)).predictions
+    for report in reports:
+        assert report["metrics"]["eval_accuracy"] == expected["eval_accuracy"] and report["metrics"]["eval_rows"] == 20
+        numpy.testing.assert_allclose(report["predictions"], predictions, atol=1e-6)
 
 
 def read_saved(kind: str, folder: Path):

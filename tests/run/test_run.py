@@ -65,7 +65,7 @@ def test_a_run_leaves_what_it_promises(tmp_path, capsys):
     run, losses = train(tmp_path / "a", 12, trackers=[tracker], config={"width": 16, "deep": {"er": 1}})
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
         "run.json", "options.json", "plan.json", "metrics.jsonl", "checkpoints", "report.json", "report.html",
-        "timeline.svg", "trace.json"}
+        "timeline.svg", "plan.svg", "trace.json"}
     assert sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir()) == [
         f"step-{step:06}" for step in (4, 8, 12)]
     records = read_metrics(tmp_path / "a" / "metrics.jsonl")
@@ -75,7 +75,7 @@ def test_a_run_leaves_what_it_promises(tmp_path, capsys):
     assert tracker.of("loss") == list(losses.items()) and tracker.ends == 1
     assert tracker.config.items() >= {"width": 16, "deep.er": 1, "pipeline.schedule": "1f1b",
                                       "pipeline.num_stages": 2}.items() and "plan.gap" in tracker.config
-    assert {"report.html", "plan.json", "timeline.svg"} <= set(tracker.files)
+    assert {"report.html", "plan.json", "plan.svg", "timeline.svg"} <= set(tracker.files)
     assert pe.Plan.load(tmp_path / "a" / "plan.json") == run.pipe.plan
     assert "steps: 12 of 12" in run.report() and "step 12 of 12" in capsys.readouterr().err
 
