@@ -135,11 +135,17 @@ def assemble(options: Options, workers: Workers, device: torch.device) -> Assemb
 
 
 def read_configuration(options: Options, workers: Workers) -> Options:
-    """The options, with what the first worker's plan says besides its cuts, if a search has found it."""
+    """The options, with what the first worker's plan says besides its cuts, if a search has found it.
+
+    The workers then stand in as many replicas as the plan has.
+    """
     told = workers.broadcast_object(workers.run_synchronized(
         lambda: None if workers.rank or (found := configuration_in(options.plan)) is None else asdict(found)))
-    return options if told is None else workers.run_synchronized(
-        lambda: options.configured(Configuration.from_json(told), workers.grid.width))
+    if told is None:
+        return options
+    configured = workers.run_synchronized(lambda: options.configured(Configuration.from_json(told), workers.grid))
+    workers.arrange(configured.num_replicas or 1)
+    return configured
 
 
 def read_plan(plan: Plan | Choice | str | Path | None, workers: Workers) -> Plan | None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import networkx
@@ -32,8 +33,8 @@ class Pipeline(Standing):
       into, at most one per row.
     - ``schedule`` ("1f1b"): a name such as "1f1b", "zb-h1" or "auto", a function, a ``Schedule``, its text or file.
     - ``num_stages`` (the number of workers): more means several stages per worker.
-    - ``plan`` (made here): a ``Plan``, what ``pe.search`` found (``search.best``), or the path of one; that of worker 0
-      counts.
+    - ``plan`` (made here): a ``Plan``, what ``pe.search`` found (``search.best`` brings its replicas and shards along),
+      or the path of one; that of worker 0 counts.
     - ``costs`` ("measured"): "measured", "analytic", or a cost graph from ``pe.profile``.
     - ``loss_fn`` (the model's own loss): a function of output and target; ``target`` is an example of the latter.
     - ``loss_weight`` (shares of targets or rows): a function of a micro-batch's inputs that says what its loss counts
@@ -66,9 +67,11 @@ class Pipeline(Standing):
                  num_replicas: int | None = None, shard: str | None = None):
         options = Options(model, example, num_microbatches, str(schedule) if isinstance(schedule, Path) else schedule,
                           num_stages, plan, costs, loss_fn, target, loss_weight, batch_dims, weights, seed, check,
-                          recompute, shard)
+                          recompute, shard, num_replicas)
         self._model, self._device = model, _device(model, device)
         self._workers = connect(mesh, self._device, _launched(), num_replicas, environment=os.environ)
+        if mesh is not None:            # it has said where the replicas are
+            options = replace(options, num_replicas=self._workers.grid.num_replicas)
         try:
             with self._workers.activity.section("construction", takes_long=True):
                 self._assembly: Assembly = assemble(options, self._workers, self._device)

@@ -78,7 +78,7 @@ def search(model: torch.nn.Module | nx.DiGraph, example: object = None, *, num_d
     outcome = search_space(space, hardware, training, chain_for, effort=effort, time_limit=time_limit,
                            progress=progress)
     guess = card is None and costs == "analytic" and not isinstance(model, nx.DiGraph)
-    return answer(outcome, space, hardware, training, chain_for, _notes(card, guess, outcome), guess)
+    return answer(outcome, space, hardware, training, chain_for, _notes(card, guess), guess)
 
 
 def answer(outcome: Outcome, space: Space, hardware: Hardware, training: Training,
@@ -126,17 +126,13 @@ def _hardware(num_devices: int, memory: float | None, card: DeviceCard | None, b
                     card.peak(precision) if card else None)
 
 
-def _notes(card: DeviceCard | None, guess: bool, outcome: Outcome) -> tuple[str, ...]:
+def _notes(card: DeviceCard | None, guess: bool) -> tuple[str, ...]:
     notes = []
     if guess:
         notes.append("seconds are a guess, of a slow device: only ratios are told. Name a device (--device h100), or "
                      "measure yours (pipeengine profile --device-card FILE)")
     elif card is not None:
         notes.append(f"device {card.name}: {card.source}")
-    best = outcome.best.point if outcome.best else None
-    if best is not None and best.replicas > 1:
-        notes.append(f"the best has {best.replicas} replicas" + (" and a sharded optimizer" if best.shard else "")
-                     + ": see docs/search.md for what Pipeline runs of that")
     return tuple(notes)
 
 
