@@ -19,6 +19,7 @@ from partitioners.plan import check_rules
 from pipeengine.agreement import agree_on_construction, hashed
 from pipeengine.autograd import Recompute, find_deferrable
 from pipeengine.checkpoint import fetch_missing, load_stage, release_foreign
+from pipeengine.choosing import choose
 from pipeengine.costs import analytic, cost_graph, made_up_target, measure, price_modules, price_stages
 from pipeengine.data import Batch
 from pipeengine.defaults import count_microbatches, progress
@@ -104,7 +105,7 @@ class Assembly:
 
 def assemble(options: Options, workers: Workers, device: torch.device) -> Assembly:
     """Everything a step needs. Every worker calls it; it raises the same error on each of them."""
-    options = read_configuration(options, workers)
+    options = read_configuration(choose(options, workers, device, link_times(workers)), workers)
     given = read_plan(options.plan, workers)
     grid = workers.grid
     count = workers.run_synchronized(lambda: count_microbatches(options, given, workers, device))

@@ -16,7 +16,7 @@ from pipeengine.tracing import Inputs
 def count_microbatches(options: Options, plan: Plan | None, workers: Workers, device: torch.device) -> int:
     """How many micro-batches: as asked, else the plan's, else what pays for the example's rows, which is told."""
     options.validate()
-    if options.num_microbatches is not None:
+    if isinstance(options.num_microbatches, int):
         return options.num_microbatches
     width, tell = workers.grid.width, progress(workers.rank)
     if plan is not None:

@@ -21,7 +21,7 @@ class Options:
 
     model: torch.nn.Module
     example: object
-    num_microbatches: int | None
+    num_microbatches: int | str | None
     schedule: str | Callable[..., Schedule] | Schedule
     num_stages: int | None
     plan: Plan | Choice | str | Path | None
@@ -33,7 +33,7 @@ class Options:
     weights: str | Path | None
     seed: int
     check: bool
-    recompute: bool | Collection[int | str]
+    recompute: bool | str | Collection[int | str]
     shard: str | None = None
     num_replicas: int | None = None
 

@@ -10,6 +10,7 @@ from workers import launch
 
 import pipeengine as pe
 from partitioners import Cluster, Device, Link, MemoryModel, Setting
+from partitioners.graph import parameter_factor
 from partitioners.pricing import build_plan
 from pipeengine.cli.main import main
 from pipeengine.errors import InputError
@@ -228,3 +229,30 @@ def test_modules_named_in_the_plan_exist(made):
     search = pe.search(model, example, memory=205e3, **ALONE | {"recompute": "blocks"})
     assert search.best and set(search.best.configuration.recompute) <= {f"blocks.{i}" for i in range(4)}
     assert isinstance(model, nn.Module)
+
+
+def test_auto_is_searched_for_and_told(made, capsys):
+    """Micro-batches, schedule and recomputation for what is at hand; the numbers stay those of one process."""
+    model, example = made
+    expected = model(**example)
+    pipe = pe.Pipeline(model, example, num_microbatches="auto", schedule="auto", recompute="auto", num_stages=2,
+                       costs="analytic")
+    told = capsys.readouterr().err
+    assert "chosen: " in told and " micro-batches" in told and "above the best" in told
+    assert torch.allclose(pipe.step(**example), expected, atol=1e-6)
+    assert pipe.plan.num_stages == 2
+    pipe.close()
+    for options, says in ((dict(recompute=[0]), "not with chosen modules"), (dict(plan="x.json"), "leave out plan"),
+                          (dict(schedule=lambda **_: None), "by name"), (dict(batch_dims={}), "batch_dims")):
+        with pytest.raises(InputError, match=says.replace("by name", "named")):
+            pe.Pipeline(model, example, num_microbatches="auto", costs="analytic", **options)
+
+
+def test_master_weights_have_one_meaning(made):
+    """``optimizer="adamw-master"`` and ``master_weights=True`` are the same; a shard keeps its part of the state."""
+    assert parameter_factor("adamw-master", bytes_per_weight=2.0) == parameter_factor(
+        "adamw", bytes_per_weight=2.0, master_weights=True) == 8.0
+    model, example = made
+    one = pe.search(model, example, **ALONE, optimizer="adamw-master")
+    assert one.to_json() == pe.search(model, example, **ALONE, optimizer="adamw", master_weights=True).to_json()
+    assert max(one.best.peak_bytes) > max(pe.search(model, example, **ALONE).best.peak_bytes)
