@@ -22,7 +22,7 @@ from pipeengine.checkpoint import fetch_missing, load_stage, release_foreign
 from pipeengine.choosing import choose
 from pipeengine.costs import analytic, cost_graph, made_up_target, measure, price_modules, price_stages
 from pipeengine.data import Batch
-from pipeengine.defaults import count_microbatches, progress
+from pipeengine.defaults import count_microbatches, progress, used_microbatches
 from pipeengine.distributed import Grid, NoTies, Transport, Workers
 from pipeengine.errors import InputError, PlanError, ScheduleError
 from pipeengine.exploration import Choice, Configuration, configuration_in
@@ -109,9 +109,10 @@ def assemble(options: Options, workers: Workers, device: torch.device) -> Assemb
     given = read_plan(options.plan, workers)
     grid = workers.grid
     count = workers.run_synchronized(lambda: count_microbatches(options, given, workers, device))
-    layout = workers.run_synchronized(lambda: lay_out(options, given, count, grid.width))
     reader = BatchReader.of(options.model, device, count, loss_fn=options.loss_fn,
                             batch_dims=options.batch_dims)
+    layout = workers.run_synchronized(lambda: lay_out(options, given, used_microbatches(options, reader, workers.rank),
+                                                      grid.width))
     recorded = workers.run_synchronized(lambda: record(options, reader))
     agree_on_construction(options, layout.facts(), recorded.flow, workers)
     link = link_times(workers)

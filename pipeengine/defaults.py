@@ -34,6 +34,16 @@ def count_microbatches(options: Options, plan: Plan | None, workers: Workers, de
     return count
 
 
+def used_microbatches(options: Options, reader: BatchReader, rank: int) -> int:
+    """How many micro-batches the example makes: as many as the reader is asked for, at most one per row, which is
+    told."""
+    rows = reader.read(Inputs.of(options.example, options.target)).rows
+    if rows < reader.num_microbatches:
+        progress(rank)(f"{rows} micro-batches for now, one per row of the example; {reader.num_microbatches:,} were "
+                       "asked for")
+    return min(rows, reader.num_microbatches)
+
+
 def paying_microbatches(rows: int, num_stages: int) -> int:
     """How many micro-batches pay for a batch of ``rows``: up to four for every stage, which leaves a fifth of a step
     idle.
