@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import networkx
 import torch
@@ -17,7 +18,7 @@ from pipeengine.simulation import LinkTimes
 
 AUTO = "auto"
 _EFFORT = 20_000_000        # a few seconds beside the measurements that a pipeline makes anyway
-_CLEARED = {"num_microbatches": None, "schedule": "1f1b", "recompute": False}
+_CLEARED: dict[str, Any] = {"num_microbatches": None, "schedule": "1f1b", "recompute": False}
 
 
 def choose(options: Options, workers: Workers, device: torch.device, link: LinkTimes) -> Options:
@@ -62,7 +63,7 @@ def _refuse(options: Options) -> None:
 def _searched(options: Options, workers: Workers, device: torch.device, link: LinkTimes) -> Search:
     replicas, alone = workers.grid.num_replicas, workers.size == 1
     rows = example_rows(options.model, options.example, options.target)
-    given: dict[str, object] = {}
+    given: dict[str, Any] = {}
     if options.num_stages:
         given["stages"] = options.num_stages
         given["stages_per_worker"] = 1 if alone else options.num_stages // workers.grid.width

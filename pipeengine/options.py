@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import networkx
 import torch
@@ -69,8 +70,9 @@ class Options:
             raise InputError("the plan numbers the replicas of a stage next to each other; say so with mesh="
                              f"init_device_mesh(device, ({plan.num_workers}, {plan.num_replicas}), "
                              'mesh_dim_names=("pp", "dp_replicate"))')
-        wanted = {"num_stages": plan.num_stages, "num_microbatches": plan.num_microbatches, "schedule": plan.schedule,
-                  "recompute": plan.recompute or False, "num_replicas": plan.num_replicas, "shard": plan.shard}
+        wanted: dict[str, Any] = {
+            "num_stages": plan.num_stages, "num_microbatches": plan.num_microbatches, "schedule": plan.schedule,
+            "recompute": plan.recompute or False, "num_replicas": plan.num_replicas, "shard": plan.shard}
         for name, default in _DEFAULTS.items():
             if getattr(self, name) not in (default, wanted[name]):
                 raise InputError(f"{name} is {getattr(self, name)!r}, and the plan was found for {wanted[name]!r}; "

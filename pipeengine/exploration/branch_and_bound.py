@@ -15,7 +15,8 @@ from pipeengine.exploration.point_search import CLOSE, ROUNDS, Candidate, PointS
 from pipeengine.exploration.space import Point, Space, Training
 
 _PREFERENCE = {None: 0, "none": 0, "stages": 1, "blocks": 2, "optimizer": 1, "replicas": 1}
-_PHASES = (("tried", 0, 0.1), ("bounded", None, 0.5), ("looked at", 0, 0.75), ("searched", ROUNDS, 1.0))
+_PHASES = (("tried", 0, 0.1), ("bounded", None, 0.5), ("looked at", 0, 0.75), ("searched", ROUNDS, 1.0),
+           ("narrowed", 4 * ROUNDS, 1.0))
 """What is done with every point that may still be the best: rounds of pricing, up to so much of the effort. A few that
 fit if anything does come first, so that there is a best early."""
 EFFORT = 60_000_000     # of tables filled and actions played through; about microseconds of one quiet core
@@ -76,7 +77,8 @@ def search_space(space: Space, hardware: Hardware, training: Training, chain_for
             if progress:
                 progress(f"{number + 1:,} of {len(queue):,} configurations {what}, "
                          + (f"best {best.seconds:.4g} s: {best.point}" if best else "none fits so far"))
-        queue.sort(key=lambda point: (_estimate(point, done[point].bound), _order(point)))
+        queue.sort(key=lambda point: ((rounds or 0) < ROUNDS and _estimate(point, done[point].bound),
+                                      done[point].bound, _order(point)))
     verdicts = [_inherited(done, point) for point in queue]
     lowest = min((verdict.bound for verdict in verdicts), default=math.inf)
     lower_bound = min(lowest, best.seconds) if best else lowest
