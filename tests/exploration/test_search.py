@@ -99,6 +99,14 @@ def run_found(report, made, plan):
             pe.Pipeline(model, {"ids": example["ids"][:4]}, plan=plan, costs="analytic", **wrong)
         except InputError as error:
             report(str(wrong), str(error))
+    chosen = pe.Pipeline(deepcopy(model), mine, num_replicas=2, num_microbatches="auto", schedule="1f1b",
+                         costs="analytic")
+    report("chosen", (chosen.num_replicas, chosen.plan.num_stages, float(chosen.step(**mine))))
+    chosen.close()
+    try:
+        pe.Pipeline(model, mine, num_replicas=2, num_microbatches="auto", recompute=[0], costs="analytic")
+    except InputError as error:
+        report("refused", str(error))
 
 
 def test_replicas_and_shards_run_as_they_are_found(made, tmp_path):
@@ -121,6 +129,8 @@ def test_replicas_and_shards_run_as_they_are_found(made, tmp_path):
     reports = launch(4, run_found, (plain, example), tmp_path / "plan.json", limit=120)
     for report in reports:
         assert report["told"][0] == 2 and report["told"][2] == pytest.approx(float(loss.detach()), rel=1e-5)
+        assert report["chosen"][:2] in ((2, 2), (2, 4)) and "not with chosen modules" in report["refused"]
+        assert report["chosen"] == reports[0]["chosen"]
         assert "num_replicas is 1, and the plan was found for 2" in report["{'num_replicas': 1}"]
     assert sum(report["told"][1] for report in reports) == len(list(model.parameters()))
     weights = next(report["weights"] for report in reports if report["weights"])
