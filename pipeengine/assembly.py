@@ -19,9 +19,10 @@ from partitioners.plan import check_rules
 from pipeengine.agreement import agree_on_construction, hashed
 from pipeengine.autograd import Recompute, find_deferrable
 from pipeengine.checkpoint import fetch_missing, load_stage, release_foreign
+from pipeengine.choosing import choose
 from pipeengine.costs import analytic, cost_graph, made_up_target, measure, price_modules, price_stages
 from pipeengine.data import Batch
-from pipeengine.defaults import count_microbatches, progress
+from pipeengine.defaults import count_microbatches, progress, used_microbatches
 from pipeengine.distributed import Grid, NoTies, Transport, Workers
 from pipeengine.errors import InputError, PlanError, ScheduleError
 from pipeengine.exploration import Choice, Configuration, configuration_in
@@ -104,13 +105,14 @@ class Assembly:
 
 def assemble(options: Options, workers: Workers, device: torch.device) -> Assembly:
     """Everything a step needs. Every worker calls it; it raises the same error on each of them."""
-    options = read_configuration(options, workers)
+    options = read_configuration(choose(options, workers, device, link_times(workers)), workers)
     given = read_plan(options.plan, workers)
     grid = workers.grid
     count = workers.run_synchronized(lambda: count_microbatches(options, given, workers, device))
-    layout = workers.run_synchronized(lambda: lay_out(options, given, count, grid.width))
     reader = BatchReader.of(options.model, device, count, loss_fn=options.loss_fn,
                             batch_dims=options.batch_dims)
+    layout = workers.run_synchronized(lambda: lay_out(options, given, used_microbatches(options, reader, workers.rank),
+                                                      grid.width))
     recorded = workers.run_synchronized(lambda: record(options, reader))
     agree_on_construction(options, layout.facts(), recorded.flow, workers)
     link = link_times(workers)
@@ -135,11 +137,17 @@ def assemble(options: Options, workers: Workers, device: torch.device) -> Assemb
 
 
 def read_configuration(options: Options, workers: Workers) -> Options:
-    """The options, with what the first worker's plan says besides its cuts, if a search has found it."""
+    """The options, with what the first worker's plan says besides its cuts, if a search has found it.
+
+    The workers then stand in as many replicas as the plan has.
+    """
     told = workers.broadcast_object(workers.run_synchronized(
         lambda: None if workers.rank or (found := configuration_in(options.plan)) is None else asdict(found)))
-    return options if told is None else workers.run_synchronized(
-        lambda: options.configured(Configuration.from_json(told), workers.grid.width))
+    if told is None:
+        return options
+    configured = workers.run_synchronized(lambda: options.configured(Configuration.from_json(told), workers.grid))
+    workers.arrange(configured.num_replicas or 1)
+    return configured
 
 
 def read_plan(plan: Plan | Choice | str | Path | None, workers: Workers) -> Plan | None:

@@ -16,7 +16,7 @@ from pipeengine.tracing import Inputs
 def count_microbatches(options: Options, plan: Plan | None, workers: Workers, device: torch.device) -> int:
     """How many micro-batches: as asked, else the plan's, else what pays for the example's rows, which is told."""
     options.validate()
-    if options.num_microbatches is not None:
+    if isinstance(options.num_microbatches, int):
         return options.num_microbatches
     width, tell = workers.grid.width, progress(workers.rank)
     if plan is not None:
@@ -32,6 +32,16 @@ def count_microbatches(options: Options, plan: Plan | None, workers: Workers, de
     count = paying_microbatches(rows, options.num_stages or width)
     tell(f"{count} micro-batches of a batch of {rows} rows; pass num_microbatches= to choose")
     return count
+
+
+def used_microbatches(options: Options, reader: BatchReader, rank: int) -> int:
+    """How many micro-batches the example makes: as many as the reader is asked for, at most one per row, which is
+    told."""
+    rows = reader.read(Inputs.of(options.example, options.target)).rows
+    if rows < reader.num_microbatches:
+        progress(rank)(f"{rows} micro-batches for now, one per row of the example; {reader.num_microbatches:,} were "
+                       "asked for")
+    return min(rows, reader.num_microbatches)
 
 
 def paying_microbatches(rows: int, num_stages: int) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import networkx
 import torch
 
 from partitioners import Plan
+from pipeengine.distributed import Grid
 from pipeengine.errors import InputError
 from pipeengine.exploration import Choice, Configuration
 from pipeengine.schedules import Schedule
@@ -20,7 +22,7 @@ class Options:
 
     model: torch.nn.Module
     example: object
-    num_microbatches: int | None
+    num_microbatches: int | str | None
     schedule: str | Callable[..., Schedule] | Schedule
     num_stages: int | None
     plan: Plan | Choice | str | Path | None
@@ -32,8 +34,9 @@ class Options:
     weights: str | Path | None
     seed: int
     check: bool
-    recompute: bool | Collection[int | str]
+    recompute: bool | str | Collection[int | str]
     shard: str | None = None
+    num_replicas: int | None = None
 
     def validate(self) -> None:
         """Refuse at once what would not be used until later. Raises ``InputError``."""
@@ -53,30 +56,32 @@ class Options:
             if not fits(value):
                 raise InputError(f"{name} is {value!r}; give {wanted}")
 
-    def configured(self, plan: Configuration, num_workers: int) -> Options:
-        """These options, with what a plan that a search has found says besides its cuts.
+    def configured(self, plan: Configuration, grid: Grid) -> Options:
+        """These options, with what a plan that a search has found says besides its cuts, for all workers of ``grid``.
 
-        Raises ``InputError`` where an option says otherwise, or where the plan has what cannot be run.
+        Raises ``InputError`` where an option says otherwise, or where the plan is for other workers.
         """
-        if plan.num_replicas > 1 or plan.shard:
-            shards = f" and shards the {plan.shard}" if plan.shard else ""
-            raise InputError(f"the plan has {plan.num_replicas} replicas{shards}, and one pipeline is run; search "
-                             "again with replicas=1")
-        if num_workers not in (1, plan.num_workers):
-            raise InputError(f"the plan is for {plan.num_workers} workers, there are {num_workers}; start "
-                             f"{plan.num_workers}, or search for {num_workers}")
-        wanted = {"num_stages": plan.num_stages, "num_microbatches": plan.num_microbatches, "schedule": plan.schedule,
-                  "recompute": plan.recompute or False}
+        there = grid.num_replicas * grid.width
+        if plan.num_replicas > 1 and there == 1 or there not in (1, plan.num_replicas * plan.num_workers):
+            replicas = f" in each of {plan.num_replicas} replicas" if plan.num_replicas > 1 else ""
+            raise InputError(f"the plan is for {plan.num_workers} workers{replicas}, there are {there}; start "
+                             f"{plan.num_replicas * plan.num_workers}, or search for {there}")
+        if plan.near == "replicas" and plan.num_replicas > 1 and self.num_replicas is None:
+            raise InputError("the plan numbers the replicas of a stage next to each other; say so with mesh="
+                             f"init_device_mesh(device, ({plan.num_workers}, {plan.num_replicas}), "
+                             'mesh_dim_names=("pp", "dp_replicate"))')
+        wanted: dict[str, Any] = {
+            "num_stages": plan.num_stages, "num_microbatches": plan.num_microbatches, "schedule": plan.schedule,
+            "recompute": plan.recompute or False, "num_replicas": plan.num_replicas, "shard": plan.shard}
         for name, default in _DEFAULTS.items():
             if getattr(self, name) not in (default, wanted[name]):
                 raise InputError(f"{name} is {getattr(self, name)!r}, and the plan was found for {wanted[name]!r}; "
                                  f"leave {name} out, or give the cuts alone: plan=search.best.plan")
-        return replace(self, num_stages=plan.num_stages, num_microbatches=plan.num_microbatches, schedule=plan.schedule,
-                       recompute=plan.recompute or False,
-                       plan=self.plan.plan if isinstance(self.plan, Choice) else self.plan)
+        return replace(self, **wanted, plan=self.plan.plan if isinstance(self.plan, Choice) else self.plan)
 
 
-_DEFAULTS = {"num_stages": None, "num_microbatches": None, "schedule": "1f1b", "recompute": False}
+_DEFAULTS = {"num_stages": None, "num_microbatches": None, "schedule": "1f1b", "recompute": False, "num_replicas": None,
+             "shard": None}
 
 
 def _is_count(value: object) -> bool:

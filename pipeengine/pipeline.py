@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import networkx
@@ -37,11 +38,12 @@ class Pipeline(Standing):
 
     - ``example``: the model's inputs for a whole batch, a dict of keyword arguments or a tuple of positional ones.
     - ``num_microbatches`` (what pays: the plan's, else up to four for every worker): micro-batches that a batch is cut
-      into, at most one per row.
+      into, at most one per row. "auto" searches for what is fastest here, as ``pe.search`` does, and tells it;
+      ``recompute="auto"`` likewise, and then ``schedule="auto"`` too.
     - ``schedule`` ("1f1b"): a name such as "1f1b", "zb-h1" or "auto", a function, a ``Schedule``, its text or file.
     - ``num_stages`` (the number of workers): more means several stages per worker.
-    - ``plan`` (made here): a ``Plan``, what ``pe.search`` found (``search.best``), or the path of one; that of worker 0
-      counts.
+    - ``plan`` (made here): a ``Plan``, what ``pe.search`` found (``search.best`` brings its replicas and shards along),
+      or the path of one; that of worker 0 counts.
     - ``costs`` ("measured"): "measured", "analytic", or a cost graph from ``pe.profile``.
     - ``loss_fn`` (the model's own loss): a function of output and target; ``target`` is an example of the latter.
     - ``loss_weight`` (shares of targets or rows): a function of a micro-batch's inputs that says what its loss counts
@@ -64,19 +66,21 @@ class Pipeline(Standing):
     ``InputError`` for options and batches of the wrong kind; the same error on every worker.
     """
 
-    def __init__(self, model: torch.nn.Module, example: object, *, num_microbatches: int | None = None,
+    def __init__(self, model: torch.nn.Module, example: object, *, num_microbatches: int | str | None = None,
                  schedule: str | Path | Callable[..., Schedule] | Schedule = "1f1b", num_stages: int | None = None,
                  plan: Plan | Choice | str | Path | None = None, costs: str | networkx.DiGraph | None = None,
                  loss_fn: Callable | None = None, target: object = None, loss_weight: Callable | None = None,
                  batch_dims: Mapping[str, int | None] | None = None, weights: str | Path | None = None,
                  device: torch.device | str | None = None, mesh: DeviceMesh | None = None, seed: int = 0,
-                 check: bool = True, recompute: bool | Collection[int | str] = False,
+                 check: bool = True, recompute: bool | str | Collection[int | str] = False,
                  num_replicas: int | None = None, shard: str | None = None):
         options = Options(model, example, num_microbatches, str(schedule) if isinstance(schedule, Path) else schedule,
                           num_stages, plan, costs, loss_fn, target, loss_weight, batch_dims, weights, seed, check,
-                          recompute, shard)
+                          recompute, shard, num_replicas)
         self._model, self._device = model, _device(model, device)
         self._workers = connect(mesh, self._device, _launched(), num_replicas, environment=os.environ)
+        if mesh is not None:            # it has said where the replicas are
+            options = replace(options, num_replicas=self._workers.grid.num_replicas)
         try:
             with self._workers.activity.section("construction", takes_long=True):
                 self._assembly: Assembly = assemble(options, self._workers, self._device)
@@ -233,7 +237,8 @@ class Pipeline(Standing):
         In one process: what separate workers would take if messages took no time.
         """
         made = self._assembly
-        return predict(made.priced, made.programs.schedule(self._runner.progress.microbatches), made.link)
+        return predict(made.priced, made.programs.schedule(self._runner.progress.microbatches), made.link,
+                       self._workers.grid.num_replicas)
 
     def run_report(self) -> RunReport:
         """Per stage: predicted and measured time, idle share, memory, what it sends. Any worker may call it alone."""

@@ -1,11 +1,13 @@
 """What is chosen where nothing was asked for."""
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pipeengine.defaults import count_microbatches, paying_microbatches
+from pipeengine.defaults import count_microbatches, paying_microbatches, used_microbatches
 from pipeengine.options import Options
+from pipeengine.runtime import BatchReader
 
 
 def counted(capsys, width: int, *, asked: int | None = None, planned: int | None = None) -> tuple[int, str]:
@@ -38,3 +40,13 @@ def test_at_most_a_third_of_a_step_is_idle_where_rows_allow(num_stages):
     for rows in range(2 * num_stages, 200):
         count = paying_microbatches(rows, num_stages)
         assert count <= rows and (num_stages - 1) / (count + num_stages - 1) < 1 / 3
+
+
+def test_more_microbatches_than_rows_are_taken_back_and_told(capsys):
+    """A million micro-batches of 12 rows is a step of 12, not an order of a million."""
+    options = Options(torch.nn.Linear(2, 2), (torch.zeros(12, 2),), 10**6, "1f1b", None, None, None, None, None, None,
+                      None, None, 0, True, False)
+    reader = BatchReader.of(options.model, torch.device("cpu"), 10**6, loss_fn=None, batch_dims=None)
+    assert used_microbatches(options, reader, 0) == 12
+    assert "12 micro-batches for now, one per row of the example; 1,000,000 were asked for" in capsys.readouterr().err
+    assert used_microbatches(options, replace(reader, num_microbatches=4), 0) == 4 and not capsys.readouterr().err

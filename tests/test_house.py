@@ -39,6 +39,7 @@ LINE = {
         "exploration",
         "options",
         "defaults",
+        "choosing",
         "agreement",
         "ownership",
         "assembly",

@@ -2,7 +2,7 @@
 
 from partitioners.graph.blocks import Block, blocks_of
 from partitioners.graph.cost_graph import Node, check, digest, seconds, topological_order
-from partitioners.graph.devices import OPTIMIZER_STATES, Cluster, Device, Link, MemoryModel, parameter_factor
+from partitioners.graph.devices import MASTER, OPTIMIZER_STATES, Cluster, Device, Link, MemoryModel, parameter_factor
 from partitioners.graph.formats import FORMAT, WORKLOAD, from_json, read_pipedream, read_workload, to_json
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Device",
     "FORMAT",
     "Link",
+    "MASTER",
     "MemoryModel",
     "Node",
     "OPTIMIZER_STATES",

@@ -94,12 +94,18 @@ OPTIMIZER_STATES = {"adam": 2, "adamw": 2, "nadam": 2, "radam": 2, "lamb": 2, "a
                     "lion": 1, "sgd-momentum": 1, "adafactor": 0, "sgd": 0}
 
 
+MASTER = "-master"      # behind an optimizer's name: with master weights
+
+
 def parameter_factor(optimizer: str, *, bytes_per_weight: float = 4.0, master_weights: bool = False) -> float:
     """Weights, gradients and state of ``optimizer``, in units of the weights.
 
     torch's optimizers keep their state in the weights' own precision. With ``master_weights`` there are copies of four
-    bytes besides, and the state is of those. Raises ``PartitionError`` for an unknown optimizer.
+    bytes besides, and the state is of those; ``"adamw-master"`` says the same. Raises ``PartitionError`` for an unknown
+    optimizer.
     """
+    if optimizer.endswith(MASTER):
+        optimizer, master_weights = optimizer.removesuffix(MASTER), True
     if optimizer not in OPTIMIZER_STATES:
         raise PartitionError(f"the optimizer {optimizer!r} is none of {', '.join(OPTIMIZER_STATES)}; give its "
                              "parameter factor")

@@ -13,8 +13,10 @@ import networkx as nx
 from partitioners.errors import GraphError, PipeEngineError, exit_status
 from partitioners.graph import (
     FORMAT,
+    MASTER,
     OPTIMIZER_STATES,
     WORKLOAD,
+    Link,
     MemoryModel,
     from_json,
     parameter_factor,
@@ -24,7 +26,7 @@ from partitioners.partitioning import OBJECTIVES, partition
 from partitioners.plan import Plan, verify
 from partitioners.reporting.drawing import draw
 from partitioners.reporting.explanation import cut_stories, explain, limits
-from partitioners.units import parse_memory, parse_rate, parse_seconds
+from partitioners.units import format_seconds, parse_memory, parse_rate, parse_seconds
 
 COLUMNS = 100       # of a line of text, at most
 
@@ -58,10 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--schedule", choices=("gpipe", "1f1b", "none"), default="gpipe",
                         help="how many micro-batches a stage holds")
-    parser.add_argument("--optimizer", choices=tuple(OPTIMIZER_STATES), default="adamw",
+    parser.add_argument("--optimizer", choices=(*OPTIMIZER_STATES, "adamw" + MASTER), default="adamw",
                         help="whose state counts as memory (default: adamw)")
     parser.add_argument("--master-weights", action="store_true",
                         help="the optimizer works on copies of 4 bytes of lower-precision weights")
+    parser.add_argument("--replicas", type=_count, default=1, help="pipelines side by side that sum their gradients")
+    parser.add_argument("--shard", choices=("none", "optimizer"), default="none",
+                        help="optimizer: each replica keeps its part of the state")
     parser.add_argument("--parameter-factor", type=_fraction, default=None,
                         help="weights, gradients and optimizer state in units of the weights (default: by --optimizer)")
     parser.add_argument("--stages-per-worker", type=_count, default=1)
@@ -119,14 +124,27 @@ def plan_graph(graph: nx.DiGraph, args: argparse.Namespace) -> Plan:
 
 
 def _factor(graph: nx.DiGraph, args: argparse.Namespace) -> float:
-    """Of the memory model: as given, else by the optimizer and the precision of the graph's weights."""
+    """Of the memory model: as given, else by the optimizer, its shards, and the precision of the graph's weights."""
     if args.parameter_factor is not None:
         return args.parameter_factor
     size = graph.graph.get("made_with", {}).get("bytes_per_weight")
-    if args.master_weights and not size:
+    if (args.master_weights or args.optimizer.endswith(MASTER)) and not size:
         raise GraphError("the graph does not say how many bytes a weight has, which --master-weights needs; give "
                          "--parameter-factor (8 for AdamW on bf16 weights with fp32 copies)")
-    return parameter_factor(args.optimizer, bytes_per_weight=size or 4.0, master_weights=args.master_weights)
+    whole = parameter_factor(args.optimizer, bytes_per_weight=size or 4.0, master_weights=args.master_weights)
+    return 2.0 + (whole - 2.0) / (args.replicas if args.shard == "optimizer" else 1)
+
+
+def replica_line(plan: Plan, args: argparse.Namespace) -> str:
+    """What the replicas add to a step, for people: "" without any."""
+    if args.replicas == 1:
+        return ""
+    steps, link = 2 * (args.replicas - 1), Link(args.bandwidth, args.latency)
+    seconds = [link.seconds(steps / args.replicas * (stage.param_bytes - stage.frozen_bytes), steps)
+               for stage in plan.stages]
+    step = plan.bottleneck * (plan.setting.num_microbatches + plan.num_stages - 1)
+    text = f"{args.replicas} replicas: to sum gradients takes {format_seconds(max(seconds))} behind the last backward"
+    return text + (f", beside {format_seconds(step)} for a step of equal stages" if step else "")
 
 
 def microbatches_of(graph: nx.DiGraph, asked: int | None) -> int:

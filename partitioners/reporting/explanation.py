@@ -3,6 +3,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from textwrap import wrap
 
 import networkx as nx
 import numpy as np
@@ -30,6 +32,7 @@ from partitioners.units import format_bytes, format_seconds
 
 LONG, WINDOWS = 1500, 1000
 BELOW = 1 - 5e-5      # of a bottleneck: what is told as better
+FEW_CUTS = 7    # that are told one by one
 NEARBY = 40     # other places of a cut that are priced where one stage's load is not all
 
 
@@ -234,12 +237,15 @@ def _title(graph: nx.DiGraph, names: dict[str, object], name: str) -> str:
 
 
 def explain(plan: Plan, graph: nx.DiGraph) -> str:
-    """The plan as a table, then each cut with its second choice, then what limits further gain."""
+    """The plan as a table, then each cut with its second choice, then what limits further gain.
+
+    Of many cuts, those next to each other that the same tensors cross are told together.
+    """
     names = {str(node): node for node in graph}
     lines = [str(plan), ""]
     stories = cut_stories(plan, graph) if plan.num_stages > 1 else ()
-    for story in stories:
-        lines += _tell(plan, graph, names, story)
+    for alike in _alike(plan, graph, names, stories):
+        lines += _tell(plan, graph, names, alike[0]) if len(alike) == 1 else _tell_together(plan, graph, names, alike)
     lines += ["", *_tell_limits(plan, limits(plan, graph))]
     for tie in plan.ties:
         lines.append(f"parameter {tie.name} ({format_bytes(tie.bytes)}) lives on stages "
@@ -247,13 +253,45 @@ def explain(plan: Plan, graph: nx.DiGraph) -> str:
     return "\n".join(lines)
 
 
-def _tell(plan: Plan, graph: nx.DiGraph, names: dict[str, object], story: CutStory) -> list[str]:
+def _crossing(plan: Plan, graph: nx.DiGraph, names: dict[str, object], story: CutStory) -> str:
+    """What crosses a cut: how many tensors, and their weight."""
     crossing = [boundary for boundary in plan.boundaries if boundary.source <= story.stage < boundary.target]
     values = list(dict.fromkeys(name for boundary in crossing for name in boundary.values))
+    return (f"{len(values)} tensor{'s' * (len(values) != 1)} of "
+            f"{_weight([graph.nodes[names[value]] for value in values])}")
+
+
+def _alike(plan: Plan, graph: nx.DiGraph, names: dict[str, object],
+           stories: Sequence[CutStory]) -> list[list[CutStory]]:
+    """The stories one by one, or of many, those next to each other that say the same of what crosses."""
+    if len(stories) <= FEW_CUTS:
+        return [[story] for story in stories]
+    found = groupby(stories, key=lambda story: (_crossing(plan, graph, names, story), story.second is None,
+                                                story.more_tensors))
+    return [list(group) for _, group in found]
+
+
+def _tell_together(plan: Plan, graph: nx.DiGraph, names: dict[str, object], stories: Sequence[CutStory]) -> list[str]:
+    """Cuts that are told alike: where they are, and how far their loads and second choices spread."""
+    first, last = stories[0].stage, stories[-1].stage
+    loads = [plan.stages[stage].load for stage in range(first, last + 2)]
+    lines = [f"cuts {first} | {first + 1} to {last} | {last + 1}: loads {format_seconds(min(loads))} to "
+             f"{format_seconds(max(loads))}, {_crossing(plan, graph, names, stories[0])} at each"]
+    lines += wrap("after " + ", ".join(story.last for story in stories), 116, initial_indent="    ",
+                  subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    seconds = [story.second_bottleneck for story in stories if story.second_bottleneck is not None]
+    if not seconds:
+        return [*lines, "    there is no other place for any of them"]
+    spread = dict.fromkeys(_change(each, plan.bottleneck) for each in (min(seconds), max(seconds)))
+    return [*lines, f"    second choices: bottleneck {format_seconds(min(seconds))} to {format_seconds(max(seconds))} ("
+            f"{' to '.join(spread)}{'; not taken, because more tensors would cross' * stories[0].more_tensors})"]
+
+
+def _tell(plan: Plan, graph: nx.DiGraph, names: dict[str, object], story: CutStory) -> list[str]:
     load = plan.stages[story.stage].load, plan.stages[story.stage + 1].load
     lines = [f"cut {story.stage} | {story.stage + 1}: after {_title(graph, names, story.last)}, before "
              f"{_title(graph, names, story.first)}: loads {format_seconds(load[0])} | {format_seconds(load[1])}, "
-             f"{len(values)} tensor{'s' * (len(values) != 1)} of {_weight([graph.nodes[names[v]] for v in values])}"]
+             f"{_crossing(plan, graph, names, story)}"]
     if story.second is None:
         lines.append("    there is no other place for it")
     else:

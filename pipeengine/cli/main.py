@@ -132,6 +132,8 @@ def _plan(args: argparse.Namespace) -> tuple[int, str]:
         for path in filter(None, (args.save, None if is_picture else args.output)):
             plan.save(path)
         text = command.render(plan, graph, args.format)
+        if args.format == "text" and args.replicas > 1:
+            text += "\n" + command.replica_line(plan, args)
         return _write(text, args.output) if is_picture else _hints(args, graph, is_file) + text
     return _answer(args, make)
 

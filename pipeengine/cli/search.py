@@ -55,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, help="of a step, over all replicas (a config.json: 8 unless given)")
     parser.add_argument("--length", type=int, help="tokens in a row, for a config.json")
     parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adamw")
+    parser.add_argument("--master-weights", action="store_true",
+                        help="the optimizer works on copies of 4 bytes of lower-precision weights")
     parser.add_argument("--costs", choices=("analytic", "measured"), default="analytic")
     for name, (kind, text) in _DIMENSIONS.items():
         parser.add_argument(f"--{name}", type=kind, metavar="LIST", help=f"{text} (a list with commas)")
@@ -83,7 +85,8 @@ def _searched(args: argparse.Namespace, graph: networkx.DiGraph | None, progress
              if (value := getattr(args, name.replace("-", "_"))) is not None}
     options = dict(num_devices=args.devices, memory=args.memory, device=args.device, bandwidth=args.bandwidth,
                    inside=args.inside, node_size=args.node_size, latency=args.latency, rows=args.rows,
-                   optimizer=args.optimizer, time_limit=args.time_limit, progress=progress, **given)
+                   optimizer=args.optimizer, master_weights=args.master_weights, time_limit=args.time_limit,
+                   progress=progress, **given)
     if graph is not None:
         return search(graph, **options)
     from pipeengine.cli.model_spec import load

@@ -230,17 +230,19 @@ def _text(args: argparse.Namespace, results: list[_Result], refused: object) -> 
         f"{result.schedule.name}: {timeline.num_workers} workers, {result.schedule.topology.num_stages} stages, "
         f"{result.schedule.num_microbatches} micro-batches", "", timeline_text(timeline, args.width), "",
         f"makespan  {seconds_text(timeline.makespan)} = ideal {seconds_text(parts.ideal)} + fill and drain "
-        f"{seconds_text(parts.fill_drain)} + imbalance {_signed(parts.imbalance)} + communication "
-        f"{_signed(parts.communication)}",
-        f"span      {seconds_text(timeline.span)}, of which bubble {100 * result.bubble:.2f} %",
-        f"idle      {' '.join(f'{100 * share:.1f}%' for share in timeline.idle_share)}",
+        f"{seconds_text(parts.fill_drain)} {_more(parts.imbalance, 'imbalance', 'that uneven stages save')} "
+        f"{_more(parts.communication, 'communication', 'that messages save')}",
+        f"span      {seconds_text(timeline.span)} of the worker at it longest, of which bubble (waiting between "
+        f"its first and last action) {100 * result.bubble:.2f} %",
+        f"idle      {' '.join(f'{100 * share:.1f}%' for share in timeline.idle_share)} of the makespan, by worker",
         f"peak      {' '.join(map(format_bytes, result.memory))}, weights and optimizer included" if args.plan else
         f"peak      {' '.join(f'{peak:,.6g}' for peak in result.peaks)} micro-batches' activations",
         f"messages  {result.messages:,} per step"])
 
 
-def _signed(seconds: float) -> str:
-    return seconds_text(seconds) if seconds >= 0 else "-" + seconds_text(-seconds)
+def _more(seconds: float, what: str, saved: str) -> str:
+    """One more part of a makespan; a part below 0 is said to be a saving."""
+    return f"+ {what} {seconds_text(seconds)}" if seconds >= 0 else f"- {seconds_text(-seconds)} {saved}"
 
 
 def _json(args: argparse.Namespace, results: list[_Result], refused: object) -> str:

@@ -30,6 +30,9 @@ class SingleProcess:
         self._published: dict[int, str] = {}
         self.wishes, self.board = Wishes(), LocalBoard()
 
+    def arrange(self, num_replicas: int) -> None:
+        """One pipeline, as ever."""
+
     def run_synchronized(self, what: Callable[[], T]) -> T:
         """Do it."""
         return what()

@@ -52,6 +52,9 @@ class Workers(Protocol):
     def backend(self) -> str | None:
         """What carries values between stages; None inside one process."""
 
+    def arrange(self, num_replicas: int) -> None:
+        """Stand in so many pipelines of equal length, before anything is made that rests on ``grid``."""
+
     @property
     def activity(self) -> Unwatched:
         """Where this worker says what it is doing."""
@@ -133,6 +136,10 @@ class ProcessGroupWorkers:
             failure = self.fail(error, "while connecting")
             self.close()
             raise failure from None
+
+    def arrange(self, num_replicas: int) -> None:
+        """Stand in so many pipelines; the number of workers is a multiple of theirs."""
+        self.grid = Grid.of(self.rank, self.size, num_replicas)
 
     def _own_name(self) -> str:
         """A name in the default store for these workers alone: every one of them counts the pipelines it has made."""

@@ -15,6 +15,10 @@ from pipeengine.exploration.point_search import CLOSE, ROUNDS, Candidate, PointS
 from pipeengine.exploration.space import Point, Space, Training
 
 _PREFERENCE = {None: 0, "none": 0, "stages": 1, "blocks": 2, "optimizer": 1, "replicas": 1}
+_PHASES = (("tried", 0, 0.1), ("bounded", None, 0.5), ("looked at", 0, 0.75), ("searched", ROUNDS, 1.0),
+           ("narrowed", 4 * ROUNDS, 1.0))
+"""What is done with every point that may still be the best: rounds of pricing, up to so much of the effort. A few that
+fit if anything does come first, so that there is a best early."""
 EFFORT = 60_000_000     # of tables filled and actions played through; about microseconds of one quiet core
 _BUBBLES = {"gpipe": 1.0, "1f1b": 1.0, "zb-h1": 0.5, "zb-h2": 0.4, "interleaved-1f1b": 1.0, "bfs": 1.0,
             "interleaved-zb": 0.6, "zb-v": 0.3, "v-half": 0.6, "v-min": 0.8, "dualpipe-v": 0.5, "auto": 0.4}
@@ -50,17 +54,18 @@ def search_space(space: Space, hardware: Hardware, training: Training, chain_for
     for point in points:
         bounds[point] = simple_bound(point, hardware, chain_for(point.rows, point.recompute))
     queue = sorted((point for point in points if _at_least_as_good(point) not in every),
-                   key=lambda point: (_estimate(point, bounds[point]), _order(point)))
+                   key=lambda point: (not _is_plain(point), _estimate(point, bounds[point]), _order(point)))
     done = {point: Verdict(point, bounds[point]) for point in points}
     best, started, stopped, spent = None, time.monotonic(), "", 0
-    for what, rounds, budget in (("bounded", None, effort // 2), ("looked at", 0, 3 * effort // 4),
-                                 ("searched", ROUNDS, effort)):
+    for what, rounds, share in _PHASES:
         for number, point in enumerate(queue):
             known = best.seconds if best else math.inf
             if done[point].bound >= known * (1 - (CLOSE if rounds else 1e-12)):
                 continue
+            if what == "tried" and not _is_plain(point):
+                break
             late = time_limit is not None and time.monotonic() - started > time_limit
-            if late or spent > budget:
+            if late or spent > share * effort:
                 stopped = f"the time limit of {time_limit:g} s" if late else f"an effort of {effort:,}"
                 break
             search = PointSearch(Scene(point, hardware, training), chain_for(point.rows, point.recompute), known)
@@ -72,8 +77,8 @@ def search_space(space: Space, hardware: Hardware, training: Training, chain_for
             if progress:
                 progress(f"{number + 1:,} of {len(queue):,} configurations {what}, "
                          + (f"best {best.seconds:.4g} s: {best.point}" if best else "none fits so far"))
-        queue.sort(key=lambda point: (rounds is not None or not _is_plain(point), _estimate(point, done[point].bound),
-                                      _order(point)))
+        queue.sort(key=lambda point: ((rounds or 0) < ROUNDS and _estimate(point, done[point].bound),
+                                      done[point].bound, _order(point)))
     verdicts = [_inherited(done, point) for point in queue]
     lowest = min((verdict.bound for verdict in verdicts), default=math.inf)
     lower_bound = min(lowest, best.seconds) if best else lowest
@@ -103,7 +108,7 @@ def _inherited(done: Mapping[Point, Verdict], point: Point) -> Verdict:
 
 
 def _is_plain(point: Point) -> bool:
-    """Whether a point is one of the few that fit if anything does: looked at first, so that there is a best early."""
+    """Whether a point is one of the few that fit if anything does."""
     return point.rows == 1 and point.recompute == "blocks" and point.schedule == "1f1b"
 
 
@@ -114,10 +119,13 @@ def _estimate(point: Point, bound: float) -> float:
 
 
 def simple_bound(point: Point, hardware: Hardware, chain: Chain) -> float:
-    """Seconds below which no order of any cut can be: all work shared out, or the largest part that is never cut."""
+    """Seconds below which no order of any cut can be: all work shared out, the largest part that is never cut, or the
+    way of one micro-batch."""
     work = chain.sums(chain.plain.forward + chain.plain.backward)
     heaviest = float(np.diff(work).max()) if point.workers > 1 else 0.0
-    return point.num_microbatches * max(float(work[-1]) / point.workers, heaviest)
+    # A micro-batch goes forward and back through all stages; its weight gradients may be computed beside that.
+    through = float(work[-1] - chain.plain.weight_grad.sum()) if chain.returns else 0.0
+    return max(point.num_microbatches * max(float(work[-1]) / point.workers, heaviest), through)
 
 
 def _order(point: Point) -> tuple:

@@ -38,12 +38,14 @@ class Scene:
     @property
     def state_factor(self) -> float:
         """Bytes kept all the time per byte of parameters, gradients apart."""
-        return state_factor(self.training.optimizer, self.point.replicas, self.point.shard)
+        return state_factor(self.training.optimizer, self.point.replicas, self.point.shard,
+                            bytes_per_weight=self.training.bytes_per_weight)
 
     def step_end_seconds(self, worker: int, param_bytes: float) -> float:
         """Seconds after a worker's last action: gradients summed over replicas, and the optimizer's step."""
         rate = self.hardware.memory_rate
-        moved = update_bytes(self.training.optimizer, self.point.replicas, self.point.shard) * param_bytes
+        moved = param_bytes * update_bytes(self.training.optimizer, self.point.replicas, self.point.shard,
+                                           bytes_per_weight=self.training.bytes_per_weight)
         summed = reduce_seconds(param_bytes, self.point.replicas, self.links[1][worker])
         return summed + (moved / rate if rate else 0.0)
 

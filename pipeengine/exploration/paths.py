@@ -11,13 +11,13 @@ import numpy as np
 from pipeengine.schedules import B, F, I, Schedule, Topology, W
 from pipeengine.simulation import Costs, Timeline, waits
 
-PER_STAGE = ("forward", "input_grad", "weight_grad", "param_bytes", "activation_bytes", "kept_bytes")
+PER_STAGE = ("forward", "input_grad", "weight_grad", "param_bytes", "activation_bytes", "kept_bytes", "whole_bytes")
 """What a stage holds, as a path counts it: seconds of F, I and W of one micro-batch, bytes of parameters, of what F
-keeps and of what stays between I and W."""
+keeps, of what stays between I and W, and of the micro-batch whose backward runs, computed again or not."""
 
 
 class Path(NamedTuple):
-    """Seconds (or bytes): ``counts[s] @ (what stage s holds)``, plus ``fixed``. ``counts`` is (stages, 6)."""
+    """Seconds (or bytes): ``counts[s] @ (what stage s holds)``, plus ``fixed``. ``counts`` is (stages, 7)."""
 
     counts: np.ndarray
     fixed: float
@@ -94,8 +94,9 @@ def _last_worker(schedule: Schedule, costs: Costs, end: np.ndarray) -> int:
 def fullest_moments(schedule: Schedule, kept_factor: float) -> list[tuple[int, Path]]:
     """Per worker, what it holds at the least, in bytes, at the moments of its lane when it holds most.
 
-    Whole micro-batches from F to B or I, halves from I to W, and gradients once there has been a B or W.
-    ``kept_factor`` is what stays all the time per byte of parameters.
+    Whole micro-batches from F to B or I, halves from I to W, and gradients once there has been a B or W. The last
+    backward of each stage is such a moment: then even what recomputes is whole. ``kept_factor`` is what stays all the
+    time per byte of parameters.
     """
     paths, stages = [], schedule.topology.num_stages
     for worker, (op, stage, _) in enumerate(schedule.lanes):
@@ -114,5 +115,13 @@ def fullest_moments(schedule: Schedule, kept_factor: float) -> list[tuple[int, P
             counts = np.zeros((stages, len(PER_STAGE)))
             counts[own, 3] = kept_factor + grown[moment]
             counts[own, 4], counts[own, 5] = whole[moment], half[moment]
+            paths.append((worker, Path(counts, 0.0)))
+        for number in own:
+            moment = int(np.flatnonzero((stage == number) & ((op == B) | (op == I)))[-1]) - 1
+            counts = np.zeros((stages, len(PER_STAGE)))
+            counts[own, 3] = kept_factor + grown[moment]
+            counts[own, 4], counts[own, 5] = whole[moment], half[moment]
+            counts[number, 4] -= 1.0
+            counts[number, 6] = 1.0
             paths.append((worker, Path(counts, 0.0)))
     return paths

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from partitioners import Plan
-from partitioners.units import format_bytes
 from pipeengine.errors import ScheduleError
 from pipeengine.exploration.chain import Chain
 from pipeengine.exploration.judge import Scene, peak_bytes, play, schedule_of
 from pipeengine.exploration.paths import Path, any_order, critical
+from pipeengine.exploration.refusing import crowded, lacking
 from pipeengine.exploration.relaxation import Cut, Relaxation, balance
 from pipeengine.exploration.space import Point
 from pipeengine.schedules import B, Schedule
@@ -67,7 +67,7 @@ class PointSearch:
         self.best: Candidate | None = None
         self.peaks: tuple[float, ...]
         self.bound, self.overflow = 0.0, (math.inf, "")
-        self.effort, self.peaks = 10 * self._table, ()
+        self.effort, self.peaks = 4 * self._table, ()
         self.weights = np.zeros(0)
 
     def run(self, *, rounds: int | None = ROUNDS) -> Verdict:
@@ -80,10 +80,14 @@ class PointSearch:
             return Verdict(point, math.inf, None, str(error))
         if schedule.topology.num_stages != point.num_stages or schedule.topology.num_routes > 1:
             return Verdict(point, math.inf, None, f"{point.schedule} has {schedule.topology.num_stages} stages")
-        lacking = self._lacking()
-        if lacking:
-            return Verdict(point, math.inf, None, lacking)
+        missing = lacking(self.scene, self.chain)
+        if missing:
+            return Verdict(point, math.inf, None, missing)
         relaxed = self._relax(schedule)
+        missing, tables = crowded(relaxed)
+        self.effort += tables * self._table
+        if missing:
+            return Verdict(point, math.inf, None, missing)
         ways = math.comb(len(self.chain) - 1, point.num_stages - 1) * len(relaxed.sums) ** point.num_stages
         if rounds is None:
             self._first_bound(relaxed)
@@ -91,18 +95,7 @@ class PointSearch:
             self._all_cuts(schedule, relaxed)
         else:
             self._converge(schedule, relaxed, rounds)
-        return Verdict(point, self.bound, self.best, self._why())
-
-    def _lacking(self) -> str:
-        """Why no cut can run, by counting alone."""
-        point, memory = self.point, self.scene.hardware.memory
-        if self.chain.must_hold[-1] < point.num_stages or len(self.chain) < point.num_stages:
-            return f"{point.num_stages} stages, but the model can be cut into {len(self.chain)} at most"
-        need = (self.scene.state_factor + 1) * float(self.chain.own_parameters[-1])
-        if memory is not None and need > point.workers * memory * (1 + 1e-9):
-            return (f"weights, gradients and optimizer need {format_bytes(need / point.workers)} per worker, "
-                    f"{need / point.workers / memory:.0%} of the memory")
-        return ""
+        return Verdict(point, self.bound, self.best, "" if self.best else self.overflow[1])
 
     def _hops(self, worker_of: tuple[int, ...]) -> np.ndarray:
         """Least seconds of a message over each boundary, wherever the cut is."""
@@ -172,8 +165,12 @@ class PointSearch:
         relaxed.scale = self.cutoff if math.isfinite(self.cutoff) else self.point.num_microbatches * float(
             self.chain.sums(self.chain.plain.forward)[-1])
         paths, limits, cut = len(relaxed.paths), len(relaxed.limits), None
-        for share in (0.0, *(_LIMIT_SHARES if limits else ())):
-            weights = np.concatenate((_ways_in(relaxed), np.full(limits, share / max(limits, 1))))
+        ways_in = _ways_in(relaxed)
+        spare = [np.full(limits, share / max(limits, 1)) for share in (0.0, *(_LIMIT_SHARES if limits else ()))]
+        if limits and len(relaxed.sums) > 1:
+            spare += [relaxed.memory_prices(ways_in)]
+        for prices in spare:
+            weights = np.concatenate((ways_in, prices))
             value, cheapest = relaxed.cheapest(weights)
             self.effort += self._table
             if cheapest is None:
@@ -247,6 +244,8 @@ class PointSearch:
     def _make_fit(self, schedule: Schedule, cut: Cut, shares: Sequence[float]) -> None:
         """First more stages that recompute, those first that free most; then cuts as if there were less memory."""
         self._recompute_more(schedule, cut)
+        if self.point.stages_per_worker > 1 and self.point.recompute != "none":
+            self._recompute_alike(schedule, shares)
         for share in shares:
             if self.best is not None:
                 return
@@ -255,6 +254,17 @@ class PointSearch:
                 return
             self._judge(schedule, even)
             self._recompute_more(schedule, even)
+
+    def _recompute_alike(self, schedule: Schedule, shares: Sequence[float]) -> None:
+        """Evenest cuts where every worker recomputes as many of its stages, those first that hold most."""
+        for many in range(1, self.point.stages_per_worker + 1):
+            for share in (1.0, *shares):
+                even = self._relax(schedule, share).forced(_alike(schedule, many)).most_even()
+                if even is None:
+                    break
+                self._judge(schedule, even)
+                if self.best is not None and self.best.cut == even:
+                    return
 
     def _recompute_more(self, schedule: Schedule, cut: Cut) -> None:
         """One stage more of every worker that is too full, the one that keeps most, until they fit or all recompute."""
@@ -280,7 +290,7 @@ class PointSearch:
         grain = self.point.recompute
         plan = self.chain.price(*cut, grain)
         seconds, timeline, costs = play(self.scene, plan, schedule)
-        self.effort += 8 * schedule.num_actions + 100 * self.point.num_stages
+        self.effort += 12 * schedule.num_actions + 100 * self.point.num_stages
         path = critical(schedule, costs, timeline, edges_of(plan), self.hops, self.ends, self.pause)
         if self.best is None or seconds < self.best.seconds * (1 - 1e-12):
             peaks, memory = peak_bytes(self.scene, plan, schedule), self.scene.hardware.memory
@@ -293,10 +303,14 @@ class PointSearch:
                 self.overflow = over, f"worker {worker} needs {max(peaks) / (memory or math.inf):.0%} of the memory"
         return seconds, path
 
-    def _why(self) -> str:
-        if self.best is not None or self.overflow[0] == math.inf:
-            return ""
-        return self.overflow[1]
+
+def _alike(schedule: Schedule, many: int) -> list[bool]:
+    """Which stages recompute where every worker recomputes ``many`` of its own, those that hold most micro-batches."""
+    held, flags = microbatches_in_flight(schedule), [False] * schedule.topology.num_stages
+    for worker in range(schedule.topology.num_workers):
+        for stage in sorted(schedule.topology.stages_of(worker), key=lambda stage: -held[stage])[:many]:
+            flags[stage] = True
+    return flags
 
 
 def _ways_in(relaxed: Relaxation) -> np.ndarray:

@@ -20,7 +20,7 @@ Cut = tuple[tuple[int, ...], tuple[bool, ...]]
 
 
 def holdings(chain: Chain, recompute: str) -> tuple[np.ndarray, ...]:
-    """Sums up to every place of what paths count, plain and recomputing: (6, places) each.
+    """Sums up to every place of what paths count, plain and recomputing: (7, places) each.
 
     A whole stage that recomputes keeps what it receives, which is left out: it depends on where the stage starts.
     """
@@ -28,9 +28,9 @@ def holdings(chain: Chain, recompute: str) -> tuple[np.ndarray, ...]:
 
     def rows(figures: Figures, keeps: bool = True) -> np.ndarray:
         weight = figures.weight_grad if has_halves else figures.backward / 2
+        whole = chain.sums(figures.activation_bytes)
         return np.stack([chain.sums(figures.forward), chain.sums(figures.backward - weight), chain.sums(weight),
-                         chain.own_parameters, chain.sums(figures.activation_bytes) * keeps,
-                         chain.sums(figures.kept_bytes)])
+                         chain.own_parameters, whole * keeps, chain.sums(figures.kept_bytes), whole])
     whole = replace(chain.plain, backward=chain.plain.backward + chain.plain.forward)
     again = {"stages": lambda: (rows(whole, False),), "blocks": lambda: (rows(chain.again),), "none": lambda: ()}
     return rows(chain.plain), *again[recompute]()
@@ -46,6 +46,7 @@ class Relaxation:
     last_start: np.ndarray
     starts: list[np.ndarray]
     limits: list[Path] = field(default_factory=list)
+    limit_workers: list[int] = field(default_factory=list)
     paths: list[Path] = field(default_factory=list)
     least: list[float] = field(default_factory=list)
     scale: float = 1.0
@@ -67,10 +68,7 @@ class Relaxation:
                     relaxed._narrow(option, stage, moment.counts[stage] @ held, room)
             if topology.num_stages > topology.num_workers:
                 relaxed.limits.append(Path(moment.counts / memory, -1.0))
-        if recompute == "stages":       # one micro-batch is whole while its stage computes it again
-            scratch = kept_factor * chain.own_parameters + sums[0][4]
-            for stage in range(topology.num_stages):
-                relaxed._narrow(1, stage, scratch, room)
+                relaxed.limit_workers.append(worker)
         return relaxed
 
     def _narrow(self, option: int, stage: int, need: np.ndarray, room: float) -> None:
@@ -150,8 +148,17 @@ class Relaxation:
         ``weights`` are of the paths, then of the limits. A limit's row is ``scale`` seconds, and as many more as its
         worker is above its memory: a cut that fits gains nothing from it.
         """
-        rows = [*self.paths, *self.limits]
-        counts = np.tensordot(weights * self._scales(), np.stack([row.counts for row in rows]), 1)
+        least, cut = self._least_sum([*self.paths, *self.limits], weights * self._scales())
+        return least / max(float(weights[:len(self.paths)].sum()), 1e-9), cut
+
+    def least_excess(self, weights: np.ndarray) -> tuple[float, Cut | None]:
+        """How far the workers are above their memory on the weighted average, as a share, for the cut that is best at
+        that: above 0, no cut fits. ``weights`` are of the limits, and add up to 1."""
+        return self._least_sum(self.limits, weights)
+
+    def _least_sum(self, rows: list[Path], weights: np.ndarray) -> tuple[float, Cut | None]:
+        """The least weighted sum of ``rows`` of all cuts, and the cut that has it."""
+        counts = np.tensordot(weights, np.stack([row.counts for row in rows]), 1)
         prices = [counts @ sums for sums in self.sums]
         size = len(self.last_start)
         value = np.full(size, np.inf)
@@ -165,9 +172,33 @@ class Relaxation:
             values.append(best)
         if not np.isfinite(values[-1][-1]):
             return np.inf, None
-        fixed = float((weights * self._scales()) @ np.array([row.fixed for row in rows]))
-        share = float(weights[:len(self.paths)].sum())
-        return (float(values[-1][-1]) + fixed) / max(share, 1e-9), self._walk_back(values, prices)
+        fixed = float(weights @ np.array([row.fixed for row in rows]))
+        return float(values[-1][-1]) + fixed, self._walk_back(values, prices)
+
+    def memory_prices(self, path_weights: np.ndarray) -> np.ndarray:
+        """Weights of the limits at which to recompute costs the paths' seconds just what the bytes freed are worth.
+
+        At these, memory that is short is paid with the least work that makes up for it.
+        """
+        slower, freed = (self.sums[-1] - self.sums[0])[:3, -1], (self.sums[0] - self.sums[-1])[4:, -1]
+        dear = np.tensordot(path_weights, np.stack([path.counts for path in self.paths]), 1)[:, :3] @ slower
+        bytes_of = np.stack([limit.counts[:, 4:] @ freed for limit in self.limits])
+        own = np.stack([limit.counts[:, 3] > 0 for limit in self.limits])
+        gained, cost = bytes_of.sum(axis=1), np.where(own, dear, 0.0).sum(axis=1)
+        best = np.zeros(len(self.limits))
+        for worker in set(self.limit_workers):
+            rows = np.flatnonzero(np.array(self.limit_workers) == worker)
+            row = rows[gained[rows].argmax()]
+            if gained[row] > 0:
+                best[row] = cost[row] / (gained[row] * self.scale)
+        return best
+
+    def forced(self, flags: Sequence[bool]) -> Relaxation:
+        """The same where it is settled which stages recompute."""
+        made, never = self.copy(), len(self.last_start)
+        for stage, flag in enumerate(flags):
+            made.starts[not flag][stage] = never
+        return made
 
     def _scales(self) -> np.ndarray:
         return np.concatenate((np.ones(len(self.paths)), np.full(len(self.limits), self.scale)))
@@ -186,14 +217,20 @@ class Relaxation:
             flags.append(bool(option))
         return tuple(reversed(cuts)), tuple(reversed(flags))
 
+    def over(self, cut: Cut) -> np.ndarray:
+        """The share by which every limit is passed for one cut; below 0 where it is kept."""
+        return self._of(cut, self.limits)
+
     def lengths(self, cut: Cut) -> np.ndarray:
         """Seconds of every path for one cut, then of every limit: ``scale`` where it is just kept, more where not."""
+        base = np.concatenate((np.zeros(len(self.paths)), np.full(len(self.limits), self.scale)))
+        return self._of(cut, [*self.paths, *self.limits]) * self._scales() + base
+
+    def _of(self, cut: Cut, rows: list[Path]) -> np.ndarray:
         places, flags = cut
         held = np.stack([self.sums[int(flag)][:, b] - self.sums[int(flag)][:, a]
                          for a, b, flag in zip(places, places[1:], flags)])
-        rows = np.array([float((row.counts * held).sum()) + row.fixed for row in (*self.paths, *self.limits)])
-        base = np.concatenate((np.zeros(len(self.paths)), np.full(len(self.limits), self.scale)))
-        return rows * self._scales() + base
+        return np.array([float((row.counts * held).sum()) + row.fixed for row in rows])
 
 
 def _window_minima(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -217,27 +254,29 @@ def _window_minima(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> 
     return result
 
 
-def balance(lengths: np.ndarray, rounds: int = 150) -> np.ndarray:
+def balance(lengths: np.ndarray, rounds: int = 400) -> np.ndarray:
     """Weights of the rows (paths) for which the cheapest column (cut) is as dear as can be, nearly.
 
-    Multiplicative weights on both sides (Freund and Schapire, Games and Economic Behavior 1999). Any weights give a
-    true bound; these give a good one.
+    Both sides match their regrets, in turns, late rounds counting most (Tammelin, Solving large imperfect information
+    games using CFR+, arXiv 2014). Any weights give a true bound; these give a good one.
     """
     low, high = float(lengths.min()), float(lengths.max())
+    rows, columns = (np.full(size, 1.0 / size) for size in lengths.shape)
     if high <= low:
-        return np.full(len(lengths), 1.0 / len(lengths))
-    scaled = (lengths - low) / (high - low)
-    rows, columns = np.zeros(scaled.shape[0]), np.zeros(scaled.shape[1])
-    total, step = np.zeros(len(rows)), np.sqrt(8 * np.log(max(2, *scaled.shape)))
+        return rows
+    scaled, total = (lengths - low) / (high - low), np.zeros(len(rows))
+    for_rows, for_columns = np.zeros(len(rows)), np.zeros(len(columns))
     for number in range(1, rounds + 1):
-        rate = step / np.sqrt(number)
-        ours, theirs = _weights(rate * rows), _weights(-rate * columns)
-        total += number * ours
-        rows += scaled @ theirs
-        columns += ours @ scaled
+        gained = scaled @ columns
+        for_rows, rows = _matched(for_rows + gained - rows @ gained, rows)
+        lost = rows @ scaled
+        for_columns, columns = _matched(for_columns + columns @ lost - lost, columns)
+        total += number ** 2 * rows
     return total / total.sum()
 
 
-def _weights(scores: np.ndarray) -> np.ndarray:
-    weights = np.exp(scores - scores.max())
-    return weights / weights.sum()
+def _matched(regrets: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The regrets that count, and weights in proportion to them; as before, where there are none."""
+    regrets = np.maximum(regrets, 0.0)
+    whole = regrets.sum()
+    return regrets, regrets / whole if whole > 0 else before

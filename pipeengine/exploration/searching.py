@@ -3,12 +3,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 
 from partitioners import Link
 from partitioners import check as check_cost_graph
+from partitioners.graph import MASTER
 from pipeengine.device_cards import DeviceCard, device_card
 from pipeengine.errors import InputError
 from pipeengine.exploration.answer import Search
@@ -33,7 +35,8 @@ Choices = Sequence[Any] | Any
 def search(model: torch.nn.Module | nx.DiGraph, example: object = None, *, num_devices: int,
            memory: float | None = None, device: str | DeviceCard | None = None, bandwidth: float | None = None,
            inside: float | None = None, node_size: int | None = None, latency: float | None = None,
-           rows: int | None = None, optimizer: str = "adamw", costs: str = "analytic",
+           rows: int | None = None, optimizer: str = "adamw", master_weights: bool = False,
+           costs: str = "analytic",
            loss_fn: Callable | None = None, target: object = None,
            replicas: Choices = (), stages: Choices = (), stages_per_worker: Choices = Space.stages_per_worker,
            microbatch_rows: Choices = (), schedule: Choices = Space.schedule, recompute: Choices = Space.recompute,
@@ -44,12 +47,13 @@ def search(model: torch.nn.Module | nx.DiGraph, example: object = None, *, num_d
     ``model`` with an ``example`` of a whole batch (it may be on meta), or a cost graph. ``memory`` in bytes per device;
     ``inside`` and ``bandwidth`` in bytes per second are links within a machine of ``node_size`` devices and between
     machines, ``latency`` their seconds. What is not given is the ``device``'s (the name or file of a card); without a
-    device, seconds are a guess. ``rows`` per step, of all replicas (default: the example's). ``costs``: ``"analytic"``,
-    or ``"measured"`` on the device at hand. Each dimension is open, one value, or several: ``replicas``, ``stages`` of
-    one pipeline, ``stages_per_worker``, ``microbatch_rows``, ``schedule``, ``recompute`` (``"none"``, ``"stages"``,
-    ``"blocks"``), ``shard`` (None, ``"optimizer"``), ``near`` (whether ``"stages"`` or ``"replicas"`` are numbered next
-    to each other). The work is bounded by ``effort``, a count, so the answer is the same on every machine;
-    ``time_limit`` in seconds is a cap. Raises ``InputError``.
+    device, seconds are a guess. ``rows`` per step, of all replicas (default: the example's). ``master_weights``: the
+    optimizer works on copies of four bytes. ``costs``: ``"analytic"``, or ``"measured"`` on the device at hand. Each
+    dimension is open, one value, or several: ``replicas``, ``stages`` of one pipeline, ``stages_per_worker``,
+    ``microbatch_rows``, ``schedule``, ``recompute`` (``"none"``, ``"stages"``, ``"blocks"``), ``shard`` (None,
+    ``"optimizer"``), ``near`` (whether ``"stages"`` or ``"replicas"`` are numbered next to each other). The work is
+    bounded by ``effort``, a count, so the answer is the same on every machine; ``time_limit`` in seconds is a cap.
+    Raises ``InputError``.
     """
     card = device_card(device) if isinstance(device, str) else device
     _check_counts(num_devices=num_devices, node_size=node_size, rows=rows)
@@ -59,7 +63,7 @@ def search(model: torch.nn.Module | nx.DiGraph, example: object = None, *, num_d
         have = model.graph.get("made_with", {}).get("rows", known_rows)
     else:
         have = _rows_of(model, example, target)
-    training = Training(rows or have, optimizer)
+    training = Training(rows or have, optimizer + MASTER * (master_weights and not optimizer.endswith(MASTER)))
     asked = tuple(_several(microbatch_rows))
     wanted = asked or tuple(each for each in OPEN_ROWS if training.global_rows % each == 0)
     space = Space(tuple(_several(replicas)), tuple(_several(stages)), tuple(_several(stages_per_worker)), wanted,
@@ -71,6 +75,8 @@ def search(model: torch.nn.Module | nx.DiGraph, example: object = None, *, num_d
     else:
         graph_for = graphs_of(_recorder(model, example, have, card, costs, loss_fn, target, progress),
                               tuple(each for each in wanted if have % each == 0) or (1,))
+    size = graph_for(wanted[0]).graph.get("made_with", {}).get("bytes_per_weight")
+    training = replace(training, bytes_per_weight=size or training.bytes_per_weight)
     hardware = _hardware(num_devices, memory, card, bandwidth, inside, node_size, latency,
                          "float32" if isinstance(model, nx.DiGraph) else _precision(model))
     most = max(point.num_stages for point in space.points(num_devices, training.global_rows))
@@ -78,7 +84,7 @@ def search(model: torch.nn.Module | nx.DiGraph, example: object = None, *, num_d
     outcome = search_space(space, hardware, training, chain_for, effort=effort, time_limit=time_limit,
                            progress=progress)
     guess = card is None and costs == "analytic" and not isinstance(model, nx.DiGraph)
-    return answer(outcome, space, hardware, training, chain_for, _notes(card, guess, outcome), guess)
+    return answer(outcome, space, hardware, training, chain_for, _notes(card, guess), guess)
 
 
 def answer(outcome: Outcome, space: Space, hardware: Hardware, training: Training,
@@ -126,17 +132,13 @@ def _hardware(num_devices: int, memory: float | None, card: DeviceCard | None, b
                     card.peak(precision) if card else None)
 
 
-def _notes(card: DeviceCard | None, guess: bool, outcome: Outcome) -> tuple[str, ...]:
+def _notes(card: DeviceCard | None, guess: bool) -> tuple[str, ...]:
     notes = []
     if guess:
         notes.append("seconds are a guess, of a slow device: only ratios are told. Name a device (--device h100), or "
                      "measure yours (pipeengine profile --device-card FILE)")
     elif card is not None:
         notes.append(f"device {card.name}: {card.source}")
-    best = outcome.best.point if outcome.best else None
-    if best is not None and best.replicas > 1:
-        notes.append(f"the best has {best.replicas} replicas" + (" and a sharded optimizer" if best.shard else "")
-                     + ": see docs/search.md for what Pipeline runs of that")
     return tuple(notes)
 
 

@@ -133,10 +133,12 @@ def _orders(names: tuple[str, ...], workers: int, stages_per_worker: int) -> tup
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained: ``global_rows`` per step, and the optimizer. ``state_factor`` raises for an unknown one."""
+    """What is trained: ``global_rows`` per step, weights of ``bytes_per_weight``, and the optimizer. ``state_factor``
+    raises for an unknown one."""
 
     global_rows: int
     optimizer: str = "adamw"
+    bytes_per_weight: float = 2.0
 
     def __post_init__(self) -> None:
         state_factor(self.optimizer)

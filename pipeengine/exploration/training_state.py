@@ -4,29 +4,33 @@ Everything that the search knows about the memory of training state stands here.
 """
 from __future__ import annotations
 
-from partitioners.graph import OPTIMIZER_STATES, parameter_factor
+from partitioners import PartitionError
+from partitioners.graph import MASTER, OPTIMIZER_STATES, parameter_factor
 from pipeengine.errors import InputError
 
-_MASTER = "-master"     # weights and moments in float32 beside weights of two bytes
-OPTIMIZERS = (*OPTIMIZER_STATES, "adamw-master")
+OPTIMIZERS = (*OPTIMIZER_STATES, "adamw" + MASTER)
 _TOUCHED = 2.0          # times that an update reads or writes each byte of weights and state, gradients once
 
 
-def state_factor(optimizer: str, num_replicas: int = 1, shard: str | None = None) -> float:
+def state_factor(optimizer: str, num_replicas: int = 1, shard: str | None = None, *,
+                 bytes_per_weight: float = 2.0) -> float:
     """Bytes per byte of weights that a worker keeps all the time, gradients apart: weights and optimizer state.
 
-    ``shard="optimizer"`` leaves each of ``num_replicas`` its part of the state. Raises ``InputError``.
+    ``shard="optimizer"`` leaves each of ``num_replicas`` its part of the state; master weights are counted for weights
+    of ``bytes_per_weight``. Raises ``InputError``.
     """
-    return 1.0 + _state(optimizer) / (num_replicas if shard == "optimizer" else 1)
+    return 1.0 + _state(optimizer, bytes_per_weight) / (num_replicas if shard == "optimizer" else 1)
 
 
-def update_bytes(optimizer: str, num_replicas: int = 1, shard: str | None = None) -> float:
+def update_bytes(optimizer: str, num_replicas: int = 1, shard: str | None = None, *,
+                 bytes_per_weight: float = 2.0) -> float:
     """Bytes per byte of weights that the optimizer's step moves through a device's memory."""
-    return (_TOUCHED * (1.0 + _state(optimizer)) + 1.0) / (num_replicas if shard == "optimizer" else 1)
+    whole = _TOUCHED * (1.0 + _state(optimizer, bytes_per_weight)) + 1.0
+    return whole / (num_replicas if shard == "optimizer" else 1)
 
 
-def _state(optimizer: str) -> float:
-    if optimizer.removesuffix(_MASTER) not in OPTIMIZER_STATES:
-        raise InputError(f"optimizer {optimizer!r} is none of {', '.join(OPTIMIZERS)}")
-    master = optimizer.endswith(_MASTER)
-    return parameter_factor(optimizer.removesuffix(_MASTER), bytes_per_weight=2.0, master_weights=master) - 2.0
+def _state(optimizer: str, bytes_per_weight: float) -> float:
+    try:
+        return parameter_factor(optimizer, bytes_per_weight=bytes_per_weight) - 2.0
+    except PartitionError as error:
+        raise InputError(f"optimizer {optimizer!r} is none of {', '.join(OPTIMIZERS)}") from error

@@ -19,12 +19,13 @@ from pipeengine.simulation import LinkTimes, Timeline, costs_of, edges_of, simul
 Record = tuple[str, int, int, float, float]         # op, stage, micro-batch, start and end in seconds of the step
 
 
-def predict(plan: Plan, schedule: Schedule, link: LinkTimes) -> Timeline:
+def predict(plan: Plan, schedule: Schedule, link: LinkTimes, num_replicas: int = 1) -> Timeline:
     """The timeline of one step by the plan's costs; its peaks are what the step adds to each worker's memory.
 
-    A worker runs one action at a time, also where the schedule has two as one block. Seconds and bytes.
+    A worker runs one action at a time, also where the schedule has two as one block. With ``num_replicas`` each stage
+    ends with ``R``, the sum of its gradients. Seconds and bytes.
     """
-    timeline = simulate(replace(schedule, pairs=()), costs_of(plan, link), edges_of(plan))
+    timeline = simulate(replace(schedule, pairs=()), costs_of(plan, link, num_replicas), edges_of(plan))
     return replace(timeline, peak_bytes=step_bytes(plan, schedule))
 
 

@@ -7,8 +7,10 @@ from pipeengine.simulation.costs import Costs
 from pipeengine.simulation.link_times import LinkTimes
 
 
-def costs_of(plan: Plan, link: LinkTimes) -> Costs:
+def costs_of(plan: Plan, link: LinkTimes, num_replicas: int = 1) -> Costs:
     """The plan's stage costs (seconds and bytes per micro-batch), with messages that take what ``link`` says.
+
+    With ``num_replicas`` each stage sums its gradients after its last action.
 
     Who sends spends the overhead of each message: a stage in its forward for the boundaries with activations that it
     feeds, in its backward for those with gradients that it returns. Where no stage has seconds of weight gradients of
@@ -23,6 +25,9 @@ def costs_of(plan: Plan, link: LinkTimes) -> Costs:
         halves = {"weight_grad": tuple(stage.weight_grad for stage in stages),
                   "input_grad": tuple(stage.backward - stage.weight_grad + own for stage, own in zip(stages, returns)),
                   "weight_activation": tuple(stage.kept_bytes for stage in stages)}
+    if num_replicas > 1:
+        halves["reduce"] = tuple(link.sum_seconds(stage.param_bytes - stage.frozen_bytes, num_replicas)
+                                 for stage in stages)
     return Costs(forward=tuple(stage.forward + own for stage, own in zip(stages, sends)),
                  backward=tuple(stage.backward + own for stage, own in zip(stages, returns)), **halves,
                  hop=link.latency_seconds, bandwidth=link.bytes_per_second,

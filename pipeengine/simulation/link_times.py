@@ -28,6 +28,14 @@ class LinkTimes:
                 "0 or None"
             )
 
+    def sum_seconds(self, num_bytes: float, num_replicas: int) -> float:
+        """Seconds to sum ``num_bytes`` over replicas: each sends every other its share, then the sum of its own."""
+        if num_replicas == 1:
+            return 0.0
+        steps, rate = 2 * (num_replicas - 1), self.bytes_per_second
+        moved = steps / num_replicas * num_bytes
+        return steps * (self.latency_seconds + self.send_overhead_seconds) + (moved / rate if rate else 0.0)
+
     @classmethod
     def free(cls) -> LinkTimes:
         """Messages that take no time: all stages in one process."""

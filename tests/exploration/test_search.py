@@ -1,12 +1,16 @@
 """``pe.search`` and ``pipeengine search``: what is told is what the parts say, and ``Pipeline`` runs it."""
 import json
+import warnings
+from copy import deepcopy
 
 import pytest
 import torch
 from torch import nn
+from workers import launch
 
 import pipeengine as pe
 from partitioners import Cluster, Device, Link, MemoryModel, Setting
+from partitioners.graph import parameter_factor
 from partitioners.pricing import build_plan
 from pipeengine.cli.main import main
 from pipeengine.errors import InputError
@@ -75,12 +79,63 @@ def test_the_pipeline_runs_what_was_found(made, tmp_path):
         pe.Pipeline(model, example, plan=best, num_microbatches=3, costs="analytic")
 
 
-def test_what_cannot_be_run_is_refused(made):
+def run_found(report, made, plan):
+    """Every worker makes the pipeline from the plan alone, its replica's rows in hand."""
+    warnings.simplefilter("ignore")
     model, example = made
-    search = pe.search(model, example, num_devices=2, replicas=2, effort=200_000)
-    assert search.best.configuration.num_replicas == 2
-    with pytest.raises(InputError, match="the plan has 2 replicas and shards the optimizer"):
+    pipe = pe.Pipeline(model, {"ids": example["ids"][:4]}, plan=plan, costs="analytic")
+    mine = {"ids": example["ids"].tensor_split(2)[pipe.replica]}
+    optimizer = torch.optim.AdamW(pipe.parameters(), lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = pipe.step(**mine)
+        optimizer.step()
+    report("told", (pipe.num_replicas, len(list(pipe.parameters())), float(loss)))
+    weights = pipe.full_state_dict()
+    report("weights", {name: value.tolist() for name, value in weights.items()} if weights else None)
+    pipe.close()
+    for wrong in (dict(num_replicas=1), dict(shard=None, num_replicas=4)):
+        try:
+            pe.Pipeline(model, {"ids": example["ids"][:4]}, plan=plan, costs="analytic", **wrong)
+        except InputError as error:
+            report(str(wrong), str(error))
+    chosen = pe.Pipeline(deepcopy(model), mine, num_replicas=2, num_microbatches="auto", schedule="1f1b",
+                         costs="analytic")
+    report("chosen", (chosen.num_replicas, chosen.plan.num_stages, float(chosen.step(**mine))))
+    chosen.close()
+    try:
+        pe.Pipeline(model, mine, num_replicas=2, num_microbatches="auto", recompute=[0], costs="analytic")
+    except InputError as error:
+        report("refused", str(error))
+
+
+def test_replicas_and_shards_run_as_they_are_found(made, tmp_path):
+    """Two pipelines of two workers, from the plan's file: the weights after two updates are those of one process."""
+    model, example = made
+    search = pe.search(model, example, num_devices=4, replicas=2, stages=2, stages_per_worker=1, microbatch_rows=2,
+                       shard="optimizer", bandwidth=1e9, effort=400_000)
+    told = search.best.configuration
+    assert (told.num_replicas, told.num_workers, told.shard, told.num_microbatches) == (2, 2, "optimizer", 2)
+    search.best.save(tmp_path / "plan.json")
+    with pytest.raises(InputError, match="for 2 workers in each of 2 replicas, there are 1; start 4"):
         pe.Pipeline(model, example, plan=search.best, costs="analytic")
+    plain = deepcopy(model)         # workers share the memory of what they are handed
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = model(**example)
+        loss.backward()
+        optimizer.step()
+    reports = launch(4, run_found, (plain, example), tmp_path / "plan.json", limit=120)
+    for report in reports:
+        assert report["told"][0] == 2 and report["told"][2] == pytest.approx(float(loss.detach()), rel=1e-5)
+        assert report["chosen"][:2] in ((2, 2), (2, 4)) and "not with chosen modules" in report["refused"]
+        assert report["chosen"] == reports[0]["chosen"]
+        assert "num_replicas is 1, and the plan was found for 2" in report["{'num_replicas': 1}"]
+    assert sum(report["told"][1] for report in reports) == len(list(model.parameters()))
+    weights = next(report["weights"] for report in reports if report["weights"])
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(torch.tensor(weights[name]), value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("grain", ["none", "stages", "blocks"])
@@ -184,3 +239,30 @@ def test_modules_named_in_the_plan_exist(made):
     search = pe.search(model, example, memory=205e3, **ALONE | {"recompute": "blocks"})
     assert search.best and set(search.best.configuration.recompute) <= {f"blocks.{i}" for i in range(4)}
     assert isinstance(model, nn.Module)
+
+
+def test_auto_is_searched_for_and_told(made, capsys):
+    """Micro-batches, schedule and recomputation for what is at hand; the numbers stay those of one process."""
+    model, example = made
+    expected = model(**example)
+    pipe = pe.Pipeline(model, example, num_microbatches="auto", schedule="auto", recompute="auto", num_stages=2,
+                       costs="analytic")
+    told = capsys.readouterr().err
+    assert "chosen: " in told and " micro-batches" in told and "above the best" in told
+    assert torch.allclose(pipe.step(**example), expected, atol=1e-6)
+    assert pipe.plan.num_stages == 2
+    pipe.close()
+    for options, says in ((dict(recompute=[0]), "not with chosen modules"), (dict(plan="x.json"), "leave out plan"),
+                          (dict(schedule=lambda **_: None), "by name"), (dict(batch_dims={}), "batch_dims")):
+        with pytest.raises(InputError, match=says.replace("by name", "named")):
+            pe.Pipeline(model, example, num_microbatches="auto", costs="analytic", **options)
+
+
+def test_master_weights_have_one_meaning(made):
+    """``optimizer="adamw-master"`` and ``master_weights=True`` are the same; a shard keeps its part of the state."""
+    assert parameter_factor("adamw-master", bytes_per_weight=2.0) == parameter_factor(
+        "adamw", bytes_per_weight=2.0, master_weights=True) == 8.0
+    model, example = made
+    one = pe.search(model, example, **ALONE, optimizer="adamw-master")
+    assert one.to_json() == pe.search(model, example, **ALONE, optimizer="adamw", master_weights=True).to_json()
+    assert max(one.best.peak_bytes) > max(pe.search(model, example, **ALONE).best.peak_bytes)

@@ -8,6 +8,7 @@ from partitioners import InfeasibleError, PartitionError, PlanError, partition
 from partitioners.graph import parameter_factor
 from partitioners.plan import Plan, Tie, gap_above, verify
 from partitioners.reporting import draw
+from partitioners.reporting.explanation import explain
 
 
 def chain(times, **more) -> nx.DiGraph:
@@ -147,3 +148,16 @@ def test_frozen_weights_count_once(shared):
     assert partition(graph, 2, memory=433, prefer_single_tensor=0).num_stages == 2
     with pytest.raises(InfeasibleError):
         partition(graph, 2, memory=431, prefer_single_tensor=0)
+
+
+def test_many_cuts_that_say_the_same_are_one_finding():
+    """Fifteen cuts of a chain of equal blocks: one range, one list of places, one line of second choices."""
+    graph = nx.DiGraph()
+    for number in range(48):
+        graph.add_node(f"block{number}", forward=1.0, backward=2.0, output_bytes=8, gradient=True)
+        if number:
+            graph.add_edge(f"block{number - 1}", f"block{number}")
+    text = explain(partition(graph, 16), graph)
+    assert "cuts 0 | 1 to 14 | 15: loads 9 s to 9 s, 1 tensor of 8 B at each" in text
+    assert text.count("second choice") == 1 and text.count("block44") == 1 and "cut 3" not in text
+    assert explain(partition(graph, 8), graph).count("second choice: ") == 7

@@ -62,3 +62,13 @@ def test_links_only_ever_lengthen_a_step(name):
 def test_links_that_cannot_be_are_refused(wrong):
     with pytest.raises(ScheduleError, match="a message takes .* give finite seconds of 0 or more, and a rate over 0"):
         LinkTimes(**wrong)
+
+
+def test_replicas_sum_their_gradients_after_the_last_backward():
+    """2 (n - 1) / n of a stage's trained bytes go out, in 2 (n - 1) messages, once per step."""
+    assert LinkTimes(1e-3, 1e-4, 1e3).sum_seconds(100.0, 4) == pytest.approx(6 * 1.1e-3 + 1.5 * 100 / 1e3)
+    assert LinkTimes(1e-3, 1e-4, 1e3).sum_seconds(100.0, 1) == 0.0
+    plan, schedule = plan_of(), build("1f1b", num_workers=3, num_microbatches=4)
+    alone, together = predict(plan, schedule, SLOW), predict(plan, schedule, SLOW, num_replicas=2)
+    sums = [row for row in together.to_dict()["op"] if row == "R"]
+    assert len(sums) == 3 and together.makespan == pytest.approx(alone.makespan + SLOW.sum_seconds(4.0, 2))
