@@ -65,7 +65,7 @@ class TorchFunctions:
         if function in _FROM_LISTS and args and isinstance(args[0], (list, tuple)) and tensors(args[0]):
             return self._step(tensor_of, name, args, kwargs)
         if name in _TO_PYTHON:
-            return self._python_value(function, name, args, kwargs)
+            return self.python_value(function, name, args, kwargs)
         return self._step(function, name, args, kwargs)
 
     def _check_context(self) -> None:
@@ -74,7 +74,7 @@ class TorchFunctions:
         if self._writer.saved.foreign_hooks:
             raise NotTraceable(self._calls.path, "saved-tensor hooks are active in its forward")
 
-    def _python_value(self, function: Callable, name: str, args: tuple, kwargs: dict) -> object:
+    def python_value(self, function: Callable, name: str, args: tuple, kwargs: dict) -> object:
         """The Python value of a tensor, written down as a guard when it follows from the inputs."""
         encoded = self._values.encode((args, kwargs))
         real = self._values.reals((args, kwargs))
