@@ -1,5 +1,5 @@
-"""What ``nn.TransformerEncoder`` computes of padded rows in inference: torch packs them into a nested tensor, leaves the
-padding out and fills it with zeros at the end. A nested tensor cannot be cut or sent; the same numbers can.
+"""What ``nn.TransformerEncoder`` computes of padded rows in inference: torch packs them into a nested tensor, leaves
+the padding out and fills it with zeros at the end. A nested tensor cannot be cut or sent; the same numbers can.
 """
 from __future__ import annotations
 
