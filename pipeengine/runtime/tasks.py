@@ -142,7 +142,7 @@ class TaskMaker:
         split = self.programs.split_backward_stages(len(look.parts)) if look.training else \
             (frozenset(),) * len(look.parts)
         tasks = tuple(
-            Task([*specialization.own_copies(tensors), *terms], specialization.stages.of(stages), weight, key, size)
+            Task([*tensors, *terms], specialization.stages.of(stages), weight, key, size)
             for tensors, specialization, terms, weight, key, stages, size in zip(
                 look.parts, look.chosen, weights.terms, weights.loss, look.keys, split, look.sizes))
         return Prepared(tasks, look.chosen, look.facts, look.batch.amount())

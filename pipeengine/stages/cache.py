@@ -44,7 +44,6 @@ class Specialization:
     stages: Runnables
     guards: Callable[[Sequence[torch.Tensor], int | None], bool] | None
     count_targets: Callable[[Sequence[torch.Tensor]], float] | None
-    cloned: tuple[int, ...]                     # inputs that the forward changes in place
     edges: frozenset[Edge]
     outputs: tuple[int, ...]
     digest: int
@@ -57,12 +56,6 @@ class Specialization:
     def kind(self) -> Kind:
         """What the weight of a micro-batch follows from."""
         return self.flow, self.terms, self.count_targets
-
-    def own_copies(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """``tensors`` with copies of those that the forward changes in place: the user's batch stays as it is."""
-        if not self.cloned:
-            return tensors
-        return [tensor.clone() if i in self.cloned else tensor for i, tensor in enumerate(tensors)]
 
 
 class Runnables:
@@ -209,10 +202,8 @@ class SpecializationCache:
             return make_runnable(compiled, cut, outputs=wanted if outputs else None,
                                  recompute=stage in self._recompute.stages)
         cut, _ = cut_for(self._split_backward and not outputs)       # the boundaries are the same either way
-        written = {storage for node in recording.nodes for storage in node.writes}
-        cloned = tuple(i for i, v in enumerate(recording.inputs) if recording.values[v].storage in written)
         return Specialization(recording, cut, Runnables(self._own, runnable), guard_check(flow, self._model, self._rng),
-                              target_count(plain, self._model), cloned, cut.edges, wanted, _digest(cut), plain, terms,
+                              target_count(plain, self._model), cut.edges, wanted, _digest(cut), plain, terms,
                               find_totals(plain, wanted, self._model))
 
     def weigh(self, key: tuple, specializations: Sequence[Specialization], parts: Sequence[Sequence[torch.Tensor]],

@@ -99,10 +99,11 @@ class TorchFunctions:
             with self._writer.measured():
                 output = function(*fakes[0], **fakes[1])
         except _DATA_DEPENDENT as error:
-            output = self._real_side.known_result(function, args, kwargs)
-            shape_from_data = output is not None
-            if output is None:
-                output = self._real_side.guessed_result(function, args, kwargs)
+            with self._writer.meter:            # a fake that cannot run does not tell whether it draws random numbers
+                output = self._real_side.known_result(function, args, kwargs)
+                shape_from_data = output is not None
+                if output is None:
+                    output = self._real_side.guessed_result(function, args, kwargs)
             if output is None:
                 raise NotTraceable(self._calls.path,
                                    f"{self._calls.where()}: {type(error).__name__}: {error}") from error
