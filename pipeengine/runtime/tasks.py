@@ -18,7 +18,7 @@ from pipeengine.runtime.executor import Task
 from pipeengine.runtime.programs import ProgramCache
 from pipeengine.schedules import Edge
 from pipeengine.stages import Shares, Specialization, SpecializationCache, Weights, even_weights
-from pipeengine.tracing import Inputs, current_modes
+from pipeengine.tracing import Inputs, current_modes, needs_target
 
 _EVALUATION = 1 << 40       # random numbers of evaluations are not those of any step
 
@@ -59,7 +59,7 @@ class BatchReader:
 
     def check_target(self, inputs: Inputs, training: bool) -> None:
         """Raise ``InputError`` where a target is missing, or nobody would take it."""
-        if self.loss_fn is not None and training and inputs.target is None:
+        if needs_target(self.loss_fn) and training and inputs.target is None:
             raise InputError("the pipeline has a loss_fn; call step(..., target=...)")
         if self.loss_fn is None and inputs.target is not None:
             raise InputError(

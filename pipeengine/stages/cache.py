@@ -24,7 +24,17 @@ from pipeengine.stages.loss_weight import Kind, LossWeights, Weights, target_cou
 from pipeengine.stages.placement import SettledPlacement
 from pipeengine.stages.runnable import Runnable, make_runnable
 from pipeengine.stages.splitting import Split, split
-from pipeengine.tracing import Dataflow, Inputs, ModelFlags, PythonWatch, Recording, analyse, capture, refs
+from pipeengine.tracing import (
+    Dataflow,
+    Inputs,
+    ModelFlags,
+    PythonWatch,
+    Recording,
+    analyse,
+    capture,
+    refs,
+    usable_loss,
+)
 
 _MOST = 128
 
@@ -147,7 +157,7 @@ class SpecializationCache:
         self._refuse_grown()
         with torch.set_grad_enabled(not outputs):
             given = inputs()                # an evaluation may have no target: then there is no loss
-            recording = capture(self._model, given, loss_fn=None if given.target is None else self._loss_fn,
+            recording = capture(self._model, given, loss_fn=usable_loss(self._loss_fn, given),
                                 device=self._device, random_key=random_key,
                                 known_leaf_modules=self._placement.leaf_modules)
         specialization = self.make(recording, outputs=outputs)

@@ -16,8 +16,8 @@ from pipeengine.tracing import (
     Inputs,
     Recording,
     fill,
-    find_loss,
     leaves,
+    loss_of,
     refs,
     switch,
     tensors,
@@ -110,7 +110,7 @@ def _gradients(loss: torch.Tensor, model: torch.nn.Module) -> list[torch.Tensor 
 
 def _eager(model, inputs: Inputs, loss_fn) -> tuple[torch.Tensor, list]:
     output = model(*inputs.args, **inputs.kwargs)
-    loss = loss_fn(output, inputs.target) if loss_fn is not None else find_loss(output)
+    loss = loss_of(loss_fn, output, inputs.target)
     return loss.detach(), _gradients(loss, model)
 
 

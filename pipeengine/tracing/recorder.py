@@ -79,6 +79,10 @@ class Recorder(TorchFunctionMode):
         """Whether what runs now is part of one node."""
         return self._calls.hidden
 
+    def call_whole_loss(self, function: Callable, output: object, target: object) -> torch.Tensor:
+        """``function(output, target)`` as one node, whatever it does. Raises ``CaptureError`` where that cannot be."""
+        return self._functions.call_whole_loss(function, output, target)
+
     def ask(self, function: Callable, args: tuple) -> object:
         """``function(*args)``, a Python value, for real; a guard from now on. Raises ``NotTraceable`` where the tensors
         in ``args`` do not follow from the inputs.
