@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from pipeengine.distributed import ConnectionLost, NoTies, Transport, Workers, headline
-from pipeengine.errors import InputError, WorkerError
+from pipeengine.errors import InputError, WorkerError, told
 from pipeengine.runtime.executor import Executor
 from pipeengine.runtime.outputs import merge_outputs
 from pipeengine.runtime.programs import ProgramCache
@@ -257,6 +257,6 @@ def attempt(what: Callable[[], T]) -> tuple[T | None, InputError | None]:
     except InputError as error:
         return None, error
     except Exception as error:
-        problem = InputError(f"this batch cannot be used: {type(error).__name__}: {error}")
+        problem = InputError(f"this batch cannot be used: {told(error)}")
         problem.__cause__ = error
         return None, problem

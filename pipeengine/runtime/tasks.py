@@ -17,7 +17,7 @@ from pipeengine.rng import mix
 from pipeengine.runtime.executor import Task
 from pipeengine.runtime.programs import ProgramCache
 from pipeengine.schedules import Edge
-from pipeengine.stages import Shares, Specialization, SpecializationCache, Weights, even_weights
+from pipeengine.stages import Shares, Specialization, SpecializationCache, Weights, check_lookups, even_weights
 from pipeengine.tracing import Inputs, current_modes, needs_target
 
 _EVALUATION = 1 << 40       # random numbers of evaluations are not those of any step
@@ -130,6 +130,7 @@ class TaskMaker:
         keys = tuple(mix(self.seed, step if training else _EVALUATION + call, first + i) for i in range(len(parts)))
         kind = batch.key, (training, *self.specializations.look(), current_modes().autocast), batch.dims
         chosen = self._specialize(batch, kind, parts, sizes, keys, training)
+        check_lookups(chosen[0].lookups, batch.tensors)
         recorded = python = 0
         for specialization in chosen:
             recorded = mix(recorded, specialization.digest)

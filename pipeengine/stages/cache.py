@@ -19,6 +19,7 @@ from pipeengine.rng import RngStreams
 from pipeengine.schedules import Edge
 from pipeengine.stages.codegen import compile_part
 from pipeengine.stages.guards import guard_check
+from pipeengine.stages.lookups import Lookup, find_lookups
 from pipeengine.stages.loss_terms import Term, find_terms, find_totals
 from pipeengine.stages.loss_weight import Kind, LossWeights, Weights, target_count, weigh_terms
 from pipeengine.stages.placement import SettledPlacement
@@ -61,6 +62,7 @@ class Specialization:
     flow: Dataflow
     terms: tuple[Term, ...]                     # of the loss
     totals: frozenset[int]                      # scalar outputs that are sums over rows
+    lookups: tuple[Lookup, ...]                 # what indices of the inputs must lie within
 
     @property
     def kind(self) -> Kind:
@@ -214,7 +216,7 @@ class SpecializationCache:
         cut, _ = cut_for(self._split_backward and not outputs)       # the boundaries are the same either way
         return Specialization(recording, cut, Runnables(self._own, runnable), guard_check(flow, self._model, self._rng),
                               target_count(plain, self._model), cut.edges, wanted, _digest(cut), plain, terms,
-                              find_totals(plain, wanted, self._model))
+                              find_totals(plain, wanted, self._model), find_lookups(plain, self._model))
 
     def weigh(self, key: tuple, specializations: Sequence[Specialization], parts: Sequence[Sequence[torch.Tensor]],
               sizes: Sequence[int], whole: Callable[[], Sequence[torch.Tensor]],

@@ -74,7 +74,10 @@ def _record_until_faithful(model, inputs: Inputs, loss_fn, faked_model: FakedMod
             watch_random = look_or_set
             continue
         changed = {path: what for path, what in faked_model.changed().items() if path not in leaf_modules}
-        if not warmed and (changed or faked_model.keeps_fakes()):
+        grown = {path: name for path, name in faked_model.grown().items() if path not in leaf_modules}
+        if grown:
+            changed = grown             # a second run, with the old buffer, would take it for the new one
+        elif not warmed and (changed or faked_model.keeps_fakes()):
             # What only a first call sets is no state. A tensor that is kept for the next call is: the second recording,
             # which finds a fake of the first in its way, then says so.
             warmed = True
