@@ -112,7 +112,11 @@ def _work(options: argparse.Namespace) -> None:
 def judge(name: str, num_microbatches: int) -> tuple[str, str]:
     """The verdict on one model, and what it rests on."""
     why = ""
-    for tiny in from_transformers(name):
+    try:
+        ways = list(from_transformers(name))
+    except ImportError as error:
+        return "not built", str(error).strip()
+    for tiny in ways:
         try:
             model = tiny.build()
             batches = tiny.batches(model)

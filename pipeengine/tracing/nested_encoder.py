@@ -28,7 +28,7 @@ def with_zeroed_padding(original: Callable, ask: Ask, encoder: torch.nn.Transfor
     finally:
         encoder._modules.update(put_back)
         vars(encoder)["use_nested_tensor"] = packs
-    if not zeros:
+    if not zeros or src_key_padding_mask is None:
         return output
     output = output.masked_fill(src_key_padding_mask.bool().unsqueeze(-1), 0.0)
     return output if norm is None else norm(output)
