@@ -39,7 +39,7 @@ from pipeengine.stages import (
     compare_two_microbatches,
 )
 from pipeengine.synthesis import build
-from pipeengine.tracing import Dataflow, Inputs, analyse, capture
+from pipeengine.tracing import WHOLE_LOSS, Dataflow, Inputs, analyse, capture, needs_target
 
 # A message between busy processes of one machine: from the end of what made it to the start of what waits for it, and
 # what the sender spends on it; measured over gloo. For other backends nobody has measured yet: the same, but with the
@@ -202,7 +202,7 @@ def record(options: Options, reader: BatchReader) -> Recorded:
     batch = reader.read(Inputs.of(options.example, options.target))
     parts = batch.split(reader.num_microbatches, reader.device)
     inputs = batch.again(parts[0])
-    if options.loss_fn is not None and options.target is None:
+    if needs_target(options.loss_fn) and options.target is None:
         inputs = Inputs(inputs.args, inputs.kwargs,
                         made_up_target(options.model, inputs, options.loss_fn, reader.device))
     with torch.enable_grad():
@@ -316,12 +316,17 @@ def place(options: Options, recorded: Recorded, plan: Plan, layout: Layout, grid
 def tell_other_loss(options: Options, recorded: Recorded) -> None:
     """Say where the loss of a full batch is none that its micro-batches add up to: batch norm, a contrastive loss."""
     batch, device = recorded.batch, next(options.model.parameters()).device
-    given = options.target is not None or options.loss_fn is None
+    given = options.target is not None or not needs_target(options.loss_fn)
     if recorded.num_parts < 2 or options.loss_weight is not None or not given:
         return
     two = batch.split(recorded.num_parts, device)[:2]
     other = compare_two_microbatches(options.model, recorded.flow, two, batch.join(two), batch.again, options.loss_fn,
                                      device)
+    reason = recorded.flow.recording.leaf_modules.get(WHOLE_LOSS)
+    if other is None and reason is not None:
+        other = (f"loss_fn is called as it is, because of {reason}; nothing tells what it is a mean over, so that each "
+                 "micro-batch counts by its rows, and it sees the rows of one micro-batch. Pass loss_weight= with what "
+                 "a micro-batch counts for if that is not so")
     if other is not None:
         progress(0)(other)
 

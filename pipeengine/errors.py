@@ -7,6 +7,8 @@ PipeEngineError
 ├── InputError          a batch, an option or a checkpoint of the wrong kind (also ValueError)
 └── WorkerError         a step that failed on some worker; the same root cause on every worker
 """
+import traceback
+
 from partitioners.errors import (
     GraphError,
     InfeasibleError,
@@ -33,5 +35,14 @@ class WorkerError(PipeEngineError, RuntimeError):
     """A step failed. Every worker raises the same root cause; the pipeline is closed."""
 
 
+def told(error: BaseException) -> str:
+    """The kind and message of an exception; of one without, such as a bare assert, the line that raised it."""
+    if str(error):
+        return f"{type(error).__name__}: {error}"
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__} at {frames[-1].filename}:{frames[-1].lineno}, {frames[-1].line}" if frames else \
+        type(error).__name__
+
+
 __all__ = ["CaptureError", "GraphError", "InfeasibleError", "InputError", "PartitionError", "PipeEngineError",
-           "PlanError", "ScheduleError", "WorkerError", "exit_status"]
+           "PlanError", "ScheduleError", "WorkerError", "exit_status", "told"]

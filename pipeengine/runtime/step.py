@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from pipeengine.distributed import ConnectionLost, NoTies, Transport, Workers, headline
-from pipeengine.errors import InputError, WorkerError
+from pipeengine.errors import InputError, WorkerError, told
 from pipeengine.runtime.executor import Executor
 from pipeengine.runtime.outputs import merge_outputs
 from pipeengine.runtime.programs import ProgramCache
@@ -81,7 +81,7 @@ class StepRunner:
         with torch.no_grad(), self._call(call):
             prepared = self._prepare(inputs, training=False)
             with self._run(call, prepared):
-                return self.guarded(lambda: self._evaluate(prepared, gather))
+                return self.guarded(lambda: self._evaluate(prepared, gather), harmless=InputError)
 
     def _call(self, name: str, *, takes_long: bool = True) -> AbstractContextManager[None]:
         """Inside, the guard knows that this worker is in this call, and so do the others when they meet it."""
@@ -170,7 +170,12 @@ class StepRunner:
         loss = self.progress.loss = self._spread_loss(first, self.executor.loss)
         last = self._workers.grid.worker(self._worker_of[first.split.output_stage])
         outputs = [self.executor.outputs.get(m) for m in range(len(tasks))]
-        merged = merge_outputs(prepared.specializations, outputs if self._workers.rank == last else None, tasks, loss)
+        own = outputs if self._workers.rank == last else None
+        if self._replicas is not None:
+            merged = merge_outputs(prepared.specializations, own, tasks, loss)
+        else:           # nobody is at work any more: what cannot be merged is an error on all, and the next call runs
+            merged, problem = attempt(lambda: merge_outputs(prepared.specializations, own, tasks, loss))
+            self._workers.agree((), problem, ())
         if not gather:
             return merged
         if self._replicas is not None:
@@ -257,6 +262,6 @@ def attempt(what: Callable[[], T]) -> tuple[T | None, InputError | None]:
     except InputError as error:
         return None, error
     except Exception as error:
-        problem = InputError(f"this batch cannot be used: {type(error).__name__}: {error}")
+        problem = InputError(f"this batch cannot be used: {told(error)}")
         problem.__cause__ = error
         return None, problem

@@ -17,8 +17,8 @@ from pipeengine.rng import mix
 from pipeengine.runtime.executor import Task
 from pipeengine.runtime.programs import ProgramCache
 from pipeengine.schedules import Edge
-from pipeengine.stages import Shares, Specialization, SpecializationCache, Weights, even_weights
-from pipeengine.tracing import Inputs, current_modes
+from pipeengine.stages import Shares, Specialization, SpecializationCache, Weights, check_lookups, even_weights
+from pipeengine.tracing import Inputs, current_modes, needs_target
 
 _EVALUATION = 1 << 40       # random numbers of evaluations are not those of any step
 
@@ -59,7 +59,7 @@ class BatchReader:
 
     def check_target(self, inputs: Inputs, training: bool) -> None:
         """Raise ``InputError`` where a target is missing, or nobody would take it."""
-        if self.loss_fn is not None and training and inputs.target is None:
+        if needs_target(self.loss_fn) and training and inputs.target is None:
             raise InputError("the pipeline has a loss_fn; call step(..., target=...)")
         if self.loss_fn is None and inputs.target is not None:
             raise InputError(
@@ -130,6 +130,7 @@ class TaskMaker:
         keys = tuple(mix(self.seed, step if training else _EVALUATION + call, first + i) for i in range(len(parts)))
         kind = batch.key, (training, *self.specializations.look(), current_modes().autocast), batch.dims
         chosen = self._specialize(batch, kind, parts, sizes, keys, training)
+        check_lookups(chosen[0].lookups, batch.tensors)
         recorded = python = 0
         for specialization in chosen:
             recorded = mix(recorded, specialization.digest)
@@ -142,7 +143,7 @@ class TaskMaker:
         split = self.programs.split_backward_stages(len(look.parts)) if look.training else \
             (frozenset(),) * len(look.parts)
         tasks = tuple(
-            Task([*specialization.own_copies(tensors), *terms], specialization.stages.of(stages), weight, key, size)
+            Task([*tensors, *terms], specialization.stages.of(stages), weight, key, size)
             for tensors, specialization, terms, weight, key, stages, size in zip(
                 look.parts, look.chosen, weights.terms, weights.loss, look.keys, split, look.sizes))
         return Prepared(tasks, look.chosen, look.facts, look.batch.amount())

@@ -5,6 +5,7 @@ of stages for every kind of micro-batch.
 """
 from pipeengine.stages.cache import Specialization, SpecializationCache
 from pipeengine.stages.full_batch import compare_two_microbatches, full_batch_loss_check
+from pipeengine.stages.lookups import check_lookups
 from pipeengine.stages.loss_weight import Weights, as_weights, even_weights
 from pipeengine.stages.message import (
     ACTIVATION,
@@ -37,6 +38,7 @@ __all__ = [
     "allocate",
     "as_weights",
     "check_header",
+    "check_lookups",
     "check_recording",
     "compare_two_microbatches",
     "even_weights",

@@ -19,12 +19,23 @@ from pipeengine.rng import RngStreams
 from pipeengine.schedules import Edge
 from pipeengine.stages.codegen import compile_part
 from pipeengine.stages.guards import guard_check
+from pipeengine.stages.lookups import Lookup, find_lookups
 from pipeengine.stages.loss_terms import Term, find_terms, find_totals
 from pipeengine.stages.loss_weight import Kind, LossWeights, Weights, target_count, weigh_terms
 from pipeengine.stages.placement import SettledPlacement
 from pipeengine.stages.runnable import Runnable, make_runnable
 from pipeengine.stages.splitting import Split, split
-from pipeengine.tracing import Dataflow, Inputs, ModelFlags, PythonWatch, Recording, analyse, capture, refs
+from pipeengine.tracing import (
+    Dataflow,
+    Inputs,
+    ModelFlags,
+    PythonWatch,
+    Recording,
+    analyse,
+    capture,
+    refs,
+    usable_loss,
+)
 
 _MOST = 128
 
@@ -44,7 +55,6 @@ class Specialization:
     stages: Runnables
     guards: Callable[[Sequence[torch.Tensor], int | None], bool] | None
     count_targets: Callable[[Sequence[torch.Tensor]], float] | None
-    cloned: tuple[int, ...]                     # inputs that the forward changes in place
     edges: frozenset[Edge]
     outputs: tuple[int, ...]
     digest: int
@@ -52,17 +62,12 @@ class Specialization:
     flow: Dataflow
     terms: tuple[Term, ...]                     # of the loss
     totals: frozenset[int]                      # scalar outputs that are sums over rows
+    lookups: tuple[Lookup, ...]                 # what indices of the inputs must lie within
 
     @property
     def kind(self) -> Kind:
         """What the weight of a micro-batch follows from."""
         return self.flow, self.terms, self.count_targets
-
-    def own_copies(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """``tensors`` with copies of those that the forward changes in place: the user's batch stays as it is."""
-        if not self.cloned:
-            return tensors
-        return [tensor.clone() if i in self.cloned else tensor for i, tensor in enumerate(tensors)]
 
 
 class Runnables:
@@ -154,7 +159,7 @@ class SpecializationCache:
         self._refuse_grown()
         with torch.set_grad_enabled(not outputs):
             given = inputs()                # an evaluation may have no target: then there is no loss
-            recording = capture(self._model, given, loss_fn=None if given.target is None else self._loss_fn,
+            recording = capture(self._model, given, loss_fn=usable_loss(self._loss_fn, given),
                                 device=self._device, random_key=random_key,
                                 known_leaf_modules=self._placement.leaf_modules)
         specialization = self.make(recording, outputs=outputs)
@@ -209,11 +214,9 @@ class SpecializationCache:
             return make_runnable(compiled, cut, outputs=wanted if outputs else None,
                                  recompute=stage in self._recompute.stages)
         cut, _ = cut_for(self._split_backward and not outputs)       # the boundaries are the same either way
-        written = {storage for node in recording.nodes for storage in node.writes}
-        cloned = tuple(i for i, v in enumerate(recording.inputs) if recording.values[v].storage in written)
         return Specialization(recording, cut, Runnables(self._own, runnable), guard_check(flow, self._model, self._rng),
-                              target_count(plain, self._model), cloned, cut.edges, wanted, _digest(cut), plain, terms,
-                              find_totals(plain, wanted, self._model))
+                              target_count(plain, self._model), cut.edges, wanted, _digest(cut), plain, terms,
+                              find_totals(plain, wanted, self._model), find_lookups(plain, self._model))
 
     def weigh(self, key: tuple, specializations: Sequence[Specialization], parts: Sequence[Sequence[torch.Tensor]],
               sizes: Sequence[int], whole: Callable[[], Sequence[torch.Tensor]],

@@ -73,8 +73,13 @@ class _Writer:
     def write(self) -> str:
         part = self._part
         arguments = [f"v{v}" for v in (*part.inputs, *(v for boundary in part.receives for v in boundary.values))]
-        run = self._function("run", arguments, self._steps(), part.returns)
-        return "\n".join([*self._blocks, *run]) + "\n"
+        head, *body = self._function("run", arguments, self._steps(), part.returns)
+        return "\n".join([*self._blocks, head, *self._copies(), *body]) + "\n"
+
+    def _copies(self) -> list[str]:
+        """Lines that copy the inputs which this part changes: the batch, and what others see, stay as they are."""
+        written = {storage for node in self._part.nodes for storage in node.writes}
+        return [f"    v{v} = v{v}.clone()" for v in self._part.inputs if self._recording.values[v].storage in written]
 
     def _steps(self) -> list[Node | Block]:
         """The part's nodes; those of a span that runs twice together."""

@@ -12,7 +12,7 @@ from pipeengine.stages.guards import guard_check
 from pipeengine.stages.loss_terms import find_terms
 from pipeengine.stages.loss_weight import LossWeights, Weights, target_count
 from pipeengine.torch_private import DropoutModule
-from pipeengine.tracing import Dataflow, Inputs, find_loss, undisturbed
+from pipeengine.tracing import Dataflow, Inputs, loss_of, undisturbed
 
 
 def compare_two_microbatches(model: torch.nn.Module, flow: Dataflow, parts: Sequence[Sequence[torch.Tensor]],
@@ -91,6 +91,6 @@ def full_batch_loss_check(
 
 def _eager_loss(model: torch.nn.Module, inputs: Inputs, loss_fn: Callable | None) -> torch.Tensor:
     output = model(*inputs.args, **inputs.kwargs)
-    loss = loss_fn(output, inputs.target) if loss_fn is not None else find_loss(output)
+    loss = loss_of(loss_fn, output, inputs.target)
     assert isinstance(loss, torch.Tensor), "the recording has found one"
     return loss

@@ -34,12 +34,9 @@ def value_function(flow: Dataflow, model: torch.nn.Module, values: list[int], no
     read = {v for node in chosen for v in node_refs(node)} | set(values)
     inputs = tuple(sorted(v for v in read if recording.values[v].kind == "input"))
     compiled = compile_part(Part(-1, chosen, inputs, (), (), tuple(values), frozenset()), recording, model, rng)
-    written = {s for node in chosen for s in node.writes}
 
     def run(tensors: Sequence[torch.Tensor]) -> tuple:
-        given = [tensors[i].clone() if recording.values[v].storage in written else tensors[i]
-                 for i, v in zip(compiled.inputs, inputs)]
-        return compiled.run(*given)
+        return compiled.run(*[tensors[i] for i in compiled.inputs])
     return run, compiled.random
 
 

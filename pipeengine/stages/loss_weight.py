@@ -27,6 +27,7 @@ from pipeengine.tracing import (
     Value,
     analyse,
     capture,
+    usable_loss,
 )
 
 _MOST = 128
@@ -212,7 +213,7 @@ class LossWeights:
                 recording = capture(
                     self._model,
                     given,
-                    loss_fn=None if given.target is None else self._loss_fn,
+                    loss_fn=usable_loss(self._loss_fn, given),
                     device=self._device,
                     known_leaf_modules=leaf_modules,
                 )

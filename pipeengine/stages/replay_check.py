@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from pipeengine.errors import CaptureError
+from pipeengine.errors import CaptureError, InputError, told
 from pipeengine.rng import RngStreams
 from pipeengine.stages.codegen import compile_part
 from pipeengine.stages.guards import guard_check, guard_nodes
@@ -16,8 +16,8 @@ from pipeengine.tracing import (
     Inputs,
     Recording,
     fill,
-    find_loss,
     leaves,
+    loss_of,
     refs,
     switch,
     tensors,
@@ -50,8 +50,15 @@ def check_recording(model: torch.nn.Module, flow: Dataflow, stage_of: Mapping[in
         if holds is not None and not holds(given, 0):
             continue                    # takes another path: that one would be recorded by itself
         with torch.enable_grad():
-            with undisturbed(model), _seeded(seed, device):
-                truth = _eager(model, _again(example, given), loss_fn)
+            try:
+                with undisturbed(model), _seeded(seed, device):
+                    truth = _eager(model, _again(example, given), loss_fn)
+            except (RuntimeError, IndexError, ValueError, AssertionError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                if seed:
+                    continue            # it does not take its rows in another order
+                raise InputError(f"the model itself, run as it is, fails on the example: {told(error)}") from error
             with undisturbed(model), _seeded(seed, device):
                 replayed = _replay(model, flow.recording, parts, given)
         if seed_decides and not _close(truth[0], replayed[0]):
@@ -110,7 +117,7 @@ def _gradients(loss: torch.Tensor, model: torch.nn.Module) -> list[torch.Tensor 
 
 def _eager(model, inputs: Inputs, loss_fn) -> tuple[torch.Tensor, list]:
     output = model(*inputs.args, **inputs.kwargs)
-    loss = loss_fn(output, inputs.target) if loss_fn is not None else find_loss(output)
+    loss = loss_of(loss_fn, output, inputs.target)
     return loss.detach(), _gradients(loss, model)
 
 

@@ -5,7 +5,7 @@ modules.
 """
 from pipeengine.tracing.capturing import capture
 from pipeengine.tracing.dataflow import Dataflow, analyse
-from pipeengine.tracing.inputs import Inputs, find_loss
+from pipeengine.tracing.inputs import WHOLE_LOSS, Inputs, find_loss, loss_of, needs_target, usable_loss
 from pipeengine.tracing.modes import ModelFlags, current_modes, switch
 from pipeengine.tracing.module_state import undisturbed
 from pipeengine.tracing.python_reads import PythonReads, PythonWatch
@@ -27,6 +27,7 @@ from pipeengine.tracing.recording import (
 )
 
 __all__ = [
+    "WHOLE_LOSS",
     "Call",
     "Dataflow",
     "Inputs",
@@ -47,6 +48,8 @@ __all__ = [
     "fill",
     "find_loss",
     "leaves",
+    "loss_of",
+    "needs_target",
     "node_refs",
     "picks",
     "refs",
@@ -55,4 +58,5 @@ __all__ = [
     "tree_encode",
     "tree_map",
     "undisturbed",
+    "usable_loss",
 ]

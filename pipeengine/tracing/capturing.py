@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch.nn.parameter import UninitializedTensorMixin
@@ -16,7 +17,7 @@ from pipeengine.rng import keyed
 from pipeengine.torch_private import DisableTorchFunction, FakeTensor
 from pipeengine.tracing.dataflow import unstable_guard
 from pipeengine.tracing.fake_model import FakedModel
-from pipeengine.tracing.inputs import Inputs, find_loss
+from pipeengine.tracing.inputs import WHOLE_LOSS, Inputs, loss_of
 from pipeengine.tracing.interception import intercepted
 from pipeengine.tracing.module_calls import PythonRandom
 from pipeengine.tracing.module_state import look_or_set, python_random, set_python_random
@@ -36,11 +37,11 @@ def capture(model: torch.nn.Module, example: object, *, loss_fn: Callable | None
             known_leaf_modules: Mapping[str, str] | None = None) -> Recording:
     """Record one forward of ``model`` on ``example`` (a dict of keyword arguments or a tuple of positional ones).
 
-    The loss is ``loss_fn(output, target)`` when given, else the model's own (``output.loss``, ``output["loss"]``,
-    the first of a tuple when it is a scalar, or a scalar output). Needs no memory for parameters; they may be on
-    meta. ``known_leaf_modules`` holds modules known to be kept whole from an earlier recording of the same model;
-    ``random_key`` chooses the random numbers that a forward may look at. Changes nothing in the model or in any
-    random state.
+    The loss is ``loss_fn(output, target)`` when given (``loss_fn(output)`` where it takes no more), else the model's
+    own; in a structure it is ``.loss``, ``["loss"]`` or the first scalar of a tuple. Needs no memory for parameters,
+    which may be on meta. ``known_leaf_modules`` holds modules known to be kept whole from an earlier recording of the
+    same model; ``random_key`` chooses the random numbers that a forward may look at. Changes nothing in the model or in
+    any random state.
 
     Raises ``CaptureError`` naming the module and the line when the forward cannot be recorded faithfully.
     """
@@ -73,7 +74,10 @@ def _record_until_faithful(model, inputs: Inputs, loss_fn, faked_model: FakedMod
             watch_random = look_or_set
             continue
         changed = {path: what for path, what in faked_model.changed().items() if path not in leaf_modules}
-        if not warmed and (changed or faked_model.keeps_fakes()):
+        grown = {path: name for path, name in faked_model.grown().items() if path not in leaf_modules}
+        if grown:
+            changed = grown             # a second run, with the old buffer, would take it for the new one
+        elif not warmed and (changed or faked_model.keeps_fakes()):
             # What only a first call sets is no state. A tensor that is kept for the next call is: the second recording,
             # which finds a fake of the first in its way, then says so.
             warmed = True
@@ -110,6 +114,9 @@ def _keep_whole(model: torch.nn.Module, leaf_modules: dict[str, str], path: str,
         raise CaptureError(
             f"the model's own forward cannot be recorded: {reason}. Move that code into a submodule, which then stays "
             "one node of the graph, or replace it")
+    if path == WHOLE_LOSS:
+        leaf_modules[path] = reason
+        return
     if path in leaf_modules:
         raise CaptureError(f"module {path} cannot be recorded even as one node: {reason}")
     kind = type(model.get_submodule(path))
@@ -137,20 +144,33 @@ def _record(model, inputs: Inputs, loss_fn, faked_model: FakedModel, leaf_module
     args, kwargs, target = tree_map(inputs.everything(), fake_input)
     before = python_random()
     try:
+        whole_loss = WHOLE_LOSS in leaf_modules
         functions = () if loss_fn is None else (loss_fn,)
         with faked_model.fakes_in_place(), intercepted(model, recorder), log.watching(functions), recorder.watching():
             output = model(*args, **kwargs)
-            loss = loss_fn(output, target) if loss_fn is not None else find_loss(output)
+            loss = _loss(recorder, loss_fn, output, target, whole_loss)
         return _finished(recorder, output, loss, before)
     finally:
         recorder.release()
 
 
-def _finished(recorder: Recorder, output: object, loss: object, before: tuple) -> tuple[Recording, bool, list]:
+def _loss(recorder: Recorder, loss_fn: Callable | None, output: object, target: object,
+          whole: bool) -> torch.Tensor | None:
+    """What the loss function gives; where a recording cannot hold what it does, it is to be kept whole."""
+    if loss_fn is not None and whole:
+        return recorder.call_whole_loss(partial(loss_of, loss_fn), output, target)
+    try:
+        return loss_of(loss_fn, output, target)
+    except NotTraceable as stop:
+        if stop.path or loss_fn is None:
+            raise
+        raise NotTraceable(WHOLE_LOSS, stop.reason) from stop
+
+
+def _finished(recorder: Recorder, output: object, loss: torch.Tensor | None, before: tuple
+              ) -> tuple[Recording, bool, list]:
     drew = python_random() != before
     set_python_random(before)
-    if loss is not None and not isinstance(loss, torch.Tensor):
-        raise CaptureError(f"loss_fn returned a {type(loss).__name__}, not a tensor")
     recording = recorder.finish(output, loss)
     guard = unstable_guard(recording)
     if guard is not None:

@@ -191,13 +191,17 @@ def _drop_written(recording, replicated: set[int], writers, before) -> frozenset
 
 
 def _groups(recording, live, replicated, writers) -> tuple[frozenset[int], ...]:
-    """Nodes around memory that changes: who touches it up to the last change stays together."""
+    """Nodes around memory that changes: who touches it up to the last change stays together; where it is an input that
+    a placed node changes, who touches it at all: inputs do not travel.
+    """
     touching = defaultdict(list)
     for index in live:
         node = recording.nodes[index]
         for value in (*node_refs(node), *node.results):
             touching[recording.values[value].storage].append(index)
     kept = {v.storage for v in recording.values if v.kind in ("attribute", "constant")}
+    kept |= {v.storage for v in recording.values if v.kind == "input"
+             and not replicated.issuperset(writers.get(v.storage, ()))}
     found = []
     for storage, changes in writers.items():
         last = len(recording.nodes) if storage in kept else changes[-1]

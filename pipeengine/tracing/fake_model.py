@@ -45,6 +45,7 @@ class FakedModel:
         self._children_at_start = self._children = {path: dict(m._modules) for path, m in self.modules.items()}
         self.reshaped: frozenset[str] = frozenset()         # modules that a first run left another way than it found
         self._reassigned: dict[str, str] = {}               # module -> the buffer that the last run replaced
+        self._grown: dict[str, str] = {}                    # of those: by one of another shape
         self._fake_of: dict[int, torch.Tensor] = {}         # id of the model's own tensor -> its fake
         self._own_of: dict[int, torch.Tensor] = {}          # id of a fake -> the model's own tensor
         self._stack = contextlib.ExitStack()
@@ -97,10 +98,12 @@ class FakedModel:
         try:
             yield
         finally:
-            self._reassigned = {path: name for path, module in self.modules.items()
-                                for name, tensor in module._buffers.items()
-                                if tensor is not None and tensor is not
-                                self._fake_of.get(id(self._tensors[path][1].get(name)))}
+            replaced = [(path, name, tensor) for path, module in self.modules.items()
+                        for name, tensor in module._buffers.items() if tensor is not None
+                        and tensor is not self._fake_of.get(id(self._tensors[path][1].get(name)))]
+            self._reassigned = {path: name for path, name, _ in replaced}
+            self._grown = {path: name for path, name, tensor in replaced
+                           if getattr(self._tensors[path][1].get(name), "shape", None) != tensor.shape}
             self._put(lambda tensor: tensor)
 
     def _put(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -121,6 +124,10 @@ class FakedModel:
         swapped = {path: "_modules" for path, module in self.modules.items()
                    if dict(module._modules) != self._children[path]}
         return {**{path: name for path, name in attributes.items() if name}, **swapped, **self._reassigned}
+
+    def grown(self) -> dict[str, str]:
+        """Modules that replaced a buffer by one of another shape: a table that grows with longer batches."""
+        return self._grown
 
     def keeps_fakes(self) -> bool:
         """Whether the run has left tensors in the attributes of modules."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from pipeengine.errors import CaptureError
+from pipeengine.errors import CaptureError, told
 from pipeengine.tracing.born_objects import is_cache, with_empty_caches
 from pipeengine.tracing.fake_model import FakedModel
 from pipeengine.tracing.modes import current_modes
@@ -83,7 +83,7 @@ class ModuleCalls:
         except CaptureError:
             raise
         except Exception as error:
-            raise NotTraceable(path, f"{type(error).__name__}: {error}") from error
+            raise NotTraceable(path, told(error)) from error
         if call.inner_called and call.inner_output_ids != _ids(output):
             raise NotTraceable(path, "its class wraps __call__")
         if before is not None and before != self._python_random():
@@ -164,7 +164,7 @@ class ModuleCalls:
             with self._writer.saved.paused():
                 output, cost = self._run_for_real(module, original, *fakes, self._values.real_of)
         except Exception as error:
-            raise CaptureError(f"module {path or '(root)'} cannot run: {type(error).__name__}: {error}") from error
+            raise CaptureError(f"module {path or '(root)'} cannot run: {told(error)}") from error
         needs = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors(fakes), *module.parameters()))
         result = self._real_side.fakes_like(output, needs_gradient=needs)
         meter = self._writer.meter

@@ -46,29 +46,44 @@ class RealSide:
         with torch.no_grad():
             return self.fakes_like(function(*real[0], **real[1]), needs_gradient=False)
 
-    def guessed_result(self, function: Callable, args: tuple, kwargs: dict) -> object | None:
-        """Fakes that look like what ``function`` gives on made-up numbers, None unless two trials give the same shapes.
+    def guessed_result(self, function: Callable, args: tuple, kwargs: dict, meter: contextlib.AbstractContextManager
+                       ) -> object | None:
+        """Fakes that look like what ``function``, inside ``meter``, gives on made-up numbers, None unless two trials
+        give the same shapes.
 
         Then the data do not matter to the shapes after all.
         """
-        trials = [self._trial(function, args, kwargs, number) for number in (0, 1)]
+        trials = [self._trial(function, args, kwargs, number, meter) for number in (0, 1)]
         if None in trials or _shapes(trials[0]) != _shapes(trials[1]):
             return None
         needs = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors((args, kwargs)))
         return self.fakes_like(trials[0], needs_gradient=needs)
 
-    def _trial(self, function: Callable, args: tuple, kwargs: dict, number: int) -> object | None:
-        """Run ``function`` on made-up numbers where there are no real ones."""
+    def _trial(self, function: Callable, args: tuple, kwargs: dict, number: int,
+               meter: contextlib.AbstractContextManager) -> object | None:
+        """Run ``function`` on made-up numbers where there are no real ones; None where that fails."""
+        try:
+            with torch.no_grad():
+                return self.trial(function, args, kwargs, number, meter)
+        except Exception:
+            return None
+
+    def trial(self, function: Callable, args: tuple, kwargs: dict, number: int = 0,
+              meter: contextlib.AbstractContextManager = contextlib.nullcontext()) -> object:
+        """What ``function``, run inside ``meter``, gives on made-up numbers where there are no real ones."""
         def real_of(leaf: object) -> object:
             if not isinstance(leaf, torch.Tensor):
                 return leaf
             real = self._values.real_of(leaf)
-            return made_up(leaf, leaf.device, number) if real is None else real
-        try:
-            with self._rng_of_place(f"made up {number}"), torch.no_grad():
-                return function(*tree_map(args, real_of), **tree_map(kwargs, real_of))
-        except Exception:
-            return None
+            if real is None:
+                real = made_up(leaf, leaf.device, number)
+                if leaf.requires_grad and torch.is_grad_enabled():
+                    real.requires_grad_()
+            return real
+        with self._rng_of_place(f"made up {number}"):
+            args, kwargs = tree_map(args, real_of), tree_map(kwargs, real_of)
+            with meter:
+                return function(*args, **kwargs)
 
     def fakes_like(self, result: object, *, needs_gradient: bool) -> object:
         """Fakes that look like the tensors in ``result``; floating-point ones follow from something trained if asked.

@@ -74,6 +74,21 @@ class Recorder(TorchFunctionMode):
         """Stands in for ``function``, which ``torch.vmap`` has mapped."""
         return self._functions.call_mapped(function, args, kwargs)
 
+    @property
+    def hidden(self) -> bool:
+        """Whether what runs now is part of one node."""
+        return self._calls.hidden
+
+    def call_whole_loss(self, function: Callable, output: object, target: object) -> torch.Tensor:
+        """``function(output, target)`` as one node, whatever it does. Raises ``CaptureError`` where that cannot be."""
+        return self._functions.call_whole_loss(function, output, target)
+
+    def ask(self, function: Callable, args: tuple) -> object:
+        """``function(*args)``, a Python value, for real; a guard from now on. Raises ``NotTraceable`` where the tensors
+        in ``args`` do not follow from the inputs.
+        """
+        return self._functions.python_value(function, function.__name__, args, {})
+
     def refuse(self, reason: str) -> None:
         """The forward does what no recording holds: raises ``NotTraceable``, except inside a module that is kept
         whole.

@@ -6,18 +6,20 @@ from collections.abc import Callable
 import torch
 from torch.overrides import resolve_name
 
+from pipeengine.errors import CaptureError
 from pipeengine.torch_private import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     peek_function_transform,
     storage_number,
 )
-from pipeengine.tracing.born_objects import MappedFunction, tensor_of
+from pipeengine.tracing.born_objects import MappedFunction, is_cache, tensor_of
 from pipeengine.tracing.node_writer import NodeWriter, Outcome, Step, WriteWatch
 from pipeengine.tracing.open_calls import CallStack, NotTraceable
-from pipeengine.tracing.pytree import tensors
+from pipeengine.tracing.pytree import leaves, tensors
 from pipeengine.tracing.real_side import RealSide
-from pipeengine.tracing.value_table import ValueTable
+from pipeengine.tracing.value_table import ValueTable, is_shareable
 
 # What these tell follows from shapes and types, which are part of a recording's key.
 _METADATA = frozenset({
@@ -65,7 +67,7 @@ class TorchFunctions:
         if function in _FROM_LISTS and args and isinstance(args[0], (list, tuple)) and tensors(args[0]):
             return self._step(tensor_of, name, args, kwargs)
         if name in _TO_PYTHON:
-            return self._python_value(function, name, args, kwargs)
+            return self.python_value(function, name, args, kwargs)
         return self._step(function, name, args, kwargs)
 
     def _check_context(self) -> None:
@@ -74,7 +76,7 @@ class TorchFunctions:
         if self._writer.saved.foreign_hooks:
             raise NotTraceable(self._calls.path, "saved-tensor hooks are active in its forward")
 
-    def _python_value(self, function: Callable, name: str, args: tuple, kwargs: dict) -> object:
+    def python_value(self, function: Callable, name: str, args: tuple, kwargs: dict) -> object:
         """The Python value of a tensor, written down as a guard when it follows from the inputs."""
         encoded = self._values.encode((args, kwargs))
         real = self._values.reals((args, kwargs))
@@ -99,10 +101,12 @@ class TorchFunctions:
             with self._writer.measured():
                 output = function(*fakes[0], **fakes[1])
         except _DATA_DEPENDENT as error:
-            output = self._real_side.known_result(function, args, kwargs)
+            meter = self._writer.meter          # a fake that cannot run does not tell whether it draws random numbers
+            with meter:
+                output = self._real_side.known_result(function, args, kwargs)
             shape_from_data = output is not None
             if output is None:
-                output = self._real_side.guessed_result(function, args, kwargs)
+                output = self._real_side.guessed_result(function, args, kwargs, meter)
             if output is None:
                 raise NotTraceable(self._calls.path,
                                    f"{self._calls.where()}: {type(error).__name__}: {error}") from error
@@ -134,6 +138,27 @@ class TorchFunctions:
                 return self._step(mapped, "vmap", (tuple(mapped.captured), *args), kwargs)
         except Exception as error:
             raise NotTraceable(self._calls.path, f"{_TRANSFORM} ({type(error).__name__}: {error})") from error
+
+    def call_whole_loss(self, function: Callable, output: object, target: object) -> torch.Tensor:
+        """Stands in for a loss function that is called as it is; ``function(output, target)`` gives a tensor."""
+        for leaf in leaves((output, target)):
+            if not isinstance(leaf, torch.Tensor) and not is_shareable(leaf) and not is_cache(leaf):
+                raise CaptureError(f"loss_fn is called as it is, because of what it does, and is handed a "
+                                   f"{type(leaf).__name__}, which cannot be made again for every micro-batch")
+        given = (output, target)
+        step = Step(self._calls.next_name("loss_fn"), function, *self._values.encode((given, {})),
+                    reads=tensors(given))
+        self._writer.meter.clear()
+        self._writer.saved.start()
+        with self._calls.hide(), self._writer.saved.paused():
+            loss = self._real_side.trial(function, given, {}, meter=self._writer.meter)
+            if isinstance(loss, FakeTensor):
+                raise CaptureError("loss_fn is called as it is, because of what it does, and reads parameters of the "
+                                   "model, which other workers hold; let the model return what it needs of them")
+            needs = any(tensor.requires_grad for tensor in tensors(given))
+            loss = self._real_side.fakes_like(loss, needs_gradient=needs)
+        self._writer.write(step, Outcome(loss, set(), self._writer.meter.random))
+        return loss
 
     def call_autograd_function(self, own_apply: Callable, target: Callable, cls: type, args: tuple,
                                kwargs: dict) -> object:

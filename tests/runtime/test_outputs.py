@@ -96,3 +96,25 @@ def test_loss_may_come_after_the_logits():
 )
 def test_row_dimension(shapes, rows, dim):
     assert row_dim(shapes, rows) == dim
+
+
+class Chooses(torch.nn.Module):
+    """Answers with the largest entry of every column, over the rows of a micro-batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(5, 5) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x.square().mean(), x.amax(0)
+
+
+def test_an_output_that_cannot_be_merged_leaves_the_pipeline_usable():
+    model, x = Chooses(), torch.randn(4, 5)
+    pipe = pe.Pipeline(model, (x,), num_stages=2, num_microbatches=2, costs="analytic")
+    for _ in range(2):
+        with pytest.raises(pe.InputError, match="cannot be merged"):
+            pipe.evaluate(x)
+    assert torch.isfinite(pipe.step(x))
