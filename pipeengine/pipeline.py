@@ -51,6 +51,7 @@ class Pipeline(Standing):
     - ``check`` (True): compare the recording with eager execution once, where parameters are real.
     - ``recompute`` (False): True, stages (by number) or modules (by path) that keep only their inputs and run their
       forward again in backward.
+    - ``compile`` (False): True, or options of ``torch.compile``, which then compiles what stages compute.
 
     After construction a worker's model holds its own stages; parameters of other stages are on meta there. Raises
     ``CaptureError`` when the model cannot be recorded, ``PartitionError`` when it cannot be cut as asked,
@@ -64,10 +65,11 @@ class Pipeline(Standing):
                  batch_dims: Mapping[str, int | None] | None = None, weights: str | Path | None = None,
                  device: torch.device | str | None = None, mesh: DeviceMesh | None = None, seed: int = 0,
                  check: bool = True, recompute: bool | Collection[int | str] = False,
-                 num_replicas: int | None = None, shard: str | None = None):
+                 num_replicas: int | None = None, shard: str | None = None,
+                 compile: bool | Mapping[str, object] = False):
         options = Options(model, example, num_microbatches, str(schedule) if isinstance(schedule, Path) else schedule,
                           num_stages, plan, costs, loss_fn, target, loss_weight, batch_dims, weights, seed, check,
-                          recompute, shard)
+                          recompute, shard, compile)
         self._model, self._device = model, _device(model, device)
         self._workers = connect(mesh, self._device, _launched(), num_replicas, environment=os.environ)
         try:

@@ -67,7 +67,7 @@ class StepRunner:
         self.ties, self._workers, self._worker_of = ties, workers, worker_of
         self._replicas = ReplicaBatches(tasks, workers) if workers.grid.num_replicas > 1 else None
         self.progress, self._gradients = Progress(num_microbatches), gradients
-        self._run_before: set[int] = set()
+        self._run_before: set[tuple[str, int, int]] = set()
 
     def step(self, inputs: Inputs, scaler: object = None) -> torch.Tensor | None:
         """Forward and backward of a whole batch; returns its loss, detached, on every worker.
@@ -118,8 +118,9 @@ class StepRunner:
 
     def _run(self, name: str, prepared: Prepared) -> AbstractContextManager[None]:
         """Inside, stages run; what runs for the first time may be compiled, which takes long."""
-        new = prepared.recorded not in self._run_before
-        self._run_before.add(prepared.recorded)
+        kind = name, prepared.recorded, len(prepared.tasks)
+        new = kind not in self._run_before
+        self._run_before.add(kind)
         return self._call(name, takes_long=new)
 
     def _prepare(self, inputs: Inputs, training: bool, wrong: InputError | None = None) -> Prepared:
