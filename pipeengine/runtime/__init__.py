@@ -2,6 +2,7 @@
 
 from pipeengine.runtime.executor import Executor, Task
 from pipeengine.runtime.gradients import Gradients, scale_of
+from pipeengine.runtime.master_weights import keep_master_weights
 from pipeengine.runtime.outputs import merge_outputs
 from pipeengine.runtime.programs import ProgramCache, ScheduleChoice, splits_backward
 from pipeengine.runtime.step import StepRunner
@@ -16,6 +17,7 @@ __all__ = [
     "StepRunner",
     "Task",
     "TaskMaker",
+    "keep_master_weights",
     "merge_outputs",
     "scale_of",
     "splits_backward",
