@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pipeengine.pipeline import Pipeline
     from pipeengine.program import Program, lower
     from pipeengine.run import Run
+    from pipeengine.runtime import keep_master_weights
     from pipeengine.schedules import Schedule
     from pipeengine.simulation import Costs, Timeline, simulate
     from pipeengine.synthesis import build
@@ -51,6 +52,7 @@ _LATER = {
     "TokenDataset": "data",
     "build": "synthesis",
     "capture": "tracing",
+    "keep_master_weights": "runtime",
     "lower": "program",
     "profile": "costs",
     "search": "exploration",
@@ -85,6 +87,7 @@ __all__ = [
     "WorkerError",
     "build",
     "capture",
+    "keep_master_weights",
     "lower",
     "partition",
     "profile",

@@ -35,6 +35,7 @@ def _given(options: Options) -> dict[str, object]:
     """The user's options, and the versions that they meet. A plan is not among them: that of worker 0 counts."""
     costs = options.costs if options.costs is None or isinstance(options.costs, str) else "a graph"
     return {"the versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+            "compile": _plain(options.compile),
             "num_microbatches": options.num_microbatches, "shard": options.shard, "seed": options.seed,
             "check": options.check, "costs": costs,
             "batch_dims": sorted((options.batch_dims or {}).items()),
@@ -57,6 +58,14 @@ def _code(code: CodeType) -> str:
                  repr(sorted(constant, key=repr)) if isinstance(constant, frozenset) else repr(constant)
                  for constant in code.co_consts]
     return repr((code.co_code, constants, code.co_names))
+
+
+def _plain(given: bool | Mapping[str, object]) -> object:
+    """Options of torch.compile as text; of what has an address its name."""
+    if isinstance(given, bool):
+        return given
+    return sorted((key, getattr(value, "__qualname__", value) if callable(value) else value)
+                  for key, value in given.items())
 
 
 def _shape(model: torch.nn.Module, flow: Dataflow) -> str:

@@ -346,6 +346,7 @@ def settle(options: Options, recorded: Recorded, layout: Layout, programs: Progr
         rng=rng,
         split_backward=programs.splits_backward,
         recompute=layout.recompute,
+        pieces=options.pieces(),
     )
     specialization = specializations.make(recorded.flow.recording, outputs=False)
     specialization.stages.of(programs.split_backward_stages(layout.choice.num_microbatches)[0])

@@ -1,6 +1,7 @@
 """What a user asked for, in one value that is checked once and never changes."""
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from pipeengine.distributed import Grid
 from pipeengine.errors import InputError
 from pipeengine.exploration import Choice, Configuration
 from pipeengine.schedules import Schedule
+from pipeengine.stages import Pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,7 @@ class Options:
     recompute: bool | str | Collection[int | str]
     shard: str | None = None
     num_replicas: int | None = None
+    compile: bool | Mapping[str, object] = False
 
     def validate(self) -> None:
         """Refuse at once what would not be used until later. Raises ``InputError``."""
@@ -55,6 +58,12 @@ class Options:
             value = getattr(self, name)
             if not fits(value):
                 raise InputError(f"{name} is {value!r}; give {wanted}")
+
+    def pieces(self) -> Pieces | None:
+        """What torch compiles, if that was asked for."""
+        if self.compile is False:
+            return None
+        return Pieces({} if self.compile is True else self.compile)
 
     def configured(self, plan: Configuration, grid: Grid) -> Options:
         """These options, with what a plan that a search has found says besides its cuts, for all workers of ``grid``.
@@ -89,6 +98,7 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+_COMPILING = frozenset(inspect.signature(torch.compile).parameters) - {"model", "disable"}
 _WANTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "schedule": (lambda value: isinstance(value, (str, Schedule)) or callable(value),
                  "the name of one, a function or a Schedule"),
@@ -96,6 +106,8 @@ _WANTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "loss_weight": (lambda value: value is None or callable(value), "a function of a micro-batch"),
     "batch_dims": (lambda value: isinstance(value, (Mapping, type(None))), "a dict from names of inputs to dimensions"),
     "recompute": (lambda value: isinstance(value, (bool, Collection)), "True, stages or module paths"),
+    "compile": (lambda value: isinstance(value, bool) or isinstance(value, Mapping) and set(value) <= _COMPILING,
+                f"True, or a dict of options of torch.compile: {', '.join(sorted(_COMPILING))}"),
     "shard": (lambda value: value in (None, "optimizer"), 'None or "optimizer"'),
     "seed": (lambda value: isinstance(value, int), "a whole number"),
 }

@@ -1,7 +1,7 @@
 """Who has which parameters and buffers: which worker holds, updates and saves them, and which copies must be equal."""
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +95,14 @@ def _held_names(flow: Dataflow, placement: SettledPlacement, own: set[int]) -> f
     held |= {values[v].name for guard in flow.recording.guards for v in (*refs(guard.args), *refs(guard.kwargs))
              if values[v].kind == "attribute"}
     return frozenset(held)
+
+
+def updated_parameters(model: torch.nn.Module, updated: Collection[str]
+                       ) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters that this worker's optimizer is to update, in the model's order, by first name."""
+    for name, parameter in model.named_parameters():
+        if name in updated:
+            yield name, parameter
 
 
 def first_names(model: torch.nn.Module) -> dict[str, str]:

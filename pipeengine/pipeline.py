@@ -13,9 +13,10 @@ from torch.distributed import DeviceMesh
 from partitioners import Plan
 from pipeengine.assembly import Assembly, assemble
 from pipeengine.checkpoint import Holdings, collect_state, load_state, save_weights
-from pipeengine.distributed import connect, total_norm
+from pipeengine.distributed import connect
 from pipeengine.exploration import Choice
 from pipeengine.options import Options
+from pipeengine.ownership import updated_parameters
 from pipeengine.report import (
     RunReport,
     measured_step,
@@ -25,7 +26,7 @@ from pipeengine.report import (
     save_report,
     stage_rows,
 )
-from pipeengine.runtime import Executor, StepRunner, TaskMaker
+from pipeengine.runtime import Executor, Gradients, StepRunner, TaskMaker
 from pipeengine.schedules import Schedule
 from pipeengine.simulation import Timeline
 from pipeengine.standing import Standing
@@ -60,6 +61,7 @@ class Pipeline(Standing):
     - ``check`` (True): compare the recording with eager execution once, where parameters are real.
     - ``recompute`` (False): True, stages (by number) or modules (by path) that keep only their inputs and run their
       forward again in backward.
+    - ``compile`` (False): True, or options of ``torch.compile``, which then compiles what stages compute.
 
     After construction a worker's model holds its own stages; parameters of other stages are on meta there. Raises
     ``CaptureError`` when the model cannot be recorded, ``PartitionError`` when it cannot be cut as asked,
@@ -73,10 +75,11 @@ class Pipeline(Standing):
                  batch_dims: Mapping[str, int | None] | None = None, weights: str | Path | None = None,
                  device: torch.device | str | None = None, mesh: DeviceMesh | None = None, seed: int = 0,
                  check: bool = True, recompute: bool | str | Collection[int | str] = False,
-                 num_replicas: int | None = None, shard: str | None = None):
+                 num_replicas: int | None = None, shard: str | None = None,
+                 compile: bool | Mapping[str, object] = False):
         options = Options(model, example, num_microbatches, str(schedule) if isinstance(schedule, Path) else schedule,
                           num_stages, plan, costs, loss_fn, target, loss_weight, batch_dims, weights, seed, check,
-                          recompute, shard, num_replicas)
+                          recompute, shard, num_replicas, compile)
         self._model, self._device = model, _device(model, device)
         self._workers = connect(mesh, self._device, _launched(), num_replicas, environment=os.environ)
         if mesh is not None:            # it has said where the replicas are
@@ -90,20 +93,26 @@ class Pipeline(Standing):
         made = self._assembly
         tasks = TaskMaker(made.reader, made.specializations, made.programs, seed, loss_weight)
         executor = Executor(made.transport, made.rng, self._workers.activity, made.ties.start)
+        gradients = Gradients(lambda: updated_parameters(model, made.tensors.updated), made.tensors.owned,
+                              self._workers, self._device)
         self._runner = StepRunner(tasks, made.programs, executor, made.transport, made.ties, self._workers,
-                                  made.layout.worker_of, made.num_parts)
+                                  made.layout.worker_of, made.num_parts, gradients)
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
-    def step(self, *args: object, target: object = None, **kwargs: object) -> torch.Tensor | None:
+    def step(self, *args: object, target: object = None, scaler: torch.amp.GradScaler | None = None,
+             **kwargs: object) -> torch.Tensor | None:
         """Forward and backward of a whole batch; gradients are added to ``.grad``.
 
         Every worker of a replica passes the same batch. Returns the loss of the full batch, all replicas' together,
         detached, 0-dimensional, on every worker. A batch that cannot be used raises ``InputError`` on every worker and
         loses nothing; a failure while the step runs raises ``WorkerError`` with the same root cause on every worker and
         closes the pipeline.
+
+        With ``scaler`` the gradients are those of the scaled loss; ``unscale_``, ``step`` and ``update`` follow as
+        usual. A gradient that is not finite on one worker makes all workers' so: each skips the step.
         """
-        return self._runner.step(self._assembly.reader.inputs(args, kwargs, target))
+        return self._runner.step(self._assembly.reader.inputs(args, kwargs, target), scaler)
 
     def evaluate(self, *args: object, target: object = None, gather: bool = False, **kwargs: object) -> object:
         """Forward only, without gradients, in the model's present mode; every worker calls it.
@@ -128,9 +137,7 @@ class Pipeline(Standing):
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Parameters that this worker's optimizer is to update, under their original names: those that it holds, with
         ``shard`` its share of them. Shared ones are on every holder."""
-        for name, parameter in self._model.named_parameters():
-            if name in self._assembly.tensors.updated:
-                yield name, parameter
+        return updated_parameters(self._model, self._assembly.tensors.updated)
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Parameters that this worker's optimizer is to update."""
@@ -170,17 +177,10 @@ class Pipeline(Standing):
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Scale all gradients so that their norm over all stages, shared ones counted once, is at most ``max_norm``.
 
-        Returns the norm before scaling, 0-dimensional, on every worker.
+        Returns the norm before scaling, 0-dimensional, the same number on every worker: where it is not finite, some
+        gradient is not, and all workers can skip the step by it.
         """
-        owned = self._assembly.tensors.owned
-        counted = [p.grad for name, p in self.named_parameters() if p.grad is not None and name in owned]
-        total = self._runner.reduction("clip_grad_norm_", lambda: total_norm(counted, norm_type, self._workers,
-                                                                               self._device))
-        scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale.to(parameter.grad.device))
-        return total
+        return self._runner.clip(max_norm, norm_type)
 
     def train(self, mode: bool = True) -> Pipeline:
         """Set the model to training mode."""

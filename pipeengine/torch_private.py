@@ -6,6 +6,7 @@ torch 2.11 to 2.14; importing this file with another version raises ``ImportErro
 """
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -14,9 +15,9 @@ import torch
 __all__ = ["APPLY_IS_IN_C", "AutogradFunctionBase", "ConvNd", "DYNAMO_MODULE", "DataDependentOutputException",
            "DisableTorchFunction", "DropoutModule", "DynamicOutputShapeException", "FAKE_TENSOR_LOGGER", "FakeTensor",
            "FakeTensorMode", "LossModule", "PYTREE_NODES", "TorchDispatchMode", "apply_in_c", "check_version",
-           "cpu_attention", "default_store", "engine_run_backward", "foreach_norm", "new_process_group",
-           "peek_function_transform", "pop_saved_tensor_hooks", "profiler_enabled", "push_saved_tensor_hooks",
-           "storage_number", "top_saved_tensor_hooks", "version_of"]
+           "compilations", "cpu_attention", "default_store", "engine_run_backward", "foreach_norm",
+           "new_process_group", "peek_function_transform", "pop_saved_tensor_hooks", "profiler_enabled",
+           "push_saved_tensor_hooks", "storage_number", "top_saved_tensor_hooks", "version_of"]
 
 _OLDEST, _TOO_NEW = (2, 11), (2, 15)
 
@@ -90,6 +91,16 @@ cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 # Norms of many tensors in one call; torch.nn.utils.get_total_norm would replace it, for all at once.
 foreach_norm = torch._foreach_norm
+
+
+def compilations() -> tuple[int, dict[str, int]]:
+    """How many graphs torch.compile has made in this process, and how often it left one, by reason; a public callback
+    on compilations would replace it."""
+    dynamo = sys.modules.get(DYNAMO_MODULE)
+    if dynamo is None:
+        return 0, {}
+    counters = dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
 
 def default_store() -> torch.distributed.Store:

@@ -47,9 +47,10 @@ class Executor:
         self.records: list[tuple[str, int, int, float, float]] = []
         self.position: tuple = ()
 
-    def run(self, actions: Sequence[tuple], tasks: Sequence[Task]) -> None:
-        """Do ``actions`` in order for the micro-batches ``tasks``. Afterwards ``loss`` and ``outputs`` are set."""
-        self._tasks = tasks
+    def run(self, actions: Sequence[tuple], tasks: Sequence[Task], scale: torch.Tensor | None = None) -> None:
+        """Do ``actions`` in order for the micro-batches ``tasks``; gradients are those of the loss times ``scale``.
+        Afterwards ``loss`` (as it is) and ``outputs`` are set."""
+        self._tasks, self._scale = tasks, scale
         self._ready: dict[tuple, list] = {}         # what a send will carry
         self._saved: dict[tuple[int, int], tuple] = {}
         self._waiting: dict[tuple[int, int], Queue] = {}     # weight gradients that were put off
@@ -189,7 +190,10 @@ class Executor:
         key = weight, loss.dtype, loss.shape
         found = self._seeds.get(key)
         if found is None:
-            found = self._seeds[key] = torch.full_like(loss, weight)
+            found = torch.full_like(loss, weight)
+            if self._scale is not None:         # rounded to the loss's type, as backward of the product rounds it
+                found = self._scale.to(loss) * found
+            self._seeds[key] = found
         return found
 
     # -- messages ---------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import torch
 from pipeengine.distributed import ConnectionLost, NoTies, Transport, Workers, headline
 from pipeengine.errors import InputError, WorkerError, told
 from pipeengine.runtime.executor import Executor
+from pipeengine.runtime.gradients import Gradients, scale_of
 from pipeengine.runtime.outputs import merge_outputs
 from pipeengine.runtime.programs import ProgramCache
 from pipeengine.runtime.replica_batches import ReplicaBatches
@@ -60,26 +61,41 @@ class StepRunner:
     """Runs steps and evaluations; a failure becomes the same error on every worker and closes the pipeline."""
 
     def __init__(self, tasks: TaskMaker, programs: ProgramCache, executor: Executor, transport: Transport,
-                 ties: NoTies, workers: Workers, worker_of: tuple[int, ...], num_microbatches: int):
+                 ties: NoTies, workers: Workers, worker_of: tuple[int, ...], num_microbatches: int,
+                 gradients: Gradients):
         self._tasks, self._programs, self.executor, self.transport = tasks, programs, executor, transport
         self.ties, self._workers, self._worker_of = ties, workers, worker_of
         self._replicas = ReplicaBatches(tasks, workers) if workers.grid.num_replicas > 1 else None
-        self.progress = Progress(num_microbatches)
-        self._run_before: set[int] = set()
+        self.progress, self._gradients = Progress(num_microbatches), gradients
+        self._run_before: set[tuple[str, int, int]] = set()
 
-    def step(self, inputs: Inputs) -> torch.Tensor | None:
-        """Forward and backward of a whole batch; returns its loss, detached, on every worker."""
-        with self._call("step"):
-            prepared = self._prepare(inputs, training=True)
+    def step(self, inputs: Inputs, scaler: object = None) -> torch.Tensor | None:
+        """Forward and backward of a whole batch; returns its loss, detached, on every worker.
+
+        With ``scaler`` gradients are those of the scaled loss, and finite on all workers or on none.
+        """
+        scale, problem = (None, None) if scaler is None else \
+            attempt(lambda: scale_of(scaler, self._tasks.reader.device))
+        # Workers that disagree on the name of a call are told so: the scale is a part of it.
+        with self._call("step" if scale is None else f"step with a scale of {float(scale)}"):
+            prepared = self._prepare(inputs, True, problem)
             with torch.enable_grad(), self._run("step", prepared):
-                self.guarded(lambda: self._train(prepared))
+                self.guarded(lambda: self._train(prepared, scale))
+            if scale is not None:
+                self.guarded(self._gradients.spread_overflow, harmless=InputError)
         return self.progress.loss
+
+    def clip(self, max_norm: float, norm_type: float) -> torch.Tensor:
+        """Scale all gradients to a norm of at most ``max_norm``; returns the norm before, the same on every worker."""
+        total = self.reduction("clip_grad_norm_", lambda: self._gradients.norm(norm_type))
+        self._gradients.scale((max_norm / (total + 1e-6)).clamp(max=1.0))
+        return total
 
     def evaluate(self, inputs: Inputs, gather: bool) -> object:
         """Forward only; the model's output for the whole batch on the worker of the last stage, or everywhere."""
         call = "evaluate(gather=True)" if gather else "evaluate"
         with torch.no_grad(), self._call(call):
-            prepared = self._prepare(inputs, training=False)
+            prepared = self._prepare(inputs, False)
             with self._run(call, prepared):
                 return self.guarded(lambda: self._evaluate(prepared, gather), harmless=InputError)
 
@@ -102,13 +118,17 @@ class StepRunner:
 
     def _run(self, name: str, prepared: Prepared) -> AbstractContextManager[None]:
         """Inside, stages run; what runs for the first time may be compiled, which takes long."""
-        new = prepared.recorded not in self._run_before
-        self._run_before.add(prepared.recorded)
+        kind = name, prepared.recorded, len(prepared.tasks)
+        new = kind not in self._run_before
+        self._run_before.add(kind)
         return self._call(name, takes_long=new)
 
-    def _prepare(self, inputs: Inputs, *, training: bool) -> Prepared:
-        """The batch made ready on this worker, once all workers agree that theirs is the same."""
+    def _prepare(self, inputs: Inputs, training: bool, wrong: InputError | None = None) -> Prepared:
+        """The batch made ready on this worker, once all workers agree that theirs is the same and none has anything
+        ``wrong``."""
         self.check_open()
+        if wrong is not None:
+            self.guarded(lambda: self._workers.agree((), wrong, ()), harmless=InputError)
         progress = self.progress
         call = progress.calls + 1
         if self._replicas is not None:
@@ -147,13 +167,13 @@ class StepRunner:
             self.guarded(self.ties.refresh)
         return self._tasks.prepare(seen.look, weights)
 
-    def _train(self, prepared: Prepared) -> None:
+    def _train(self, prepared: Prepared, scale: torch.Tensor | None) -> None:
         progress, tasks = self.progress, prepared.tasks
         actions = self._programs.actions(len(tasks), prepared.edges, training=True)
         self.ties.begin()
         self.transport.begin(progress.calls, prepared.digest)
         start = perf_counter()
-        self.executor.run(actions, tasks)
+        self.executor.run(actions, tasks, scale)
         self._tasks.specializations.ran()
         self.ties.reduce()
         if progress.step < 3 or progress.step % 10 == 0:

@@ -18,6 +18,7 @@ from pipeengine.stages.message import (
     pack,
     unpack,
 )
+from pipeengine.stages.pieces import Pieces
 from pipeengine.stages.placement import Placement, SettledPlacement
 from pipeengine.stages.replay_check import check_recording
 from pipeengine.stages.runnable import Runnable
@@ -27,6 +28,7 @@ __all__ = [
     "ACTIVATION",
     "GRADIENT",
     "Layout",
+    "Pieces",
     "Placement",
     "Runnable",
     "SettledPlacement",

@@ -22,6 +22,7 @@ from pipeengine.stages.guards import guard_check
 from pipeengine.stages.lookups import Lookup, find_lookups
 from pipeengine.stages.loss_terms import Term, find_terms, find_totals
 from pipeengine.stages.loss_weight import Kind, LossWeights, Weights, target_count, weigh_terms
+from pipeengine.stages.pieces import Pieces
 from pipeengine.stages.placement import SettledPlacement
 from pipeengine.stages.runnable import Runnable, make_runnable
 from pipeengine.stages.splitting import Split, split
@@ -106,7 +107,8 @@ class SpecializationCache:
 
     def __init__(self, model: torch.nn.Module, placement: SettledPlacement, own: Sequence[int], *,
                  loss_fn: Callable | None, device: torch.device, rng: RngStreams, split_backward: bool = False,
-                 recompute: Recompute = Recompute()):
+                 recompute: Recompute = Recompute(), pieces: Pieces | None = None):
+        self._pieces = pieces
         self._split_backward, self._recompute = split_backward, recompute
         self._model, self._placement, self._own = model, placement, tuple(own)
         self._loss_fn, self._device, self._rng = loss_fn, device, rng
@@ -132,6 +134,8 @@ class SpecializationCache:
         if self._fresh:
             self._watch.ignore_written()
             self._fresh = False
+        if self._pieces is not None:
+            self._pieces.tell()
 
     def _holds(self, known: _Known) -> bool:
         """Whether Python is as it was when ``known`` was recorded."""
@@ -203,14 +207,14 @@ class SpecializationCache:
             apart |= {id(recording.nodes[n]) for n in weighed}
             apart |= {id(node) for node in recording.nodes if node.results and node.results[0] in (deferrable or ())}
             return split(flow, stage_of, self._placement.num_stages, outputs=outputs,
-                         keep_apart=lambda node: id(node) in apart), deferrable
+                         keep_apart=lambda node: self._pieces is not None or id(node) in apart), deferrable
 
         def runnable(stage: int, split_backward: bool) -> Runnable:
             cut, deferrable = cut_for(split_backward)
             if stage in self._recompute.stages and not outputs:
                 check_recomputable(recording, cut.parts[stage].nodes, f"stage {stage}")
             compiled = compile_part(cut.parts[stage], recording, self._model, self._rng, deferrable=deferrable,
-                                    recompute_spans=recompute_spans)
+                                    recompute_spans=recompute_spans, pieces=self._pieces)
             return make_runnable(compiled, cut, outputs=wanted if outputs else None,
                                  recompute=stage in self._recompute.stages)
         cut, _ = cut_for(self._split_backward and not outputs)       # the boundaries are the same either way

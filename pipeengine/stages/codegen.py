@@ -8,8 +8,9 @@ import torch
 
 from pipeengine.autograd import Deferral, Replacement, Span, checkpoint_block, checkpoint_module
 from pipeengine.rng import RngStreams, place_number
+from pipeengine.stages.pieces import Pieces, find_pieces
 from pipeengine.stages.splitting import Part, first_index
-from pipeengine.tracing import Node, Rebuilt, Recording, Ref, leaves, node_refs, switch
+from pipeengine.tracing import Modes, Node, Rebuilt, Recording, Ref, leaves, node_refs, switch
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,15 @@ class Compiled:
 
 
 def compile_part(part: Part, recording: Recording, model: torch.nn.Module, rng: RngStreams, *,
-                 deferrable: Mapping[int, Replacement] | None = None, recompute_spans: Sequence[Span] = ()) -> Compiled:
+                 deferrable: Mapping[int, Replacement] | None = None, recompute_spans: Sequence[Span] = (),
+                 pieces: Pieces | None = None) -> Compiled:
     """Write and compile the function of one stage; modules are the user's own.
 
     With ``deferrable``, weight gradients can wait. Nodes in the spans ``recompute_spans`` keep no activations: they run
-    again in backward.
+    again in backward. With ``pieces`` torch compiles what can be.
     """
     deferral = None if deferrable is None else Deferral()
-    writer = _Writer(part, recording, model, rng, deferral, deferrable or {}, recompute_spans)
+    writer = _Writer(part, recording, model, rng, deferral, deferrable or {}, recompute_spans, pieces)
     source = writer.write()
     scope = writer.scope
     exec(compile(source, f"<stage {part.stage}>", "exec"), scope)
@@ -49,18 +51,23 @@ def compile_part(part: Part, recording: Recording, model: torch.nn.Module, rng: 
 
 @dataclass(frozen=True)
 class Block:
-    """Nodes whose forward runs twice, with the values that they read and those that others read of them."""
+    """Nodes that are one function, with the values that they read and those that others read of them: their forward
+    runs twice, or they are a ``piece`` that torch compiles."""
 
     nodes: tuple[Node, ...]
     reads: tuple[int, ...]
     results: tuple[int, ...]
+    modes: Modes
+    piece: bool = False
 
 
 class _Writer:
     """Turns nodes into lines of Python."""
 
     def __init__(self, part: Part, recording: Recording, model: torch.nn.Module, rng: RngStreams,
-                 deferral: Deferral | None, deferrable: Mapping[int, Replacement], recompute_spans: Sequence[Span]):
+                 deferral: Deferral | None, deferrable: Mapping[int, Replacement], recompute_spans: Sequence[Span],
+                 pieces: Pieces | None = None):
+        self._rng, self._pieces = rng, pieces
         self._part, self._recording, self._model = part, recording, model
         self._deferral, self._deferrable, self._recompute_spans = deferral, deferrable, recompute_spans
         self._blocks: list[str] = []
@@ -82,10 +89,16 @@ class _Writer:
         return [f"    v{v} = v{v}.clone()" for v in self._part.inputs if self._recording.values[v].storage in written]
 
     def _steps(self) -> list[Node | Block]:
-        """The part's nodes; those of a span that runs twice together."""
-        steps: list[Node | Block] = []
+        """The part's nodes; those of a span that runs twice, or of a piece, together."""
+        steps: list[Node | Block | Span] = []
         inside: dict[Span, list[Node]] = {}
+        pieces = self._find_pieces()
+        later = {id(node) for piece in pieces.values() for node in piece[1:]}
         for node in self._part.nodes:
+            if id(node) in pieces:
+                steps.append(self._block(pieces[id(node)], piece=True))
+            if id(node) in pieces or id(node) in later:
+                continue
             index = first_index(self._recording, node)
             span = next((span for span in self._recompute_spans if span[0] <= index < span[1]), None)
             if span is None:
@@ -97,7 +110,18 @@ class _Writer:
                 steps.append(span)
         return [self._block(inside[step]) if isinstance(step, tuple) else step for step in steps]
 
-    def _block(self, nodes: Sequence[Node]) -> Block:
+    def _find_pieces(self) -> dict[int, tuple[Node, ...]]:
+        """The runs of nodes that torch compiles, by the ``id`` of the first."""
+        if self._pieces is None:
+            return {}
+        places = [(first_index(self._recording, node), node) for node in self._part.nodes]
+        twice = {id(node) for index, node in places for start, end in self._recompute_spans if start <= index < end}
+        found = find_pieces(self._recording, places, self._model,
+                            lambda node: id(node) in twice or bool(node.results) and
+                            node.results[0] in self._deferrable)
+        return {id(nodes[0]): nodes for nodes in found}
+
+    def _block(self, nodes: Sequence[Node], piece: bool = False) -> Block:
         made = {v for node in nodes for v in node.results}
         own = set(map(id, nodes))
         outside = {v for node in self._part.nodes if id(node) not in own for v in node_refs(node)}
@@ -105,7 +129,8 @@ class _Writer:
         read = dict.fromkeys(v for node in nodes for v in node_refs(node)
                              if v not in made and self._recording.values[v].kind in ("result", "input"))
         results = dict.fromkeys(v for node in nodes for v in node.results)
-        return Block(tuple(nodes), tuple(read), tuple(v for v in results if v in outside))
+        return Block(tuple(nodes), tuple(read), tuple(v for v in results if v in outside),
+                     nodes[0].modes if piece else self._recording.modes, piece)
 
     def _function(self, name: str, arguments: Sequence[str], steps: Sequence[Node | Block],
                   returns: Sequence[int]) -> list[str]:
@@ -113,13 +138,14 @@ class _Writer:
         last = self._last_use(steps, set(arguments), set(returns))
         modes = None
         for index, step in enumerate(steps):
-            wanted = step.modes if isinstance(step, Node) else self._recording.modes
+            wanted = step.modes
             if wanted != modes:
                 modes = wanted
                 if modes != self._recording.modes:
                     lines.append(f"    with {self._name(switch(modes), 'with')}:")
             indent = "    " if modes == self._recording.modes else "        "
-            lines += [indent + line for line in (self._node(step) if isinstance(step, Node) else self._twice(step))]
+            lines += [indent + line for line in (self._node(step) if isinstance(step, Node) else
+                                                 self._piece(step) if step.piece else self._twice(step))]
             if last[index]:
                 lines.append(f"{indent}del {', '.join(last[index])}")
         return [*lines, f"    return ({''.join(self._value(v) + ', ' for v in returns)})"]
@@ -131,16 +157,27 @@ class _Writer:
         call = f"twice({', '.join([name, 'rng' if any(node.random for node in block.nodes) else 'None', *given])})"
         return [f"{', '.join(f'v{v}' for v in block.results)}, = {call}" if block.results else call]
 
+    def _piece(self, block: Block) -> list[str]:
+        """The line that calls the compiled function of a piece."""
+        assert self._pieces is not None, "there are pieces where they were asked for"
+        writer = _PieceWriter(self._part, self._recording, self._model, self._rng, None, {}, ())
+        source, scope = writer.write_piece(block)
+        name = self._name(self._pieces.compile(source, "piece", scope), "piece")
+        given = [*(self._local(v) for v in block.reads), *map(self._value, writer.tensors),
+                 *(self._name(module, "module") for module in writer.modules)]
+        return [f"{', '.join(map(self._local, block.results))}, = {name}({', '.join(given)})"] if block.results else []
+
     def _last_use(self, steps: Sequence[Node | Block], kept: set[str], returned: set[int]) -> list[list[str]]:
         """For every step, the local names that nobody needs after it."""
         last: dict[int, int] = {}
         for index, step in enumerate(steps):
             for value in (*step.results, *(node_refs(step) if isinstance(step, Node) else step.reads)):
-                if self._recording.values[value].kind == "result" and value not in returned and f"v{value}" not in kept:
+                if self._recording.values[value].kind == "result" and value not in returned \
+                        and self._local(value) not in kept:
                     last[value] = index
         names: list[list[str]] = [[] for _ in steps]
         for value, index in last.items():
-            names[index].append(f"v{value}")
+            names[index].append(self._local(value))
         return names
 
     def _node(self, node: Node) -> list[str]:
@@ -149,11 +186,11 @@ class _Writer:
         if not node.results:
             return [*lines, call]
         if node.picks == ("",):
-            return [*lines, f"v{node.results[0]} = {call}"]
+            return [*lines, f"{self._local(node.results[0])} = {call}"]
         lines.append(f"t = {call}")
         if any(pick.startswith("@") for pick in node.picks):
             lines.append("t = leaves(t)")
-        lines += [f"v{value} = t[{pick.strip('@[]')}]" for value, pick in zip(node.results, node.picks)]
+        lines += [f"{self._local(value)} = t[{pick.strip('@[]')}]" for value, pick in zip(node.results, node.picks)]
         return [*lines, "del t"]
 
     def _call(self, node: Node) -> str:
@@ -184,6 +221,9 @@ class _Writer:
             return f"{self._name(module, 'module')}.{table}[{name!r}]"
         if made.kind == "constant":
             return self._name(self._recording.constants[value], "constant")
+        return self._local(value)
+
+    def _local(self, value: int) -> str:
         return f"v{value}"
 
     def _expression(self, value: object) -> str:
@@ -209,3 +249,39 @@ class _Writer:
             name = self._globals[id(thing)] = f"{kind}{len(self._globals)}"
             self.scope[name] = thing
         return name
+
+
+class _PieceWriter(_Writer):
+    """Writes a piece as a function whose text is the same for alike pieces: values are numbered as they come, tensors
+    of the model (``tensors``, as values) and modules (``modules``) are arguments."""
+
+    def write_piece(self, block: Block) -> tuple[str, dict[str, object]]:
+        """The text of ``piece(*reads, *tensors, *modules)``, and the functions and constants in its scope."""
+        self._numbers: dict[int, str] = {}
+        self.tensors: list[int] = []
+        self.modules: list[torch.nn.Module] = []
+        self.scope = {}
+        reads = [self._local(v) for v in block.reads]
+        lines = [line for node in block.nodes for line in self._node(node)]
+        results = "".join(f"{self._local(v)}, " for v in block.results)
+        arguments = [*reads, *(f"p{i}" for i in range(len(self.tensors))), *(f"m{i}" for i in range(len(self.modules)))]
+        text = "\n    ".join([f"def piece({', '.join(arguments)}):", *lines, f"return ({results})"])
+        return text + "\n", self.scope
+
+    def _local(self, value: int) -> str:
+        return self._numbers.setdefault(value, f"v{len(self._numbers)}")
+
+    def _value(self, value: int) -> str:
+        if self._recording.values[value].kind not in ("attribute", "constant"):
+            return self._local(value)
+        if value not in self.tensors:
+            self.tensors.append(value)
+        return f"p{self.tensors.index(value)}"
+
+    def _name(self, thing: object, kind: str) -> str:
+        if not isinstance(thing, torch.nn.Module):
+            return super()._name(thing, kind)
+        number = next((i for i, module in enumerate(self.modules) if module is thing), len(self.modules))
+        if number == len(self.modules):
+            self.modules.append(thing)
+        return f"m{number}"

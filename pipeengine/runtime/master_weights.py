@@ -1,0 +1,75 @@
+"""Weights in float32 beside parameters in half precision, kept in the optimizer's state.
+
+torch has no such optimizer for all devices; its hooks before and after a step make one of any.
+Kept as state of its parameter, a master weight is saved, loaded and dealt to workers as momentum is.
+"""
+from __future__ import annotations
+
+import torch
+
+from pipeengine.errors import InputError
+from pipeengine.torch_private import version_of
+
+MASTER = "master"           # its name in the state of a parameter
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def keep_master_weights(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Let ``optimizer`` update float32 copies of its parameters in half precision; returns ``optimizer``.
+
+    Its state is in float32 then; after each step the parameters are the copies, rounded. 4 bytes per parameter more.
+    A parameter that was changed elsewhere (by ``load_state_dict``) counts: its copy follows. Call it before the first
+    step or after a state was loaded. Raises ``InputError`` in a step that is given a closure.
+    """
+    _Masters().watch(optimizer)
+    return optimizer
+
+
+class _Masters:
+    """Puts the copies in the place of the parameters' values while the optimizer steps."""
+
+    def __init__(self) -> None:
+        self._inside: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        self._versions: dict[int, int] = {}
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Look at every step of ``optimizer``."""
+        optimizer.register_step_pre_hook(self._enter)
+        optimizer.register_step_post_hook(self._leave)
+
+    def _enter(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if any(callable(given) for given in (*args[1:], *kwargs.values())):
+            raise InputError("the optimizer's step was given a closure, which would run the model on float32 copies; "
+                             "call pipe.step before it, and the optimizer's step without")
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.dtype not in _HALF or parameter.grad is None:
+                    continue
+                state = optimizer.state[parameter]
+                # Out of the state meanwhile: optimizers take a state that is not empty for a complete one.
+                master = self._current(parameter, state.pop(MASTER, None))
+                low, gradient = parameter.data, parameter.grad.to(torch.float32)
+                parameter.grad, parameter.data = None, master
+                parameter.grad = gradient
+                self._inside.append((parameter, low))
+
+    def _current(self, parameter: torch.nn.Parameter, master: torch.Tensor | None) -> torch.Tensor:
+        """The copy, where it still is the parameter's."""
+        if master is None:
+            return parameter.detach().to(torch.float32)
+        if self._versions.get(id(parameter)) == version_of(parameter):
+            return master
+        low = parameter.detach()
+        return torch.where(master.to(low.dtype) == low, master, low.to(torch.float32))
+
+    def _leave(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        with torch.no_grad():
+            for parameter, low in self._inside:
+                master = parameter.data
+                gradient, parameter.grad = parameter.grad, None
+                parameter.data = low
+                parameter.copy_(master)
+                parameter.grad = None if gradient is None else gradient.to(low.dtype)
+                optimizer.state[parameter][MASTER] = master
+                self._versions[id(parameter)] = version_of(parameter)
+        self._inside.clear()

@@ -1,0 +1,76 @@
+"""Compiled stages compute what they did, alike blocks are compiled once, and what is compiled is told."""
+import logging
+
+import pytest
+import torch
+import zoo
+from reference import assert_same_step, gradients
+
+import pipeengine as pe
+from pipeengine.stages import Pieces
+
+pytestmark = pytest.mark.usefixtures("quiet")
+AOT = {"backend": "aot_eager"}
+
+
+def step(case: zoo.Case, compile: object, schedule: str, num_batches: int = 1) -> tuple[pe.Pipeline, list[tuple]]:
+    """(loss, gradients) of each batch."""
+    model = case.build()
+    example, target = case.split_target(case.batches[0])
+    pipe = pe.Pipeline(model, example, target=target, loss_fn=case.loss_fn, num_microbatches=4, num_stages=2,
+                       costs="analytic", check=False, schedule=schedule, compile=compile)
+    seen = []
+    for batch in case.batches[:num_batches]:
+        model.zero_grad()
+        inputs, target = case.split_target(batch)
+        loss = pipe.step(target=target, **inputs)
+        seen.append((loss, {name: grad.clone() for name, grad in gradients(model).items()}))
+    return pipe, seen
+
+
+def assert_compiled_is_eager(case: zoo.Case, compile: object, schedule: str, num_batches: int) -> pe.Pipeline:
+    pipe, found = step(case, compile, schedule, num_batches)
+    for expected, one in zip(step(case, False, schedule, num_batches)[1], found, strict=True):
+        assert_same_step(expected, one, 2e-6, floor=1e-3)
+    return pipe
+
+
+def test_weight_gradients_wait_and_masks_are_the_same(caplog):
+    """Dropout, a schedule that splits backward: what is left between the linear layers is compiled, and told."""
+    with caplog.at_level(logging.INFO, logger="pipeengine.compile"):
+        pipe = assert_compiled_is_eager(zoo.hugging_face("llama", dropout=0.1), AOT, "zb-h1", 1)
+    assert "graphs compiled" in caplog.text and "in parts" not in caplog.text
+    assert pipe._assembly.programs.splits_backward
+
+
+def test_alike_blocks_are_compiled_once():
+    case = zoo.AWKWARD["LongSkips"]
+    pieces = Pieces(AOT)
+    source = "def piece(v0, m0):\n    return (m0(v0).exp(), )\n"
+    one, other = pieces.compile(source, "piece", {}), pieces.compile(source, "piece", {})
+    assert one is other and pieces.compile(source, "piece", {"c": case}) is not one
+    layer, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
+    assert torch.equal(one(x, layer)[0], layer(x).exp())
+
+
+def test_unknown_options_are_refused():
+    case = zoo.AWKWARD["LongSkips"]
+    for wrong in ("yes", {"speed": "fast"}):
+        with pytest.raises(pe.InputError, match="backend"):
+            step(case, wrong, "1f1b")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ("1f1b", "zb-h1"))
+@pytest.mark.parametrize("name", ("gpt2", "llama", "bert", "t5", "vit"))
+def test_five_architectures(name, schedule):
+    """With dropout and two shapes of batch."""
+    if name != "vit":
+        assert_compiled_is_eager(zoo.hugging_face(name, dropout=0.1), AOT, schedule, 2)
+    else:
+        assert_compiled_is_eager(zoo.hugging_face(name), AOT, schedule, 2)
+
+
+@pytest.mark.slow
+def test_inductor():
+    assert_compiled_is_eager(zoo.hugging_face("gpt2"), True, "1f1b", 1)
