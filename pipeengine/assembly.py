@@ -202,7 +202,7 @@ def record(options: Options, reader: BatchReader) -> Recorded:
     batch = reader.read(Inputs.of(options.example, options.target))
     parts = batch.split(reader.num_microbatches, reader.device)
     inputs = batch.again(parts[0])
-    if needs_target(options.loss_fn) and options.target is None:
+    if options.loss_fn is not None and needs_target(options.loss_fn) and options.target is None:
         inputs = Inputs(inputs.args, inputs.kwargs,
                         made_up_target(options.model, inputs, options.loss_fn, reader.device))
     with torch.enable_grad():

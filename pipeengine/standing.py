@@ -44,8 +44,8 @@ class Standing:
 
     @property
     def amount(self) -> tuple[int, str]:
-        """What this replica's batch of the last step held: (number, "tokens") for a table of integers, else (number,
-        "rows")."""
+        """What the batches of all replicas held in the last step: (number, "tokens") for a table of integers, else
+        (number, "rows")."""
         return self._runner.progress.amount
 
     @property

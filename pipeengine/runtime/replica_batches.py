@@ -29,12 +29,13 @@ class Seen:
 @dataclass(frozen=True)
 class Known:
     """What all replicas have told: the number of each one's first micro-batch and of the micro-batches in all, their
-    ``totals``, and whether some worker has new values for others."""
+    ``totals``, whether some worker has new values for others, and the tokens (or rows) of all batches."""
 
     firsts: tuple[int, ...]
     num_microbatches: int
     totals: tuple[Totals, ...]
     is_stale: bool
+    amount: int
 
 
 class ReplicaBatches:
@@ -57,9 +58,9 @@ class ReplicaBatches:
         return Seen(look, self._tasks.shares(look))
 
     def tell(self, seen: Seen, is_stale: bool) -> tuple[int, ...]:
-        """Four whole numbers for the other workers."""
+        """Five whole numbers for the other workers."""
         flags = is_stale + 2 * seen.look.training + 4 * (seen.look.chosen[0].recording.loss is not None)
-        return len(seen.look.parts) << 3 | flags, *seen.shares.totals.to_words()
+        return len(seen.look.parts) << 3 | flags, *seen.shares.totals.to_words(), seen.look.batch.amount()[0]
 
     def read(self, everybody: Sequence[Sequence[int]]) -> Known:
         """What every worker has told. Raises ``InputError`` on all where one trains while another evaluates."""
@@ -73,7 +74,7 @@ class ReplicaBatches:
         counts = [words[0] >> 3 for words in told]
         return Known(tuple(accumulate(counts, initial=0))[:-1], sum(counts),
                      tuple(Totals.from_words(*words[1:4]) for words in told),
-                     any(words[0] & 1 for words in everybody))
+                     any(words[0] & 1 for words in everybody), sum(words[4] for words in told))
 
     def weigh(self, seen: Seen, known: Known) -> Weights:
         """What each of the own micro-batches counts for in the loss of all; every worker calls it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from typing import TypeVar
@@ -165,7 +165,8 @@ class StepRunner:
         weights = self.guarded(lambda: replicas.weigh(seen, known), harmless=InputError)
         if known.is_stale:
             self.guarded(self.ties.refresh)
-        return self._tasks.prepare(seen.look, weights)
+        prepared = self._tasks.prepare(seen.look, weights)
+        return replace(prepared, amount=(known.amount, prepared.amount[1]))
 
     def _train(self, prepared: Prepared, scale: torch.Tensor | None) -> None:
         progress, tasks = self.progress, prepared.tasks

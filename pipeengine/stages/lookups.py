@@ -34,7 +34,7 @@ def find_lookups(flow: Dataflow, model: torch.nn.Module) -> tuple[Lookup, ...]:
     recording = flow.recording
     written = {storage for node in recording.nodes for storage in node.writes}
     at = {value: index for index, value in enumerate(recording.inputs)}
-    found = {}
+    found: dict[tuple[int, int], Lookup] = {}
     for number in flow.live:
         node = recording.nodes[number]
         for ref, size, besides in _reads(node, flow, model):

@@ -149,7 +149,7 @@ def test_a_run_of_replicas_is_told_once():
     reports, folder = ran()
     records = read_metrics(Path(folder) / "run" / "metrics.jsonl")
     assert [step for step, _ in series(records, "loss")] == list(range(5))
-    assert all(report["amount"] == (4, "rows") for report in reports)
+    assert all(report["amount"] == (8, "rows") for report in reports), "of both replicas"
     names = {name for record in records for name in record}
     assert {f"pipeline/sent_bytes/worker_{worker}" for worker in range(4)} <= names
     assert not any(name.endswith("idle_share/worker_2") for name in names), "timelines are of one pipeline"
