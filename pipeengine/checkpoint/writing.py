@@ -68,6 +68,7 @@ class Writing:
         self._task = task
         self._written, self._done, self._cancelled = threading.Event(), threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
+        self._removing = threading.Lock()
         self._leaving = False
         self._problem: BaseException | None = None
 
@@ -99,9 +100,17 @@ class Writing:
                 close(self._task, self._await_records())
         except BaseException as error:
             self._problem = self._problem or error
-        if self._task.closing is not None and (self._problem is not None or self._cancelled.is_set()):
-            disk.remove_quietly(self._task.path)
         self._done.set()
+        self._remove()
+
+    def _remove(self) -> None:
+        """Worker 0: remove what has been written, once all workers know that this save is given up.
+
+        Not sooner: one that has yet to begin would wait for a folder that is gone.
+        """
+        with self._removing:
+            if self._task.closing is not None and self._done.is_set() and self._cancelled.is_set():
+                disk.remove_quietly(self._task.path)
 
     def _await_records(self) -> list[dict[str, Any]]:
         """Every worker's record, once all are there."""
@@ -141,16 +150,26 @@ class Writing:
         return self._written.is_set() and (self._task.closing is None or self._done.is_set())
 
     def cancel(self) -> None:
-        """Give it up: worker 0 removes what has been written."""
+        """Give it up, as every worker does: worker 0 removes what has been written."""
         self._cancelled.set()
         if self._thread is None and not self._done.is_set():
             self._close()
+        else:
+            self._remove()
 
     def leave(self) -> None:
-        """Wait for the own part, and on worker 0 for the others', as a process ends. Raises what went wrong."""
+        """Wait for the own part, and on worker 0 for the others', as a process ends. Raises what went wrong.
+
+        Where worker 0 cannot write its own part the others' stay, since nobody knows how far they are: the next save
+        removes them.
+        """
         self._leaving = True
         self.finish_writing()
-        self.finish()
+        try:
+            self.finish()
+        except BaseException:
+            self.cancel()
+            raise
 
 
 def write_part(task: Task) -> None:

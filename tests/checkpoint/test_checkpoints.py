@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
 import pipeengine as pe
-from pipeengine.checkpoint import save_weights
+from pipeengine.checkpoint import save_weights, writing
 
 
 class Holder:
@@ -293,6 +293,35 @@ def test_the_failure_of_one_worker_is_told_on_all(tmp_path):
     threads.as_threads(3, work)
     while os.listdir(tmp_path):
         time.sleep(0.01)
+
+
+def test_a_worker_that_begins_late_finds_the_folder_of_a_save_that_has_failed(tmp_path, monkeypatch):
+    """Worker 0 once removed it as soon as its own part had failed, and who came later waited a minute for it."""
+    write_part, close, failed, written = writing.write_part, writing.Writing._close, threading.Event(), []
+
+    def write(task):
+        if task.rank == 0:
+            raise pe.InputError("cannot write this")
+        assert failed.wait(30)
+        write_part(task)
+        written.append(task.rank)
+
+    def closed(self):
+        close(self)
+        if self._task.rank == 0:
+            failed.set()
+    monkeypatch.setattr(writing.Writing, "_close", closed)
+    monkeypatch.setattr(writing, "write_part", write)
+    monkeypatch.setattr(writing, "_FOLDER_SECONDS", 0.0)
+
+    def work(workers):
+        fake = threads.Fake(threads.model(1.0), threads.owners(3), workers)
+        checkpoints = pe.Checkpoints(tmp_path, fake)
+        with pytest.raises(pe.InputError, match="cannot write this"):
+            checkpoints.save(1)
+            checkpoints.wait()
+    threads.as_threads(3, work)
+    assert sorted(written) == [1, 2] and not os.listdir(tmp_path)
 
 
 def _failing():
