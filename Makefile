@@ -27,9 +27,9 @@ test: .venv/.installed
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
 
-# Faults at random, each in a run of its own: hours, not part of .ci/run.
+# Faults at random over whole runs that are started again: hours, not part of .ci/run.
 chaos: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py --random 500 --kinds kill,stop,raise,exit,sleep
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/chaos.py --faults 500
 
 # Another torch, in an environment of its own; not part of .ci/run.
 .venv-2.14/.installed: setup.cfg pyproject.toml

@@ -1,29 +1,40 @@
 """Kill, stop or stall a worker at every action of a step: who notices, when, and whom they name.
 
-    python benchmarks/faults.py --workers 4 --microbatches 4                 # kill -9 at every action of every worker
+    python benchmarks/faults.py --workers 4 --microbatches 4 --json matrix.json     # kill -9, everywhere
+    python benchmarks/faults.py --kinds stop,sleep,deadlock --places step --every 6
     python benchmarks/faults.py --random 500 --seed 1 --kinds kill,stop,raise,exit,sleep
 
-Every fault is one run of its own in processes of this machine, which share a fork server that has torch loaded.
+Every fault is one run of its own in processes of this machine, which share a fork server that has made a pipeline
+before. Places: at an action of a step, between steps, at a call of the operating system in a save or a load.
 """
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
+import secrets
+import shutil
 import signal
 import statistics
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 import pipeengine as pe
-from pipeengine.distributed.faults import Fault, inject
+from pipeengine.distributed.faults import FAULTS, Fault, inject
 
-STEP, LIMIT = 8, 60.0           # the step of a fault (late enough that pauses have been learnt), seconds until a hang
+STEP, LIMIT = 8, 90.0           # the step of a fault (late enough that pauses have been learnt), seconds until a hang
+PROMISED = {"kill": 1.0, "terminate": 1.0, "abort": 1.0, "exit": 1.0, "raise": 1.0}     # seconds; of others 4
+CALLS = ("open", "write", "fsync", "close", "rename", "replace", "unlink", "mkdir", "read")
+MARK = "PIPEENGINE_FAULT_RUN"
 
 
 def make(workers: int, microbatches: int) -> tuple[pe.Pipeline, torch.Tensor]:
@@ -35,30 +46,72 @@ def make(workers: int, microbatches: int) -> tuple[pe.Pipeline, torch.Tensor]:
                        schedule="1f1b", costs="analytic"), x
 
 
-def work(rank: int, workers: int, microbatches: int, port: int, fault: Fault, messages) -> None:
-    """A worker: steps until something happens; tells (what, seconds on the common clock, text)."""
+def at_call(number: int, happen: Callable[[], None]) -> None:
+    """From now on ``happen()`` comes before the ``number``-th call of this process that reads or changes the disk."""
+    left = [number]
+
+    def wrap(name: str) -> Callable:
+        real = getattr(os, name)
+
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == -1:
+                happen()
+            return real(*args, **kwargs)
+        return call
+    for name in CALLS:
+        setattr(os, name, wrap(name))
+
+
+def work(rank: int, workers: int, microbatches: int, port: int, place: str, fault: Fault, folder: str, messages
+         ) -> None:
+    """A worker: steps, saves and loads until something happens; tells (what, seconds on the common clock, text)."""
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", MARK: folder}
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=workers)
+
+    def happen() -> None:
+        messages.send(("fault", time.monotonic(), ""))
+        FAULTS[fault.kind](fault.seconds)
+
+    def here(what: str) -> None:
+        if place == what and rank == fault.worker:
+            happen() if what == "between" else at_call(fault.action, happen)
     pipe, x = make(workers, microbatches)
-    inject(pipe._workers.activity, rank, fault, lambda: messages.send(("fault", time.monotonic(), "")))
+    if place == "step":
+        inject(pipe._workers.activity, rank, fault, lambda: messages.send(("fault", time.monotonic(), "")))
+    checkpoints = pe.Checkpoints(folder, pipe) if place in ("save", "load") else None
     with suppress(SystemExit):
         try:
-            for _ in range(STEP + 2):
+            for step in range(STEP + 3):
                 pipe.step(x, target=x)
+                if step == STEP:
+                    run(checkpoints, step, here)
+            messages.send(("done", time.monotonic(), ""))
         except pe.WorkerError as error:
             messages.send(("raised", time.monotonic(), str(error).splitlines()[0]))
             raise SystemExit(3) from None
-        messages.send(("done", time.monotonic(), ""))
 
 
-def one(context, workers: int, microbatches: int, fault: Fault) -> dict:
+def run(checkpoints: pe.Checkpoints | None, step: int, here: Callable[[str], None]) -> None:
+    """What comes between two steps."""
+    here("between")
+    if checkpoints is not None:
+        here("save")
+        checkpoints.save(step)
+        checkpoints.wait()
+        here("load")
+        checkpoints.load()
+
+
+def one(context, workers: int, microbatches: int, place: str, fault: Fault) -> dict:
     """One run: seconds from the fault until each survivor raised and all had gone, and who was named."""
+    folder = tempfile.mkdtemp(prefix=f"{PREFIX}-")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes = [context.Pipe(duplex=False) for _ in range(workers)]
-    processes = [context.Process(target=work, args=(rank, workers, microbatches, store.port, fault, pipes[rank][1]))
-                 for rank in range(workers)]
+    processes = [context.Process(target=work, args=(rank, workers, microbatches, store.port, place, fault, folder,
+                                                    pipes[rank][1])) for rank in range(workers)]
     for process in processes:
         process.start()
     told: dict[str, dict[int, tuple[float, str]]] = {"fault": {}, "raised": {}, "done": {}}
@@ -80,59 +133,108 @@ def one(context, workers: int, microbatches: int, fault: Fault) -> dict:
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
         process.join()
+    shutil.rmtree(folder, ignore_errors=True)
     start = told["fault"].get(fault.worker, (None, ""))[0]
     raised = [told["raised"][rank] for rank in survivors if rank in told["raised"]]
     return {"happened": start is not None, "hung": hung, "raised": [when - start for when, _ in raised if start],
             "right": sum(text.startswith(f"worker {fault.worker} ") for _, text in raised), "survivors": len(survivors),
-            "gone": gone - start if start and gone else None, "texts": [text for _, text in raised]}
+            "gone": gone - start if start and gone else None, "texts": [text for _, text in raised],
+            "done": len(told["done"])}
 
 
-def faults(args: argparse.Namespace) -> Iterator[Fault]:
-    """Those that were asked for."""
-    actions = 6 * args.microbatches
+PREFIX = f"pipeengine-faults-{secrets.token_hex(4)}"
+
+
+def orphans() -> list[int]:
+    """Processes that runs have left behind, guards among them, once those had time to end."""
+    deadline = time.monotonic() + 5
+    while found := [int(path.name) for path in Path("/proc").glob("[0-9]*") if _is_of_a_run(path)]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    return found
+
+
+def _is_of_a_run(process: Path) -> bool:
+    with suppress(OSError):
+        return f"{MARK}=".encode() in (text := (process / "environ").read_bytes()) and PREFIX.encode() in text
+    return False
+
+
+def faults(args: argparse.Namespace) -> Iterator[tuple[str, Fault]]:
+    """Those that were asked for; an answer of False ends the actions of a place, since there are no more."""
     kinds = tuple(args.kinds.split(","))
     if args.random:
         for seed in range(args.seed, args.seed + args.random):
-            yield Fault.draw(seed, kinds, args.workers, STEP, actions)
+            yield "step", Fault.draw(seed, kinds, args.workers, STEP, 6 * args.microbatches)
         return
     for kind in kinds:
-        for worker in range(args.workers):
-            for action in range(0, actions, args.every):
-                yield Fault(kind, worker, STEP, action)
+        for place in args.places.split(","):
+            for worker in range(args.workers):
+                for action in range(0, 1 if place == "between" else 1000, args.every):
+                    if (yield place, Fault(kind, worker, STEP, action)) is False:
+                        break
+
+
+def collect(args: argparse.Namespace) -> dict[tuple[str, str], list[dict]]:
+    """All runs, by kind and place. What falls short is printed as it comes."""
+    context = multiprocessing.get_context("forkserver")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    context.set_forkserver_preload(["torch.distributed", "warm"])
+    rows: dict[tuple[str, str], list[dict]] = {}
+    until, todo, answer = time.monotonic() + 60 * args.minutes, faults(args), None
+    with suppress(StopIteration):
+        while time.monotonic() < until:
+            place, fault = todo.send(answer)
+            result = one(context, args.workers, args.microbatches, place, fault)
+            answer = result["happened"]
+            if answer:
+                late = max(result["raised"], default=0) > PROMISED.get(fault.kind, 4.0)
+                rows.setdefault((fault.kind, place), []).append({**result, **asdict(fault), "late": late})
+            if (answer and (late or result["right"] < result["survivors"])) or result["hung"]:
+                print(place, fault, result, flush=True)
+    return rows
+
+
+def summary(results: list[dict]) -> dict[str, float]:
+    """One line of the table."""
+    times = sorted(seconds for result in results for seconds in result["raised"])
+    gone = [result["gone"] for result in results if result["gone"] is not None]
+    return {"runs": len(results), "hung": sum(result["hung"] for result in results),
+            "raised_median": statistics.median(times) if times else float("nan"),
+            "raised_slowest": max(times, default=float("nan")), "gone_slowest": max(gone, default=float("nan")),
+            "late": sum(result["late"] for result in results), "named": sum(result["right"] for result in results),
+            "survivors": sum(result["survivors"] for result in results)}
 
 
 def main() -> None:
-    """Run the faults and print a table, one line per kind."""
+    """Run the faults and print a table, one line per kind and place."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--microbatches", type=int, default=4)
-    parser.add_argument("--kinds", default="kill")
+    parser.add_argument("--kinds", default="kill", help=f"of {', '.join(FAULTS)}")
+    parser.add_argument("--places", default="step,between,save,load")
     parser.add_argument("--every", type=int, default=1, help="only every so many-th action")
     parser.add_argument("--random", type=int, default=0, help="so many faults at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after that")
+    parser.add_argument("--json", help="write every run there too")
     args = parser.parse_args()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "pipeengine.pipeline"])
-    rows: dict[str, list[dict]] = {}
-    until = time.monotonic() + 60 * args.minutes
-    for fault in faults(args):
-        if time.monotonic() > until:
-            break
-        result = one(context, args.workers, args.microbatches, fault)
-        if result["happened"]:
-            rows.setdefault(fault.kind, []).append(result)
-            if result["right"] < result["survivors"]:
-                print(fault, result, flush=True)
-    print(f"{'fault':10} {'runs':>5} {'hung':>5} {'raised, median':>15} {'slowest':>8} {'all gone, slowest':>18} "
-          f"{'culprit named':>14}")
-    for kind, results in rows.items():
-        times = sorted(seconds for result in results for seconds in result["raised"])
-        gone = [result["gone"] for result in results if result["gone"] is not None]
-        named, all_ = sum(r["right"] for r in results), sum(r["survivors"] for r in results)
-        print(f"{kind:10} {len(results):5} {sum(r['hung'] for r in results):5} "
-              f"{statistics.median(times) if times else float('nan'):13.2f} s {max(times, default=0):6.2f} s "
-              f"{max(gone, default=0):16.2f} s {f'{named} of {all_}':>14}")
+    rows = collect(args)
+    print(f"{'fault':10} {'where':8} {'runs':>5} {'hung':>5} {'raised, median':>15} {'slowest':>8} "
+          f"{'all gone, slowest':>18} {'late':>5} {'culprit named':>14}")
+    for (kind, place), results in rows.items():
+        s = summary(results)
+        print(f"{kind:10} {place:8} {s['runs']:5} {s['hung']:5} {s['raised_median']:13.2f} s "
+              f"{s['raised_slowest']:6.2f} s {s['gone_slowest']:16.2f} s {s['late']:5} "
+              f"{s['named']:>7} of {s['survivors']}")
+    left = orphans()
+    print(f"orphans: {len(left)}")
+    if args.json:
+        Path(args.json).write_text(json.dumps({
+            "orphans": len(left), "table": [{"kind": kind, "place": place, **summary(results)}
+                                            for (kind, place), results in rows.items()],
+            "runs": [{"place": place, **result} for (_, place), results in rows.items() for result in results]}))
 
 
 if __name__ == "__main__":

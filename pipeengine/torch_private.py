@@ -17,7 +17,7 @@ __all__ = ["APPLY_IS_IN_C", "AutogradFunctionBase", "ConvNd", "DYNAMO_MODULE", "
            "FakeTensorMode", "LossModule", "PYTREE_NODES", "TorchDispatchMode", "apply_in_c", "check_version",
            "compilations", "cpu_attention", "default_store", "engine_run_backward", "foreach_norm",
            "new_process_group", "peek_function_transform", "pop_saved_tensor_hooks", "profiler_enabled",
-           "push_saved_tensor_hooks", "storage_number", "top_saved_tensor_hooks", "version_of"]
+           "push_saved_tensor_hooks", "stop_workers_within", "storage_number", "top_saved_tensor_hooks", "version_of"]
 
 _OLDEST, _TOO_NEW = (2, 11), (2, 15)
 
@@ -124,6 +124,17 @@ def new_process_group(ranks: Sequence[int], backend: str, name: str,
         default_store(), c10d.GroupName(name), timeout=timeout, device_id=c10d._get_default_group().bound_device_id)
     c10d._world.pg_group_ranks[group] = {rank: number for number, rank in enumerate(members)}
     return group
+
+
+def stop_workers_within(seconds: int) -> None:
+    """Let torchrun's agent, in this process, kill workers that have not ended ``seconds`` after being asked to.
+
+    Its own ``shutdown_timeout`` counts when the agent ends, but before a restart it waits for 30 seconds
+    whatever it is.
+    """
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    LocalElasticAgent._stop_workers = (             # type: ignore[method-assign]
+        lambda self, worker_group: self._shutdown(timeout=seconds))
 
 
 def version_of(tensor: torch.Tensor) -> int:

@@ -1,6 +1,7 @@
 """Faults on purpose, at an action of a step, to see that a run survives them or says what happened."""
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import signal
@@ -19,6 +20,11 @@ def _hold(seconds: float) -> None:
     sum(range(int(count * seconds / (time.perf_counter() - start))))
 
 
+def _deadlock(seconds: float) -> None:
+    """One call into C that does nothing for so long and lets no other thread of Python run."""
+    ctypes.PyDLL(None).sleep(int(seconds))
+
+
 def _raise(seconds: float) -> None:
     raise RuntimeError("a fault on purpose")
 
@@ -32,13 +38,14 @@ FAULTS: dict[str, Callable[[float], None]] = {
     "raise": _raise,
     "sleep": time.sleep,
     "hold": _hold,
+    "deadlock": _deadlock,
 }
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to ``worker`` before action number ``action`` (from 0) of step ``step``; ``seconds`` for sleep and
-    hold."""
+    """What happens to ``worker`` before action number ``action`` (from 0) of step ``step``; ``seconds`` for sleep,
+    hold and deadlock."""
 
     kind: str
     worker: int

@@ -10,6 +10,12 @@ from pipeengine.distributed.guard_watch import TICK
 _GRACE = 0.5        # seconds that one who has left stays unblamed: others may be about to leave too
 
 
+def silence_limit(settings: dict) -> float:
+    """Seconds without a word after which a guard, its machine or the way to it counts as lost: those after which a
+    stopped process counts as frozen, and two beats, for packets that are sent again."""
+    return float(settings["frozen"] + 2 * settings["beat"])
+
+
 class Judge:
     """Worker 0's: hears of all workers, and says once who is to blame. ``tell`` sends its verdict to every worker."""
 
@@ -69,7 +75,7 @@ class Judge:
                 return self._decide(told)
         present = {rank: state for rank, state in self._state.items() if rank not in self._gone}
         for rank, heard in self._heard.items():
-            if rank not in self._gone and now - heard > self._settings["frozen"] and self._settings["judges"]:
+            if rank not in self._gone and now - heard > silence_limit(self._settings) and self._settings["judges"]:
                 return self._decide({"kind": "frozen", "rank": rank, "what":
                                      f"has not been heard of for {now - heard:.1f} s{self._at(rank)}"})
         frozen = [rank for rank, state in present.items() if state["frozen"]]

@@ -17,11 +17,13 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 
-from pipeengine.distributed.guard_judge import Judge
+from pipeengine.distributed.guard_judge import Judge, silence_limit
 from pipeengine.distributed.guard_watch import RECORD_BYTES, TICK, Watch
 
 _LINGER = 2.0                               # seconds that the one that judges outlives its worker at most
+_LINEAR_TIMEOUTS = 16                       # TCP_THIN_LINEAR_TIMEOUTS of linux/tcp.h
 _LINE, _STRANGERS = 1 << 22, 64             # bytes of a line, connections that have not proved who they are
 
 
@@ -39,6 +41,14 @@ def read_line(connection: socket.socket, limit: int = 4096) -> bytes:
             break
         line += byte
     return bytes(line)
+
+
+def retry_soon(connection: socket.socket) -> None:
+    """Send lost packets again every fifth of a second for a while, and not after twice as long each time: a link that
+    was down for two seconds must not keep silent for three."""
+    with suppress(OSError):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, _LINEAR_TIMEOUTS, 1)
 
 
 class Lines:
@@ -104,6 +114,7 @@ class Guard:
         self._deadline: float | None = None         # when to end, once that is known
         self._kill_at: float | None = None
         self._told: dict | None = None
+        self._hub_heard = self._last = time.monotonic()
         if setup["hub"] is None:
             self._listen()
         else:
@@ -121,6 +132,7 @@ class Guard:
 
     def _accept(self, listener: socket.socket) -> None:
         connection, _ = listener.accept()
+        retry_soon(connection)
         if self._strangers >= _STRANGERS:
             connection.close()
             return
@@ -161,7 +173,8 @@ class Guard:
         welcome = str(json.loads(read_line(connection))["welcome"])
         if not hmac.compare_digest(welcome, prove(self._setup["token"], own, "hub")):
             raise ConnectionError("what answers in the place of worker 0 does not know this run's token")
-        self._up = Lines(connection)
+        retry_soon(connection)
+        self._up, self._hub_heard = Lines(connection), time.monotonic()
         self._selector.register(connection, selectors.EVENT_READ, self._from_hub)
 
     # -- messages ---------------------------------------------------------------------------------------------------
@@ -181,8 +194,11 @@ class Guard:
         if self._told is None:
             self._told = verdict
             self._worker.send({"verdict": verdict})
-            if verdict["kind"] == "frozen" and verdict["rank"] == self._rank and self._setup["settings"]["kills"]:
-                self._kill(signal.SIGKILL)          # so that whoever started it can start it again
+            # So that whoever started it can start it again. One that stalls may sit in a call that no signal ends;
+            # without an agent it is left to its user.
+            ends = ("frozen", "stalled") if self._agent is not None else ("frozen",)
+            if verdict["kind"] in ends and verdict["rank"] == self._rank and self._setup["settings"]["kills"]:
+                self._kill(signal.SIGKILL)
 
     def _from_worker(self) -> None:
         messages, alive = self._worker.receive()
@@ -210,6 +226,7 @@ class Guard:
     def _from_hub(self) -> None:
         assert self._up is not None
         messages, alive = self._up.receive()
+        self._hub_heard = time.monotonic()
         for message in messages:
             if "verdict" in message:
                 self._verdict(message["verdict"])
@@ -218,6 +235,19 @@ class Guard:
             self._up = None
             if self._deadline is None:
                 self._verdict({"kind": "died", "rank": 0, "what": "died, and its machine or guard with it"})
+
+    def _look_at_hub(self, now: float) -> None:
+        """Nothing has come from the guard that judges for too long: nobody but this one can say so here."""
+        if now - self._last > 8 * TICK:         # this process itself was stopped
+            self._hub_heard = now
+        self._last = now
+        quiet, settings = now - self._hub_heard, self._setup["settings"]
+        if self._up is not None and self._told is None and settings["judges"] and quiet > silence_limit(settings):
+            self._up.send({"failed": {"what": f"has not heard of worker 0 for {quiet:.1f} s; is the network between "
+                                              "them down?"}})
+            self._verdict({"kind": "frozen", "rank": 0, "what":
+                           f"has not been heard of for {quiet:.1f} s; is the network between it and worker "
+                           f"{self._rank} down?"})
 
     # -- ends -------------------------------------------------------------------------------------------------------
 
@@ -247,7 +277,7 @@ class Guard:
 
     def run(self) -> None:
         """Watch until the worker has gone or has closed its pipeline."""
-        beat = 0.0
+        beat = said = 0.0
         last: tuple = ()
         while self._deadline is None or (self._peers and time.monotonic() < self._deadline):
             for key, _ in self._selector.select(TICK):
@@ -261,8 +291,13 @@ class Guard:
                 if news != last or now - beat >= self._setup["settings"]["beat"]:
                     self._tell_judge({"beat": seen})
                     beat, last = now, news
+            self._look_at_hub(now)
             if self._judge is not None:
                 self._judge.judge()
+                if now - said >= self._setup["settings"]["beat"]:
+                    said = now
+                    for lines in self._peers.values():
+                        lines.send({"beat": True})
             for lines in (*self._peers.values(), *([self._up] if self._up else []), self._worker):
                 lines.flush()
         if self._up is not None:

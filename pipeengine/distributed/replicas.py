@@ -8,6 +8,7 @@ worker sends is 2 (n - 1) / n of the parameters' bytes, which is the least.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -263,10 +264,9 @@ class ReplicatedParameters(NoTies):
         """Give the groups up."""
         self._before.clear()
         self._underway.clear()
-        groups = [group for pair in self._groups.values() for group in pair]
+        groups = list(itertools.chain.from_iterable(self._groups.values()))     # leaves no variable that holds one
         self._groups.clear()
-        while groups:
-            give_up(groups.pop())
+        give_up(groups)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -140,5 +140,4 @@ class TiedParameters(NoTies):
         self._before.clear()
         groups = list(self._groups.values())
         self._groups.clear()
-        while groups:
-            give_up(groups.pop())
+        give_up(groups)

@@ -129,7 +129,6 @@ class DistributedTransport:
         self._posted.clear()
         self._sent.clear()
         self._local.close()
-        groups = set(self._groups.values())
+        groups = list(set(self._groups.values()))
         self._groups.clear()
-        while groups:
-            give_up(groups.pop())
+        give_up(groups)

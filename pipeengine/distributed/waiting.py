@@ -13,6 +13,8 @@ from pipeengine.distributed.failure import ConnectionLost
 
 T = TypeVar("T")
 
+_CLOSING_SECONDS = 0.2      # until a group that does not close is left behind
+
 
 class Waiter:
     """The one place that blocks. It waits on a helper thread, so that Ctrl-C reaches the caller.
@@ -125,9 +127,21 @@ def _outcome(work: tuple[dist.Work, ...]) -> ConnectionLost | None:
     return None
 
 
-def give_up(group: dist.ProcessGroup) -> None:
-    """Destroy a group whether or not it still works."""
-    try:
-        dist.destroy_process_group(group)
-    except Exception as error:              # already broken: that is why we are here
-        del error
+def give_up(groups: list[dist.ProcessGroup]) -> None:
+    """Destroy groups whether or not they still work, and empty the list, which must hold the last references to them.
+
+    gloo's destructor waits for the collectives of its group, and one that a lost worker has not joined ends with the
+    group's timeout. Nobody waits for that: a thread does, which is no obstacle to the process's end.
+    """
+    thread = threading.Thread(target=_destroy, args=(groups,), daemon=True, name="pipeengine-close")
+    thread.start()
+    thread.join(_CLOSING_SECONDS)
+
+
+def _destroy(groups: list[dist.ProcessGroup]) -> None:
+    while groups:
+        try:
+            dist.destroy_process_group(groups[-1])
+        except Exception as error:          # already broken: that is why we are here
+            del error
+        groups.pop()

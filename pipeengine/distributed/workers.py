@@ -337,9 +337,9 @@ class ProcessGroupWorkers:
     def close(self) -> None:
         """Give up the control group and the guard. Dropping the last reference closes the connections."""
         self.waiter.close()
-        group, self._group = self._group, None
-        if group is not None:
-            give_up(group)
+        groups = [] if self._group is None else [self._group]
+        self._group = None
+        give_up(groups)
         self._guard.close()
 
 

@@ -1,17 +1,22 @@
 """Run a script on several workers under torchrun's agent, with a store on the loopback, made anew for every attempt."""
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
+import struct
 import sys
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 from pipeengine.errors import InputError
+from pipeengine.torch_private import stop_workers_within
 
+_SIOCGIFADDR = 0x8915
 _SHUTDOWN_SECONDS = 2       # from asking workers to end until they are killed
 
 
@@ -73,15 +78,49 @@ def _run(script: str, arguments: Sequence[str], settings: LaunchSettings, worker
     several = settings.nodes[1] > 1
     if not several:
         _register()
+    here = own_address(settings.rendezvous) if settings.rendezvous is not None and several else "127.0.0.1"
+    stop_workers_within(_SHUTDOWN_SECONDS)
     config = LaunchConfig(
         min_nodes=settings.nodes[0], max_nodes=settings.nodes[1], nproc_per_node=workers,
         run_id=settings.run_id or ("pipeengine" if several else uuid.uuid4().hex),
         rdzv_backend="c10d" if several else _BACKEND, rdzv_endpoint=settings.rendezvous or "",
-        max_restarts=settings.max_restarts, shutdown_timeout=_SHUTDOWN_SECONDS, local_addr=None if several else
-        "127.0.0.1")
+        max_restarts=settings.max_restarts, shutdown_timeout=_SHUTDOWN_SECONDS, local_addr=here,
+        rdzv_configs={"is_host": here == _address_of(settings.rendezvous)[0]} if several else {})
     wrapper = str(Path(__file__).parent / "worker.py")
-    alone = "loopback" if settings.loopback and not several else "any"
-    elastic_launch(config, sys.executable)("-u", wrapper, str(os.getpid()), alone, script, *arguments)
+    interface = interface_of(here) if several or settings.loopback else ""
+    elastic_launch(config, sys.executable)("-u", wrapper, str(os.getpid()), interface, script, *arguments)
+
+
+def _address_of(rendezvous: str | None) -> tuple[str, int]:
+    """The IPv4 address and the port of ``HOST:PORT``. Raises ``InputError``."""
+    host, _, port = (rendezvous or "").rpartition(":")
+    try:
+        return socket.gethostbyname(host), int(port)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--rendezvous is {rendezvous!r}: {error}; give the first machine's name or address and a "
+                         "free port there, as in 10.0.0.1:29400") from error
+
+
+def own_address(rendezvous: str) -> str:
+    """This machine's address on the way to ``rendezvous``: what the others can reach, whatever its name stands for."""
+    address = _address_of(rendezvous)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(address)          # sends nothing
+        except OSError as error:
+            raise InputError(f"there is no way to {rendezvous}: {error.strerror}; is the network up?") from error
+        return str(probe.getsockname()[0])
+
+
+def interface_of(address: str) -> str:
+    """The interface that has an IPv4 ``address``; "" where none has."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return ""
 
 
 _BACKEND = "pipeengine-loopback"

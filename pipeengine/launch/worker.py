@@ -11,13 +11,16 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1
 
 
-def main(agent: int, loopback: bool, script: str) -> None:
-    """Run ``script`` as Python would; this process is killed when ``agent``, its parent, dies."""
+def main(agent: int, interface: str, script: str) -> None:
+    """Run ``script`` as Python would; this process is killed when ``agent``, its parent, dies.
+
+    gloo and the guard meet other workers on ``interface``, unless it is empty or the environment names another.
+    """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != agent:           # it has died before we could ask
         raise SystemExit(1)
-    if loopback:
-        os.putenv("GLOO_SOCKET_IFNAME", "lo")       # read by gloo in C++, whenever a group is made
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     sys.path[0] = str(Path(script).resolve().parent)
     runpy.run_path(script, run_name="__main__")
 
@@ -25,4 +28,4 @@ def main(agent: int, loopback: bool, script: str) -> None:
 if __name__ == "__main__":
     parent, where, name = sys.argv[1:4]
     sys.argv = sys.argv[3:]
-    main(int(parent), where == "loopback", name)
+    main(int(parent), where, name)

@@ -14,6 +14,7 @@ from pipeengine.distributed import GuardSettings
 from pipeengine.distributed.faults import Fault, inject
 from pipeengine.distributed.guard_judge import Judge
 from pipeengine.distributed.guard_watch import Patience
+from pipeengine.distributed.waiting import give_up
 from pipeengine.errors import InputError
 
 NUM_WORKERS, LIMIT = 3, 120
@@ -194,3 +195,25 @@ def test_settings_come_from_the_environment():
     for wrong in ("off", "stall", "judges=1", "=3"):
         with pytest.raises((InputError, ValueError)):
             GuardSettings.of({"PIPEENGINE_GUARD": wrong})
+
+
+def test_a_group_whose_collective_never_ends_is_left_behind():
+    """gloo's destructor waits for it: a survivor, told of a stalled worker at once, once raised ten minutes later."""
+    running = Workers(2, alone_in_a_collective, limit=LIMIT)
+    reports = running.join()
+    assert all(report.get("left") for report in reports), running.account()
+
+
+def alone_in_a_collective(report) -> None:
+    """Worker 0 begins a collective that worker 1 joins only after worker 0 has given the group up."""
+    import torch.distributed as dist
+    groups = [dist.new_group([0, 1])]
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 0:
+        work = dist.all_reduce(torch.ones(1), group=groups[0], async_op=True)
+        give_up(groups)
+        del work
+        store.set("left", "")
+    store.wait(["left"])
+    report("left", True)
+    dist.all_reduce(torch.ones(1), group=groups[0]) if groups and dist.get_rank() else None
