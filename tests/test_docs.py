@@ -67,6 +67,7 @@ pipe.step = lambda input_ids, labels: float(input_ids.float().mean())
     "docs/huggingface.md": {"": LLAMA, "1": 'pipe = pe.Pipeline(model, first_batch, num_microbatches=2, num_stages=2)',
                             "2": LLAMA + ACCELERATE},
     "docs/partitioning.md": {"": f"import os\nos.chdir({str(ROOT)!r})\n"},
+    "docs/precision.md": {"": PIPE, "2": "model, example = Small(), {name: x.bfloat16() for name, x in batch.items()}"},
     "docs/replicas.md": {"": """
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -78,6 +79,7 @@ dataset = list(range(10))
 }
 # Where a block would need more machines than a test has.
 INSTEAD = {("docs/search.md", 0): [("num_devices=64", "num_devices=1"), ("rows=512", "rows=8")],
+           ("docs/precision.md", 0): [('"cuda"', '"cpu"'), ("torch.float16", "torch.bfloat16")],
            ("README.md", 3): [("10_000", "2")]}
 NEEDS_WORKERS = {("docs/replicas.md", 0): 4}
 

@@ -9,6 +9,7 @@ from types import BuiltinMethodType, ModuleType
 import torch
 
 from pipeengine.torch_private import APPLY_IS_IN_C, DYNAMO_MODULE, AutogradFunctionBase, apply_in_c
+from pipeengine.tracing.nested_encoder import with_zeroed_padding
 from pipeengine.tracing.recorder import Recorder
 
 
@@ -25,6 +26,8 @@ def intercepted(model: torch.nn.Module, recorder: Recorder) -> Iterator[None]:
             for names, name, apply in _bound_earlier(model):
                 stack.callback(names.__setitem__, name, apply)
                 names[name] = _bound(recorder, apply)
+        encoder = torch.nn.TransformerEncoder
+        _set(stack, encoder, "forward", _unpacked(recorder, encoder.forward))
         for owner, name in ((torch, "manual_seed"), (torch, "set_rng_state"), (torch, "seed"),
                             (torch.random, "manual_seed"), (torch.random, "set_rng_state"), (torch.random, "fork_rng")):
             _set(stack, owner, name, _refuse(recorder, getattr(owner, name), "sets the state of the random numbers"))
@@ -61,6 +64,14 @@ def _apply_through(recorder: Recorder) -> Callable:
         target = own_apply if APPLY_IS_IN_C else cls.apply
         return recorder.call_autograd_function(own_apply, target, cls, args, kwargs)
     return apply
+
+
+def _unpacked(recorder: Recorder, original: Callable) -> Callable:
+    def forward(encoder, *args, **kwargs):
+        if recorder.hidden:
+            return original(encoder, *args, **kwargs)
+        return with_zeroed_padding(original, recorder.ask, encoder, *args, **kwargs)
+    return forward
 
 
 def _bound_earlier(model: torch.nn.Module) -> Iterator[tuple[dict, str, Callable]]:
