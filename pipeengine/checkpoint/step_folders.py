@@ -75,11 +75,11 @@ def _seems_whole(path: Path) -> bool:
         return False
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what saves of an earlier life have left half done; a replaced checkpoint stays while it is the only one of
-    its step."""
+def remove_leftovers(folder: Path, underway: Collection[Path]) -> None:
+    """Remove what saves of an earlier life have left half done, not those that are ``underway``; a replaced checkpoint
+    stays while it is the only one of its step."""
     for name in _names(folder):
-        if _LEFTOVER.fullmatch(name):
+        if _LEFTOVER.fullmatch(name) and folder / name not in underway:
             match = _REPLACED.fullmatch(name)
             if match and not _seems_whole(folder / step_name(int(match[1]))):
                 continue

@@ -31,6 +31,7 @@ _POLL_SECONDS = 0.01
 _NICE = 10
 _FOLDER_SECONDS = 60.0          # what a shared file system may take to show a folder that worker 0 has made
 _STILL_SECONDS = 60.0           # at exit: how long nothing may have been written before worker 0 gives a save up
+_underway: set[Path] = set()    # that this process writes in: a pipeline made anew may save beside a forgotten one
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Task:
 def make_room(folder: Path, step: int, attempt: str) -> None:
     """Worker 0, before anybody writes: the folder that a save is written in."""
     disk.make_folder(folder)
+    _underway.add(folder / saving_name(step, attempt))
     disk.make_folder(folder / saving_name(step, attempt), lasting=False)
 
 
@@ -101,6 +103,7 @@ class Writing:
         except BaseException as error:
             self._problem = self._problem or error
         self._done.set()
+        _underway.discard(self._task.path)
         self._remove()
 
     def _remove(self) -> None:
@@ -212,7 +215,7 @@ def close(task: Task, records: Sequence[Mapping[str, Any]]) -> None:
     disk.write_file(task.path / MANIFEST, [manifest_text(task.closing.facts, files)])
     disk.sync_folder(task.path)
     publish(task.path, task.step, task.attempt)
-    remove_leftovers(task.folder)
+    remove_leftovers(task.folder, _underway)
     if task.keep is not None:
         prune(task.folder, task.keep, step_name(task.step), task.damaged)
 

@@ -376,3 +376,25 @@ def test_only_the_newest_stay(tmp_path):
         checkpoints.save(step)
     checkpoints.wait()
     assert sorted(os.listdir(tmp_path)) == ["notes", "step-000004", "step-000005", "step-7"]
+
+
+def test_a_forgotten_save_leaves_a_newer_one_alone(tmp_path, monkeypatch):
+    """As by a cell of a notebook that runs again: the first save ends while the second is under way."""
+    real, first, second = os.rename, threading.Event(), threading.Event()
+
+    def slow(source, target):
+        if "step-000001" in str(target):
+            first.wait(10)
+        real(source, target)
+    monkeypatch.setattr(os, "rename", slow)
+    forgotten = alone(tmp_path)
+    forgotten.save(1)
+    written = writing.write_part
+    monkeypatch.setattr(writing, "write_part", lambda task: (second.wait(10), written(task)))
+    newer = alone(tmp_path)
+    newer.save(2)
+    first.set()
+    forgotten.wait()
+    second.set()
+    newer.wait()
+    assert sorted(os.listdir(tmp_path)) == ["step-000001", "step-000002"]
