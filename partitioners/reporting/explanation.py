@@ -28,7 +28,7 @@ from partitioners.solvers import (
     segment_memory,
     simple_bound,
 )
-from partitioners.units import format_bytes, format_seconds
+from partitioners.units import format_bytes, format_seconds, format_share
 
 LONG, WINDOWS = 1500, 1000
 BELOW = 1 - 5e-5      # of a bottleneck: what is told as better
@@ -304,7 +304,7 @@ def _tell(plan: Plan, graph: nx.DiGraph, names: dict[str, object], story: CutSto
 
 def _change(value: float, known: float) -> str:
     change = value / known - 1 if known else 0.0
-    return "the same" if abs(change) < 5e-5 else f"{change:+.2%}"
+    return "the same" if abs(change) < 5e-5 else format_share(change, 2, signed=True)
 
 
 def _weight(values: Sequence[dict]) -> str:
