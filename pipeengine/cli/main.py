@@ -265,9 +265,9 @@ def _report(args: argparse.Namespace) -> tuple[int, str]:
                 watch(Path(args.run), _shown_over())
             return ""
         path = Path(args.run)
-        found = RunReport.load(path / "report.json" if path.is_dir() else path)
-        timelines = [timeline for timeline in (found.predicted, found.measured) if timeline is not None]
-        forms = {"text": lambda: report_text(found), "json": found.to_json, "html": lambda: report_html(found),
+        report = RunReport.load(path / "report.json" if path.is_dir() else path)
+        timelines = [timeline for timeline in (report.predicted, report.measured) if timeline is not None]
+        forms = {"text": lambda: report_text(report), "json": report.to_json, "html": lambda: report_html(report),
                  "chrome": lambda: json.dumps(chrome_trace(*timelines))}
         return _write(forms[args.format](), args.output)
     return _answer(args, make)
