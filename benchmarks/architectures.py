@@ -25,6 +25,8 @@ import torch
 from tiny_models import from_transformers, transformers_names
 
 import pipeengine as pe
+from partitioners.tables import format_table
+from partitioners.units import format_share
 
 VERDICTS = ("equal", "within 1e-6", "rounding", "random", "refused", "crashed", "silently different", "model changed",
             "random state moved", "timed out", "not built")
@@ -82,10 +84,10 @@ def _print(found: list[dict]) -> None:
     counts = Counter(one["verdict"] for one in found)
     tried = sum(counts.values()) - counts["not built"]
     print(f"\n{len(found)} models, of which eager trains {tried}")
-    for verdict in VERDICTS:
-        if counts[verdict]:
-            share = f"{counts[verdict] / tried:8.1%}" if verdict != "not built" and tried else ""
-            print(f"{verdict:<20} {counts[verdict]:>5} {share}")
+    print(format_table((), [
+        (verdict, f"{counts[verdict]:,}",
+         format_share(counts[verdict] / tried) if verdict != "not built" and tried else "")
+        for verdict in VERDICTS if counts[verdict]]))
 
 
 # -- one process ------------------------------------------------------------------------------------------------------

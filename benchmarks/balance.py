@@ -22,6 +22,8 @@ from torch import nn
 
 import pipeengine as pe
 from partitioners.pricing import build_plan
+from partitioners.tables import format_table
+from partitioners.units import format_share
 
 MICROBATCHES, ROWS, LENGTH, TOKENS = 8, 16, 128, 8192
 
@@ -103,18 +105,17 @@ def worker(name: str, rounds: int) -> None:
 
 
 def show(name: str, found: dict) -> None:
-    print(f"{name}\n  {'':34s} predicted  measured  difference")
+    rows = []
     for label, entry in found.items():
         busy = [statistics.median(each) for each in zip(*entry["busy"])]
         heaviest = max(range(len(busy)), key=entry["predicted_busy"].__getitem__)
-        rows = ((f"{label}: busy, worker {heaviest}, s", entry["predicted_busy"][heaviest], busy[heaviest]),
-                (f"{label}: step, s", entry["predicted"], statistics.median(entry["seconds"])))
-        for what, expected, measured in rows:
-            print(f"  {what:34s} {expected:9.3f} {measured:9.3f} {expected / measured - 1:+10.1%}")
-    expected = found["equal"]["predicted"] / found["planned"]["predicted"]
-    measured = statistics.median(found["equal"]["seconds"]) / statistics.median(found["planned"]["seconds"])
-    print(f"  {'speed over equal layers':34s} {expected:9.3f} {measured:9.3f} {expected / measured - 1:+10.1%}",
-          flush=True)
+        rows += [(f"{label}: busy, worker {heaviest}, s", entry["predicted_busy"][heaviest], busy[heaviest]),
+                 (f"{label}: step, s", entry["predicted"], statistics.median(entry["seconds"]))]
+    rows.append(("speed over equal layers", found["equal"]["predicted"] / found["planned"]["predicted"],
+                 statistics.median(found["equal"]["seconds"]) / statistics.median(found["planned"]["seconds"])))
+    print(name, format_table(("", "predicted", "measured", "difference"), [
+        (what, f"{expected:.3f}", f"{measured:.3f}", format_share(expected / measured - 1, signed=True))
+        for what, expected, measured in rows], indent="  "), sep="\n", flush=True)
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pipeengine as pe
+from partitioners.tables import format_table
 from pipeengine.distributed.faults import Fault, inject
 
 STEPS, EVERY, WIDTH = 60, 5, 32
@@ -167,11 +168,12 @@ def main() -> None:
     for row in rows:
         for kind, seconds in zip(row["faults"], row["back"]):
             back.setdefault(kind, []).append(seconds)
-    print(f"{'fault':10} {'happened':>8} {'recovered':>9} {'until the next step, median':>28} {'slowest':>9}")
+    table = []
     for kind, count in counts.items():
         recovered = sum(row["faults"].count(kind) for row in rows if row["equal"])
         times = sorted(back[kind])
-        print(f"{kind:10} {count:8} {recovered:9} {times[len(times) // 2]:26.1f} s {times[-1]:7.1f} s")
+        table.append((kind, str(count), str(recovered), f"{times[len(times) // 2]:.1f}", f"{times[-1]:.1f}"))
+    print(format_table(("fault", "happened", "recovered", "s until the next step, median", "s, slowest"), table))
     if args.json:
         Path(args.json).write_text(json.dumps(rows))
 

@@ -22,6 +22,7 @@ from throughput import GPT, run
 from torch import nn
 
 import pipeengine as pe
+from partitioners.tables import format_table
 
 ROWS, LENGTH, TOKENS, ROUNDS = 16, 64, 1024, 5
 LINK = dict(bandwidth=1e9, latency=5e-4)          # as a pipeline takes gloo on one machine to be
@@ -107,9 +108,8 @@ def worker(label: str, quick: bool) -> None:
 def show(label: str, found: dict[str, tuple[float, float]]) -> None:
     ranked = sorted(found, key=lambda name: found[name][0])
     fastest = min(measured for _, measured in found.values())
-    print(f"{label}\n  {'configuration':28} expected  measured")
-    for name in ranked[:8]:
-        print(f"  {name:28} {found[name][0]:8.4f} {found[name][1]:9.4f}")
+    print(label, format_table(("configuration", "expected, s", "measured, s"), [
+        (name, *(f"{seconds:.4f}" for seconds in found[name])) for name in ranked[:8]], indent="  "), sep="\n")
     pairs = [(a, b) for a, b in itertools.combinations(ranked[:5], 2)
              if abs(found[a][1] / found[b][1] - 1) > NOISE]
     right = sum(found[a][1] < found[b][1] for a, b in pairs)

@@ -38,6 +38,8 @@ import pipeengine as pe
 from partitioners.graph.cost_graph import topological_order
 from partitioners.plan.plan import Setting
 from partitioners.pricing import build_plan
+from partitioners.tables import format_table
+from partitioners.units import format_seconds, format_share
 from pipeengine import pipeline
 from pipeengine.autograd.deferral import Deferral
 from pipeengine.autograd.deferral import run as run_deferred
@@ -146,10 +148,10 @@ def overhead(options: argparse.Namespace) -> None:
     for schedule in RUN:
         step, split, fused, actions = map(sum, zip(*(own[schedule] for own in found)))
         table[schedule] = [1e6 * seconds / actions for seconds in (step, step - split, split - fused, fused)]
-    print("microseconds per action     all (1F1B = 1)  engine (1F1B = 1)  split  computation")
-    for schedule, (step, engine, split, fused) in table.items():
-        print(f"{schedule:24s} {step:6.1f} {step / table['1f1b'][0]:11.2f} {engine:7.1f} "
-              f"{engine / table['1f1b'][1]:10.2f} {split:6.1f} {fused:12.1f}")
+    rows = [(schedule, f"{step:.1f}", f"{step / table['1f1b'][0]:.2f}", f"{engine:.1f}",
+             f"{engine / table['1f1b'][1]:.2f}", f"{split:.1f}", f"{fused:.1f}")
+            for schedule, (step, engine, split, fused) in table.items()]
+    print(format_table(("us per action", "all", "of 1F1B's", "engine", "of 1F1B's", "split", "computation"), rows))
 
 
 def _again(*arguments: str) -> object:
@@ -258,13 +260,12 @@ def table(options: argparse.Namespace) -> None:
     cells = {(row["kind"], row["count"], row["schedule"]): row for row in rows}
     for kind in options.kinds:
         print(f"\n{kind}: milliseconds of a step, simulated / measured (difference)")
-        print(f"{'':18s}" + "".join(f"{f'{count} micro-batches':>26s}" for count in options.counts))
-        for schedule in RUN:
-            found = [cells.get((kind, count, schedule)) for count in options.counts]
-            print(f"{schedule:18s}" + "".join(f"{_cell(row):>26s}" for row in found))
+        print(format_table(("", *(f"{count} micro-batches" for count in options.counts)), [
+            (schedule, *(_cell(cells.get((kind, count, schedule))) for count in options.counts)) for schedule in RUN]))
     off = [row["fastest"] / row["predicted"] - 1 for row in rows]
-    print(f"\nmeasured beside simulated: {min(off):+.1%} to {max(off):+.1%}, median {statistics.median(off):+.1%}; "
-          f"stages take {1e3 * min(min(row['stages']) for row in rows):.1f} ms and more")
+    print(f"\nmeasured beside simulated: {format_share(min(off), signed=True)} to "
+          f"{format_share(max(off), signed=True)}, median {format_share(statistics.median(off), signed=True)}; "
+          f"stages take {format_seconds(min(min(row['stages']) for row in rows))} and more")
     if options.svg:
         options.svg.write_text(draw(cells, options.kinds, options.counts))
 
@@ -272,7 +273,8 @@ def table(options: argparse.Namespace) -> None:
 def _cell(row: dict | None) -> str:
     if row is None:
         return "-"
-    return f"{1e3 * row['predicted']:.0f} / {1e3 * row['fastest']:.0f} ({row['fastest'] / row['predicted'] - 1:+.0%})"
+    return (f"{1e3 * row['predicted']:.0f} / {1e3 * row['fastest']:.0f} "
+            f"({format_share(row['fastest'] / row['predicted'] - 1, 0, signed=True)})")
 
 
 # -- the picture ------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import nn
 
 import pipeengine as pe
+from partitioners.tables import format_table
 from pipeengine.distributed.faults import FAULTS, Fault, inject
 
 STEP, LIMIT = 8, 90.0           # the step of a fault (late enough that pauses have been learnt), seconds until a hang
@@ -221,13 +222,12 @@ def main() -> None:
     parser.add_argument("--json", help="write every run there too")
     args = parser.parse_args()
     rows = collect(args)
-    print(f"{'fault':10} {'where':8} {'runs':>5} {'hung':>5} {'raised, median':>15} {'slowest':>8} "
-          f"{'all gone, slowest':>18} {'late':>5} {'culprit named':>14}")
-    for (kind, place), results in rows.items():
-        s = summary(results)
-        print(f"{kind:10} {place:8} {s['runs']:5} {s['hung']:5} {s['raised_median']:13.2f} s "
-              f"{s['raised_slowest']:6.2f} s {s['gone_slowest']:16.2f} s {s['late']:5} "
-              f"{s['named']:>7} of {s['survivors']}")
+    told = {case: summary(results) for case, results in rows.items()}
+    print(format_table(("fault", "where", "runs", "hung", "s until raised, median", "slowest",
+                        "s until all gone, slowest", "late", "culprit named"), [
+        (*case, str(s["runs"]), str(s["hung"]), *(f"{s[name]:.2f}" for name in (
+            "raised_median", "raised_slowest", "gone_slowest")), str(s["late"]), f"{s['named']} of {s['survivors']}")
+        for case, s in told.items()], left=(0, 1)))
     left = orphans()
     print(f"orphans: {len(left)}")
     if args.json:

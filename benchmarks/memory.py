@@ -19,6 +19,8 @@ from throughput import LENGTH, MICROBATCHES, ROWS, TOKENS, model, run
 from torch.profiler import ProfilerActivity, profile
 
 import pipeengine as pe
+from partitioners.tables import format_table
+from partitioners.units import format_share
 from pipeengine.simulation.timeline import OPS
 
 
@@ -117,15 +119,15 @@ def main() -> None:
         worker(options.models)
         return
     rows = [row for count in options.workers for row in run(__file__, ["--models", *options.models], num_workers=count)]
-    print("model  schedule          worker  gradients MB  predicted MB  measured MB  ratio  "
-          "micro-batches held  left over, bytes")
-    for row in sorted(rows, key=lambda row: (row["model"], row["workers"], row["schedule"], row["worker"])):
-        print(f"{row['model']:6s} {row['schedule']:16s} {row['worker']:3d} of {row['workers']} "
-              f"{row['gradients'] / 1e6:13.1f} "
-              f"{row['predicted'] / 1e6:13.1f} {row['measured'] / 1e6:12.1f} {row['measured'] / row['predicted']:6.2f} "
-              f"{row['held']:19.1f} {row['left']:17,d}")
+    rows.sort(key=lambda row: (row["model"], row["workers"], row["schedule"], row["worker"]))
+    print(format_table(("model", "schedule", "worker", "gradients, MB", "predicted, MB", "measured, MB", "ratio",
+                        "micro-batches held", "left over, bytes"), [
+        (row["model"], row["schedule"], f"{row['worker']} of {row['workers']}",
+         *(f"{row[name] / 1e6:.1f}" for name in ("gradients", "predicted", "measured")),
+         f"{row['measured'] / row['predicted']:.2f}", f"{row['held']:.1f}", f"{row['left']:,d}") for row in rows],
+        left=(0, 1)))
     worst = max(abs(row["measured"] / row["predicted"] - 1) for row in rows)
-    print(f"furthest from predicted: {worst:.1%}")
+    print(f"furthest from predicted: {format_share(worst)}")
     sys.exit(any(row["schedule"] == "1f1b" and row["held"] > row["workers"] - row["worker"] for row in rows))
 
 

@@ -20,6 +20,7 @@ from overhead import MICROBATCHES, OPTIONS, WIDTH, Tiny
 from throughput import run
 
 import pipeengine as pe
+from partitioners.tables import format_table
 
 
 def peer(rank: int, x: torch.Tensor, y: torch.Tensor) -> Callable[[], object]:
@@ -71,10 +72,9 @@ def main() -> None:
         worker(options.seconds)
         return
     taken = run(__file__, ["--seconds", str(options.seconds)])
-    print(f"{'microseconds per micro-batch':30s} median  minimum   ({len(taken['pipeengine'])} steps)")
-    for name, seconds in taken.items():
-        print(f"{name:30s} {1e6 * statistics.median(seconds) / MICROBATCHES:6.0f} "
-              f"{1e6 * min(seconds) / MICROBATCHES:8.0f}")
+    print(format_table((f"us per micro-batch, of {len(taken['pipeengine']):,} steps", "median", "minimum"), [
+        (name, *(f"{1e6 * each / MICROBATCHES:.0f}" for each in (statistics.median(seconds), min(seconds))))
+        for name, seconds in taken.items()]))
 
 
 if __name__ == "__main__":

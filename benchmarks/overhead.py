@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pipeengine as pe
+from partitioners.tables import format_table
 from pipeengine import pipeline
 from pipeengine.distributed import ProcessGroupWorkers, SingleProcess, groups, transport
 from pipeengine.distributed.guard import Guard
@@ -166,9 +167,8 @@ def main() -> None:
     command = [sys.executable, __file__, "--seconds", str(options.seconds), "--rank"]
     first, last = (json.loads(subprocess.run([*command, str(rank)], check=True, stdout=subprocess.PIPE).stdout)
                    for rank in range(STAGES))
-    print(f"{'microseconds per micro-batch':58s} first worker  last worker")
-    for name, what in WHAT.items():
-        print(f"{what:58s} {first[name]:12.1f} {last[name]:12.1f}")
+    print(format_table(("us per micro-batch", "first worker", "last worker"), [
+        (what, f"{first[name]:.1f}", f"{last[name]:.1f}") for name, what in WHAT.items()]))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from throughput import LENGTH, MICROBATCHES, ROWS, TOKENS, model, run
 
 import pipeengine as pe
+from partitioners.tables import format_table
+from partitioners.units import format_share
 
 
 def worker(seconds: float) -> None:
@@ -58,13 +60,13 @@ def main() -> None:
         return
     found = run(__file__, ["--seconds", str(options.seconds)])
     predicted = found["predicted"]
-    print(f"{'':24s} predicted s  measured s  difference")
     rows = [("step, median", predicted, statistics.median(found["wall"])),
             ("step, fastest", predicted, min(found["wall"]))]
     rows += [(f"worker {rank}, processor", busy, used)
              for rank, (busy, used) in enumerate(zip(found["busy"], found["processor"]))]
-    for name, expected, measured in rows:
-        print(f"{name:24s} {expected:11.3f} {measured:11.3f} {expected / measured - 1:+10.1%}")
+    print(format_table(("", "predicted, s", "measured, s", "difference"), [
+        (name, f"{expected:.3f}", f"{measured:.3f}", format_share(expected / measured - 1, signed=True))
+        for name, expected, measured in rows]))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 import pipeengine as pe
+from partitioners.tables import format_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "checkpoint"))
 import kills
@@ -104,10 +105,9 @@ def main() -> None:
                 print(f"step {step}, killed by {kind}: loaded {found}, the one before is {old}", flush=True)
             old = found
     columns = ("old", "new", "wrong", "not killed")
-    print(f"{'killed at a':36}" + "".join(f"{column:>11}" for column in columns))
-    for kind, row in sorted(rows.items()):
-        print(f"{kind:36}" + "".join(f"{row[column]:11}" for column in columns))
-    print(f"{'all':36}" + "".join(f"{sum(row[column] for row in rows.values()):11}" for column in columns))
+    print(format_table(("killed at a", *columns), [
+        *((kind, *(str(row[column]) for column in columns)) for kind, row in sorted(rows.items())), (),
+        ("all", *(str(sum(row[column] for row in rows.values())) for column in columns))]))
     raise SystemExit(bool(wrong))
 
 

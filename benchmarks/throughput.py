@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pipeengine as pe
+from partitioners.tables import format_table
 
 BLOCKS, WIDTH, HEADS, TOKENS, ROWS, LENGTH, MICROBATCHES = 8, 384, 12, 8192, 16, 128, 8
 
@@ -172,10 +173,10 @@ def main() -> None:
     found = run(__file__, ["--seconds", str(options.seconds), "--cuts", *map(str, options.cuts)])
     seconds = found["seconds"]
     reference = statistics.median(seconds["one process"])
-    print(f"{'':32s} median s  minimum s  speed  tokens/s   ({len(seconds['one process'])} rounds)")
-    for name, taken in seconds.items():
-        median = statistics.median(taken)
-        print(f"{name:32s} {median:8.3f} {min(taken):10.3f} {reference / median:6.2f} {ROWS * LENGTH / median:9,.0f}")
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    print(format_table((f"{len(seconds['one process'])} rounds", "median, s", "minimum, s", "speed", "tokens/s"), [
+        (name, f"{median:.3f}", f"{min(seconds[name]):.3f}", f"{reference / median:.2f}",
+         f"{ROWS * LENGTH / median:,.0f}") for name, median in medians.items()]))
 
 
 if __name__ == "__main__":

@@ -1,27 +1,50 @@
-"""Seconds and bytes as people write and read them."""
+"""Seconds, bytes, counts and shares as people write and read them."""
 from __future__ import annotations
 
 import argparse
 import math
 import re
 
+_ROUNDS_UP = 1 - 5e-5        # of a unit: from there on four digits say a whole one
+
 
 def format_seconds(value: float) -> str:
-    """Seconds for people: 3 figures with a unit."""
+    """Seconds for people: four digits and a unit. Columns headed by a unit hold ``format_number`` of seconds."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g} s"
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if value >= size:
+        if abs(value) >= size * _ROUNDS_UP:
             return f"{value / size:.4g} {unit}"
-    return f"{value / 1e-9:.3g} ns"
+    return f"{value / 1e-9:.4g} ns"
 
 
 def format_bytes(value: float) -> str:
-    """Bytes for people, in powers of ten."""
+    """Bytes for people: four digits and a unit, in powers of ten."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= size:
+        if abs(value) >= size * _ROUNDS_UP:
             return f"{value / size:.4g} {unit}"
-    return f"{value:g} B"
+    return f"{value:.4g} B"
+
+
+def format_count(value: float) -> str:
+    """A large count for people: three digits and k, M or G. A count that must be exact is ``f"{count:,}"``."""
+    for unit in ("", " k", " M"):
+        if abs(value) < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:,.3g} G"
+
+
+def format_share(value: float, digits: int = 1, *, signed: bool = False) -> str:
+    """A share of 1 for people, in per cent with ``digits`` after the point; ``signed``: also where it is positive."""
+    return f"{100 * value:{'+' if signed else ''}.{digits}f} %"
+
+
+def format_number(value: float) -> str:
+    """Three digits, never an exponent: for columns and axes that say the unit, and for times that have none."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:.3f}"
+    return f"{value:.{min(max(2 - math.floor(math.log10(abs(value))), 0), 7)}f}"
 
 
 PREFIXES = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15,

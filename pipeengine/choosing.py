@@ -7,7 +7,7 @@ from typing import Any
 import networkx
 import torch
 
-from partitioners.units import format_seconds
+from partitioners.units import format_seconds, format_share
 from pipeengine.costs import example_rows
 from pipeengine.defaults import progress
 from pipeengine.distributed import Workers
@@ -43,7 +43,8 @@ def choose(options: Options, workers: Workers, device: torch.device, link: LinkT
         told = answer.best.configuration
         again = f", {len(told.recompute)} computed again" if told.recompute else ""
         progress(0)(f"chosen: {told.num_microbatches} micro-batches, {told.schedule}, {told.num_stages} stages{again}; "
-                    f"{format_seconds(answer.best.seconds)} for a step, at most {answer.gap:.1%} above the best")
+                    f"{format_seconds(answer.best.seconds)} for a step, at most {format_share(answer.gap)} above "
+                    "the best")
         return answer.best
     return replace(cleared, plan=workers.run_synchronized(found))
 

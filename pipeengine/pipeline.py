@@ -90,13 +90,13 @@ class Pipeline(Standing):
         except BaseException:
             self._workers.close()
             raise
-        made = self._assembly
-        tasks = TaskMaker(made.reader, made.specializations, made.programs, seed, loss_weight)
-        executor = Executor(made.transport, made.rng, self._workers.activity, made.ties.start)
-        gradients = Gradients(lambda: updated_parameters(model, made.tensors.updated), made.tensors.owned,
+        assembly = self._assembly
+        tasks = TaskMaker(assembly.reader, assembly.specializations, assembly.programs, seed, loss_weight)
+        executor = Executor(assembly.transport, assembly.rng, self._workers.activity, assembly.ties.start)
+        gradients = Gradients(lambda: updated_parameters(model, assembly.tensors.updated), assembly.tensors.owned,
                               self._workers, self._device)
-        self._runner = StepRunner(tasks, made.programs, executor, made.transport, made.ties, self._workers,
-                                  made.layout.worker_of, made.num_parts, gradients)
+        self._runner = StepRunner(tasks, assembly.programs, executor, assembly.transport, assembly.ties, self._workers,
+                                  assembly.layout.worker_of, assembly.num_parts, gradients)
 
     # -- steps ------------------------------------------------------------------------------------------------------
 

@@ -51,7 +51,8 @@ LINE = {
         "cli",
         "__main__",
     ),
-    "partitioners": ("errors", "units", "notebook", "graph", "plan", "solvers", "pricing", "partitioning", "reporting"),
+    "partitioners": ("errors", "units", "tables", "notebook", "graph", "plan", "solvers", "pricing", "partitioning",
+                     "reporting"),
 }
 WITHOUT_TORCH_ROOMS = {"errors", "device_cards", "object_path", "schedules", "simulation", "program", "synthesis",
                        "report"}

@@ -9,7 +9,8 @@ from pathlib import Path
 from partitioners.errors import PlanError
 from partitioners.graph import Cluster, Device, Link, MemoryModel
 from partitioners.notebook import html_of
-from partitioners.units import format_bytes, format_seconds
+from partitioners.tables import format_table
+from partitioners.units import format_bytes, format_seconds, format_share
 
 FORMAT = "pipeline-plan/1"
 
@@ -178,34 +179,20 @@ class Plan:
 
     def __repr__(self) -> str:
         return (f"<Plan of {len(self.stage_of)} nodes on {self.num_stages} stages: bottleneck "
-                f"{format_seconds(self.bottleneck)}, gap {self.gap:.2%}>")
+                f"{format_seconds(self.bottleneck)}, gap {format_share(self.gap, 2)}>")
 
     def _repr_html_(self) -> str | None:
         return html_of(self)
 
     def __str__(self) -> str:
-        rows = [("stage", "device", "nodes", "forward", "backward", "link", "load", "parameters", "memory", "sends")]
-        for number, cost in enumerate(self.stages):
-            rows.append(
-                (
-                    str(number),
-                    cost.device,
-                    str(cost.num_nodes),
-                    format_seconds(cost.forward),
-                    format_seconds(cost.backward),
-                    format_seconds(cost.communication),
-                    format_seconds(cost.load),
-                    format_bytes(cost.param_bytes),
-                    format_bytes(cost.memory_bytes),
-                    format_bytes(cost.sent_bytes),
-                )
-            )
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
-        proof = "proved optimal" if self.proved else f"at most {self.gap:.2%} above the best"
-        lines.append(f"bottleneck {format_seconds(self.bottleneck)}, lower bound {format_seconds(self.lower_bound)}: "
-                     f"{proof} ({self.proof})")
-        return "\n".join(lines)
+        heads = ("stage", "device", "nodes", "forward", "backward", "link", "load", "parameters", "memory", "sends")
+        rows = [(str(number), cost.device, f"{cost.num_nodes:,}",
+                 *map(format_seconds, (cost.forward, cost.backward, cost.communication, cost.load)),
+                 *map(format_bytes, (cost.param_bytes, cost.memory_bytes, cost.sent_bytes)))
+                for number, cost in enumerate(self.stages)]
+        proof = "proved optimal" if self.proved else f"at most {format_share(self.gap, 2)} above the best"
+        return (f"{format_table(heads, rows, left=(1,))}\nbottleneck {format_seconds(self.bottleneck)}, lower bound "
+                f"{format_seconds(self.lower_bound)}: {proof} ({self.proof})")
 
 
 def _record(kind):

@@ -165,26 +165,26 @@ def assumptions(plan: Plan, graph: nx.DiGraph) -> dict:
             "parameter_factor": setting.memory_model.parameter_factor}
 
 
-def _tell_assumptions(found: dict) -> str:
-    made, count, held = found["made_with"] or {}, found["num_microbatches"], found["microbatches_held"]
+def _tell_assumptions(assumed: dict) -> str:
+    origin, count, kept = assumed["made_with"] or {}, assumed["num_microbatches"], assumed["microbatches_held"]
     batch = f"{count:,} micro-batch{'es' * (count != 1)}"
-    if "rows" in made:
+    if "rows" in origin:
         batch = (
-            f"{made['rows']:,} rows"
-            + (f" of {' x '.join(map(str, made['row']))}" if made.get("row") else "")
+            f"{origin['rows']:,} rows"
+            + (f" of {' x '.join(map(str, origin['row']))}" if origin.get("row") else "")
             + f" in {batch}"
         )
-    if made.get("num_microbatches", count) != count:
-        batch += f", with seconds and bytes of one of {made['num_microbatches']:,}"
+    if origin.get("num_microbatches", count) != count:
+        batch += f", with seconds and bytes of one of {origin['num_microbatches']:,}"
     source = {
         "measured": "seconds measured on {device}",
         "analytic": "analytic seconds for {flops_per_second:.3g} FLOP/s and {bytes_per_second:.3g} bytes/s of memory",
-    }.get(made.get("costs"), "seconds as the file says")
-    most = str(held[0]) if len(set(held)) == 1 else f"{held[0]} to {held[-1]}"
+    }.get(origin.get("costs"), "seconds as the file says")
+    most = str(kept[0]) if len(set(kept)) == 1 else f"{kept[0]} to {kept[-1]}"
     return (
-        f"planned for {batch}; {source.format(**made)}; memory as under {found['memory_schedule']}: {most} "
-        f"micro-batch{'es' * (held != [1] * len(held))} held, "
-        f"{found['parameter_factor']:g} x parameters"
+        f"planned for {batch}; {source.format(**origin)}; memory as under {assumed['memory_schedule']}: {most} "
+        f"micro-batch{'es' * (kept != [1] * len(kept))} held, "
+        f"{assumed['parameter_factor']:g} x parameters"
     )
 
 

@@ -8,7 +8,7 @@ import networkx as nx
 
 from partitioners.graph import Node, topological_order
 from partitioners.plan import Plan, StageCost
-from partitioners.units import format_bytes, format_seconds
+from partitioners.units import format_bytes, format_seconds, format_share
 
 WIDTH, MARGIN, STEP, LANE = 1200, 40, 11, 11
 ROW_GAP = 26    # between two rows, with the names of what begins there
@@ -41,7 +41,7 @@ def draw(plan: Plan, graph: nx.DiGraph | None = None) -> str:
 
 
 def _caption(plan: Plan) -> str:
-    proof = "proved optimal" if plan.proved else f"at most {plan.gap:.2%} above the best"
+    proof = "proved optimal" if plan.proved else f"at most {format_share(plan.gap, 2)} above the best"
     text = (f"{len(plan.stage_of)} nodes on {plan.num_stages} stages, bottleneck {format_seconds(plan.bottleneck)}, "
             f"{proof}")
     return f'<text x="{MARGIN}" y="24" font-size="15">{escape(text)}</text>'

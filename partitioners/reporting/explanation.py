@@ -28,7 +28,7 @@ from partitioners.solvers import (
     segment_memory,
     simple_bound,
 )
-from partitioners.units import format_bytes, format_seconds
+from partitioners.units import format_bytes, format_seconds, format_share
 
 LONG, WINDOWS = 1500, 1000
 BELOW = 1 - 5e-5      # of a bottleneck: what is told as better
@@ -304,7 +304,7 @@ def _tell(plan: Plan, graph: nx.DiGraph, names: dict[str, object], story: CutSto
 
 def _change(value: float, known: float) -> str:
     change = value / known - 1 if known else 0.0
-    return "the same" if abs(change) < 5e-5 else f"{change:+.2%}"
+    return "the same" if abs(change) < 5e-5 else format_share(change, 2, signed=True)
 
 
 def _weight(values: Sequence[dict]) -> str:
@@ -313,24 +313,24 @@ def _weight(values: Sequence[dict]) -> str:
     return format_bytes(size) if size else format_seconds(sum(float(data.get("transfer") or 0.0) for data in values))
 
 
-def _tell_limits(plan: Plan, found: Limits) -> list[str]:
+def _tell_limits(plan: Plan, limit: Limits) -> list[str]:
     worst = max(range(plan.num_stages), key=lambda stage: plan.stages[stage].load)
     lines = [f"what limits further gain: stage {worst} is the bottleneck at {format_seconds(plan.bottleneck)}; "
              f"no plan is below {format_seconds(plan.lower_bound)} ({plan.proof})"]
-    if found.reason != plan.proof:
-        lines.append(f"    {found.reason}: {format_seconds(found.bound)}")
-    if found.any_tensors < plan.bottleneck * BELOW:
-        best = format_seconds(found.any_tensors)
+    if limit.reason != plan.proof:
+        lines.append(f"    {limit.reason}: {format_seconds(limit.bound)}")
+    if limit.any_tensors < plan.bottleneck * BELOW:
+        best = format_seconds(limit.any_tensors)
         lines.append(
-            f"    fewer tensors across the cuts cost {_change(plan.bottleneck, found.any_tensors)} ({found.tensors} "
+            f"    fewer tensors across the cuts cost {_change(plan.bottleneck, limit.any_tensors)} ({limit.tensors} "
             f"in all; "
-            f"with {found.most_tensors}, {best})"
-            if found.tensors_bind
-            else f"    other cuts of the same order: {best} ({_change(found.any_tensors, plan.bottleneck)})"
+            f"with {limit.most_tensors}, {best})"
+            if limit.tensors_bind
+            else f"    other cuts of the same order: {best} ({_change(limit.any_tensors, plan.bottleneck)})"
         )
-    for name, value in (("links: if they were free", found.free_links),
-                        ("memory: without a limit", found.unlimited_memory)):
-        if value < found.any_tensors * (1 - 1e-9):
-            than = " of that" if found.any_tensors < plan.bottleneck * BELOW else ""
-            lines.append(f"    {name}, {format_seconds(value)} ({_change(value, found.any_tensors)}{than})")
+    for name, value in (("links: if they were free", limit.free_links),
+                        ("memory: without a limit", limit.unlimited_memory)):
+        if value < limit.any_tensors * (1 - 1e-9):
+            than = " of that" if limit.any_tensors < plan.bottleneck * BELOW else ""
+            lines.append(f"    {name}, {format_seconds(value)} ({_change(value, limit.any_tensors)}{than})")
     return lines

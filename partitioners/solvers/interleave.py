@@ -104,20 +104,20 @@ class _Table:
 
     def extend(self, ways: Ways, worker: int, known: float, *, is_last: bool) -> Ways:
         """One stage more for every way, where what is left can still be shared out below ``known``."""
-        found: Ways = {}
+        longer: Ways = {}
         for start, own in ways.items():
             ends = np.flatnonzero(self.loads[start] < known)
             for end in ends[(ends == len(self.left) - 1) == is_last].tolist():
                 for needs, chain in own:
-                    load, held = (
+                    load, size = (
                         needs[worker][0] + float(self.loads[start, end]),
                         needs[worker][1] + float(self.memory[start, end]),
                     )
-                    made = (*needs[:worker], (load, held), *needs[worker + 1:])
-                    spare = sum(known - each for each, _ in made) if known < np.inf else np.inf
-                    if load < known * (1 - 1e-12) and held <= self.room and spare >= self.left[end] * (1 - 1e-12):
-                        found.setdefault(end, []).append((made, (*chain, end)))
-        return {end: _undominated(own) for end, own in found.items()}
+                    loaded = (*needs[:worker], (load, size), *needs[worker + 1:])
+                    spare = sum(known - each for each, _ in loaded) if known < np.inf else np.inf
+                    if load < known * (1 - 1e-12) and size <= self.room and spare >= self.left[end] * (1 - 1e-12):
+                        longer.setdefault(end, []).append((loaded, (*chain, end)))
+        return {end: _undominated(own) for end, own in longer.items()}
 
 
 def _undominated(ways: list[Way]) -> list[Way]:

@@ -74,11 +74,11 @@ def _of_all_ideals(problem: Problem, free: Solution, best: Solution | None) -> S
     few = lattice(replace(problem, nets=(), objective="sum"), FEW)
     if few is None or (best and best.bottleneck <= free.lower_bound * (1 + 1e-9)):
         return None
-    trips = [np.array([_round_trip(problem, problem.levels[level].link_out, held) for held in few.items])
+    trips = [np.array([_round_trip(problem, problem.levels[level].link_out, ideal) for ideal in few.items])
              for level in _levels(problem)]
-    found = _bisect(problem, few.loads, trips, free.bottleneck, best.bottleneck if best else np.inf)
-    stages = few.stages(problem, found.positions) if found else None
-    better = Solution(stages, found.levels, found.bottleneck) if found else best
+    shortest = _bisect(problem, few.loads, trips, free.bottleneck, best.bottleneck if best else np.inf)
+    stages = few.stages(problem, shortest.positions) if shortest else None
+    better = Solution(stages, shortest.levels, shortest.bottleneck) if shortest else best
     return better and replace(better, lower_bound=max(free.lower_bound, better.bottleneck * (1 - 2 * CLOSE)),
                               proof="every chain of ideals was priced")
 

@@ -22,7 +22,7 @@ from partitioners.solvers.problem import Kind, Problem, reorder
 from partitioners.solvers.reduction import can_reduce, reduce_around_memory, reduce_problem
 from partitioners.solvers.segments import Cuts, best_cuts, fewest_cuts, segment_loads
 from partitioners.solvers.sweeps import Bracket, NoSolver, can_sweep, narrow
-from partitioners.units import format_bytes, format_seconds
+from partitioners.units import format_bytes, format_seconds, format_share
 
 SAME = 1 + 1e-12
 FEW_IDEALS = 30_000         # tried before anything that is not exact, where memory binds
@@ -196,7 +196,7 @@ def _by_ideals(problem: Problem, whole: Problem, best: Solution | None, gap: flo
         if best is None or not can_sweep(problem) or len(problem) > MOST_SWEPT or _gap(best) <= gap:
             return best
         if progress:
-            progress(f"{reason}; sweeping with integer programmes, gap {_gap(best):.2%}")
+            progress(f"{reason}; sweeping with integer programmes, gap {format_share(_gap(best), 2)}")
         return _by_sweeps(problem, best, gap, deadline, progress)
     proof = "every chain of ideals that could be better was priced"
     if chain is not None:
@@ -288,7 +288,7 @@ def _by_sweeps(problem: Problem, best: Solution, gap: float, deadline: float,
                     best, lower_bound=bracket.lower, proof="integer programmes, one per stage, find no better"
                 )
             if progress:
-                progress(f"bottleneck {format_seconds(best.bottleneck)}, gap {_gap(best):.2%}")
+                progress(f"bottleneck {format_seconds(best.bottleneck)}, gap {format_share(_gap(best), 2)}")
     except NoSolver as error:
         if progress:
             progress(f"no sweeps: {error}")

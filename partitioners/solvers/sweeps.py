@@ -190,14 +190,14 @@ class Sweeper:
         """Ideals reached one after the other, until all items are in, nothing more fits, or too much is left."""
         scaled, chain = target / self.scale, [frozenset()]
         for stage in range(stages):
-            held = self.held(chain[-1:])[0]
-            found = chain[-1]
-            if 1.0 - held <= (stages - stage) * scaled:
-                found = self._advance(scaled, chain[-1], Window(held, min(1.0, held + scaled)), thrift, deadline)
-            if found == chain[-1]:
+            weight = self.held(chain[-1:])[0]
+            reached = chain[-1]
+            if 1.0 - weight <= (stages - stage) * scaled:
+                reached = self._advance(scaled, chain[-1], Window(weight, min(1.0, weight + scaled)), thrift, deadline)
+            if reached == chain[-1]:
                 break
-            chain.append(found)
-            if len(found) == self.size:
+            chain.append(reached)
+            if len(reached) == self.size:
                 break
         return chain[1:]
 
@@ -205,12 +205,12 @@ class Sweeper:
         self, target: float, start: frozenset[int], ends: Window, thrift: float, deadline: float
     ) -> frozenset[int]:
         """The ideal one stage further; with less thrift where so much of it would rather stay."""
-        found = None
-        while found in (None, start) and time.monotonic() < deadline and thrift > LEAST_THRIFT:
+        reached = None
+        while reached in (None, start) and time.monotonic() < deadline and thrift > LEAST_THRIFT:
             left = max(deadline - time.monotonic(), 0.1)
-            _, found = self.step(target, start, Window(0.0, 1.0), ends, 1e-3, min(left, PRIMAL_STEP), thrift)
+            _, reached = self.step(target, start, Window(0.0, 1.0), ends, 1e-3, min(left, PRIMAL_STEP), thrift)
             thrift *= 0.6
-        return start if found is None else found
+        return start if reached is None else reached
 
     def dual(self, target: float, guide: list[float], slack: float, deadline: float,
              step_gap: float = STEP_GAP) -> list[float]:

@@ -17,16 +17,17 @@ def find_deferrable(recording: Recording, model: torch.nn.Module) -> dict[int, R
 
     A parameter that some other node reads too has all its gradients computed in I: summed and accumulated at once.
     """
-    found = {index: made for index, node in enumerate(recording.nodes)
-             if (made := _replacement(node, recording, model)) is not None}
+    replacements = {index: replacement for index, node in enumerate(recording.nodes)
+                    if (replacement := _replacement(node, recording, model)) is not None}
     while True:
         elsewhere = {v for index, node in enumerate(recording.nodes)
-                     if index not in found and _needs_gradient(node, recording) for v in _parameters(node, recording)}
-        kept = {index: made for index, made in found.items()
+                     if index not in replacements and _needs_gradient(node, recording)
+                     for v in _parameters(node, recording)}
+        kept = {index: replacement for index, replacement in replacements.items()
                 if not elsewhere & _parameters(recording.nodes[index], recording)}
-        if len(kept) == len(found):
-            return {recording.nodes[index].results[0]: made for index, made in kept.items()}
-        found = kept
+        if len(kept) == len(replacements):
+            return {recording.nodes[index].results[0]: replacement for index, replacement in kept.items()}
+        replacements = kept
 
 
 def _parameters(node: Node, recording: Recording) -> set[int]:
@@ -41,10 +42,10 @@ def _needs_gradient(node: Node, recording: Recording) -> bool:
 def _replacement(node: Node, recording: Recording, model: torch.nn.Module) -> Replacement | None:
     if not node.modes.grad or node.modes.inference or node.recompute or node.random or node.kwargs:
         return None
-    made = _layer(node, recording, model)
-    if made is None or not node.modes.autocast or made[0] == "embedding":
-        return made
-    return ("autocast", (made[0], *made[1])) if _is_cast_once(node, recording) else None
+    replacement = _layer(node, recording, model)
+    if replacement is None or not node.modes.autocast or replacement[0] == "embedding":
+        return replacement
+    return ("autocast", (replacement[0], *replacement[1])) if _is_cast_once(node, recording) else None
 
 
 def _is_cast_once(node: Node, recording: Recording) -> bool:

@@ -33,12 +33,12 @@ def fetch_missing(model: torch.nn.Module, held: Collection[str], device: torch.d
     for entries in zip(*everybody):
         name = entries[0][0]
         owner = next((rank for rank, (_, real, _) in enumerate(entries) if real), None)
-        if owner is None or not any(wanted and not real for _, real, wanted in entries):
+        if owner is None or not any(needed and not real for _, real, needed in entries):
             continue
         tensor = get_tensor(*slots[name][0])
         own = tensor.detach() if state[name] else torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         value = workers.broadcast(own, owner)
         if not state[name] and name in held:
-            made = torch.nn.Parameter(value, requires_grad=tensor.requires_grad) \
+            fetched = torch.nn.Parameter(value, requires_grad=tensor.requires_grad) \
                 if isinstance(tensor, torch.nn.Parameter) else value
-            put_tensor(slots[name], made)
+            put_tensor(slots[name], fetched)

@@ -23,20 +23,20 @@ def load_stage(model: torch.nn.Module, held: Collection[str], device: torch.devi
     touched.
     """
     slots = tensor_slots(model)
-    made: set[str] = set()
+    created: set[str] = set()
     for name, places in slots.items():
         if name not in held:
             continue
         module, own = places[0]
         tensor = get_tensor(module, own)
         if tensor.device.type == "meta":
-            made.add(name)
+            created.add(name)
             put_tensor(places, _empty_like(tensor, device))
         elif tensor.device != device:
             _move(places, tensor, device)
     read = _read_weights(model, slots, held, Path(weights)) if weights is not None else set()
-    if made:
-        _initialise(model, slots, made, read, device, seed)
+    if created:
+        _initialise(model, slots, created, read, device, seed)
 
 
 def _empty_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -83,15 +83,16 @@ class _Seeded(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def _initialise(model: torch.nn.Module, slots, made: set[str], read: set[str], device: torch.device, seed: int) -> None:
+def _initialise(model: torch.nn.Module, slots, created: set[str], read: set[str], device: torch.device,
+                seed: int) -> None:
     """Run the modules' own initialisers on what has just been made and not read from a file."""
-    names = {storage_number(get_tensor(*slots[name][0])): name for name in made}
-    kept = {name: get_tensor(*slots[name][0]).detach().clone() for name in read & made}
+    names = {storage_number(get_tensor(*slots[name][0])): name for name in created}
+    kept = {name: get_tensor(*slots[name][0]).detach().clone() for name in read & created}
     states = [generator.get_state() for generator in generators(device)]
     mode = _Seeded(names, seed, device)
     try:
         with mode, torch.no_grad():
-            for path, _, initialise in _initialisers(model, {id(m) for n in made for m, _ in slots[n]}):
+            for path, _, initialise in _initialisers(model, {id(m) for n in created for m, _ in slots[n]}):
                 mode.path = path
                 initialise()
     finally:
@@ -100,11 +101,11 @@ def _initialise(model: torch.nn.Module, slots, made: set[str], read: set[str], d
     with torch.no_grad():
         for name, value in kept.items():
             get_tensor(*slots[name][0]).copy_(value)
-    missing = sorted(made - read - mode.written)
+    missing = sorted(created - read - mode.written)
     if missing:
         module = slots[missing[0]][0][0]
         raise InputError(
-            f"{len(missing)} of {len(made)} tensors on meta have no initial value, first {missing[0]}: no "
+            f"{len(missing)} of {len(created)} tensors on meta have no initial value, first {missing[0]}: no "
             f"reset_parameters or "
             f"_init_weights of {type(module).__name__} or of a module around it writes it. Give the class a "
             f"reset_parameters, "
@@ -136,30 +137,30 @@ def _upwards(path: str) -> Iterator[str]:
     yield ""
 
 
-def _read_weights(model: torch.nn.Module, slots, held: Collection[str], folder: Path) -> set[str]:
+def _read_weights(model: torch.nn.Module, slots, owned: Collection[str], folder: Path) -> set[str]:
     """Copy from a checkpoint folder what this worker holds; returns the names that were found."""
     files = files_of(folder)
     sources = sources_of(model, files)
     aliases = _aliases(model)
     persistent = set(model.state_dict(keep_vars=True))
-    wanted: dict[Source, list[tuple[str, str]]] = defaultdict(list)
+    names_of: dict[Source, list[tuple[str, str]]] = defaultdict(list)
     missing = []
-    for name in (name for name in slots if name in held):
+    for name in (name for name in slots if name in owned):
         alias = next((alias for alias in aliases[name] if alias in sources), None)
         if alias is not None:
-            wanted[sources[alias]].append((name, alias))
+            names_of[sources[alias]].append((name, alias))
         elif any(alias in persistent for alias in aliases[name]):
             missing.append(name)
     if missing:
         raise InputError(
-            f"{folder} lacks {len(missing)} of {len(missing) + sum(map(len, wanted.values()))} tensors of this "
+            f"{folder} lacks {len(missing)} of {len(missing) + sum(map(len, names_of.values()))} tensors of this "
             f"worker's stages, first {missing[0]}; it holds {len(files)}, such as {next(iter(files), 'none')}. Is it "
             "a checkpoint of this architecture?"
         )
     with torch.no_grad():
-        for source, found in read(folder, files, wanted):
-            for name, alias in wanted[source]:
-                target, value = get_tensor(*slots[name][0]), found[alias]
+        for source, tensors in read(folder, files, names_of):
+            for name, alias in names_of[source]:
+                target, value = get_tensor(*slots[name][0]), tensors[alias]
                 if target.shape != value.shape:
                     raise InputError(
                         f"{folder}: {source.keys[0]} has shape {tuple(value.shape)}, the model's {name} has "
@@ -169,7 +170,7 @@ def _read_weights(model: torch.nn.Module, slots, held: Collection[str], folder: 
                     raise InputError(f"{folder / files[source.keys[0]]}: {source.keys[0]} holds {value.dtype}, the "
                                      f"model's {name} {target.dtype}; give a checkpoint of this model")
                 target.copy_(value)
-    return {name for entries in wanted.values() for name, _ in entries}
+    return {name for entries in names_of.values() for name, _ in entries}
 
 
 def _aliases(model: torch.nn.Module) -> dict[str, list[str]]:

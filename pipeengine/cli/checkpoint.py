@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from partitioners.tables import format_table
 from partitioners.units import format_bytes
 from pipeengine.errors import InputError, PipeEngineError
 
@@ -53,8 +54,6 @@ def _details(row: dict[str, Any]) -> str:
              f"{facts['plan']['schedule']}",
              "  parts: " + (", ".join(f"{name} ({kind})" for name, kind in facts["parts"].items()) or "none"),
              "  written by " + ", ".join(f"{name} {number}" for name, number in facts["versions"].items())]
-    width = max(map(len, row["files"]))
-    lines += [f"  {name.ljust(width)}  {format_bytes(entry['bytes']):>9}"
-              + (f"  {entry['tensors']} tensors" if entry["tensors"] is not None else "")
-              for name, entry in row["files"].items()]
-    return "\n".join(lines)
+    files = [(name, format_bytes(entry["bytes"]), "" if entry["tensors"] is None else f"{entry['tensors']:,} tensors")
+             for name, entry in row["files"].items()]
+    return "\n".join([*lines, format_table((), files, indent="  ")])

@@ -21,7 +21,8 @@ import networkx
 import pipeengine
 from partitioners.graph import to_json
 from partitioners.reporting import command
-from partitioners.units import format_bytes, format_seconds, parse_flops, parse_rate
+from partitioners.tables import format_table
+from partitioners.units import format_bytes, format_seconds, format_share, parse_flops, parse_rate
 from pipeengine.cli import checkpoint as checkpoint_command
 from pipeengine.cli import launch as launch_command
 from pipeengine.cli import search as search_command
@@ -242,13 +243,10 @@ def _by_module(graph: networkx.DiGraph, depth: int) -> list[dict]:
 
 def _table(rows: list[dict]) -> str:
     total = sum(row["forward"] + row["backward"] for row in rows) or 1.0
-    lines = [("module", "forward", "backward", "share", "parameters", "activations")]
-    lines += [(row["module"], format_seconds(row["forward"]), format_seconds(row["backward"]),
-               f"{(row['forward'] + row['backward']) / total:.1%}", format_bytes(row["parameter_bytes"]),
-               format_bytes(row["activation_bytes"])) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
-                               for i, (cell, width) in enumerate(zip(line, widths))) for line in lines)
+    return format_table(("module", "forward", "backward", "share", "parameters", "activations"), [
+        (row["module"], format_seconds(row["forward"]), format_seconds(row["backward"]),
+         format_share((row["forward"] + row["backward"]) / total), format_bytes(row["parameter_bytes"]),
+         format_bytes(row["activation_bytes"])) for row in rows])
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -267,9 +265,9 @@ def _report(args: argparse.Namespace) -> tuple[int, str]:
                 watch(Path(args.run), _shown_over())
             return ""
         path = Path(args.run)
-        found = RunReport.load(path / "report.json" if path.is_dir() else path)
-        timelines = [timeline for timeline in (found.predicted, found.measured) if timeline is not None]
-        forms = {"text": lambda: report_text(found), "json": found.to_json, "html": lambda: report_html(found),
+        report = RunReport.load(path / "report.json" if path.is_dir() else path)
+        timelines = [timeline for timeline in (report.predicted, report.measured) if timeline is not None]
+        forms = {"text": lambda: report_text(report), "json": report.to_json, "html": lambda: report_html(report),
                  "chrome": lambda: json.dumps(chrome_trace(*timelines))}
         return _write(forms[args.format](), args.output)
     return _answer(args, make)

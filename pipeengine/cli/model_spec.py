@@ -33,17 +33,18 @@ def load(name: str, *, rows: int, length: int | None) -> Named:
             f"{name!r} names no model; give package.module:factory, path/to/file.py:factory (the factory returns "
             f"{_FORMS}) or a Hugging Face config.json"
         )
-    made = named(name)()
-    if not (isinstance(made, tuple) and 2 <= len(made) <= 4 and isinstance(made[0], torch.nn.Module)):
-        kind = f"{len(made)} things, the first a {type(made[0]).__name__}" if isinstance(made, tuple) and made else \
-            f"a {type(made).__name__}"
+    returned = named(name)()
+    if not (isinstance(returned, tuple) and 2 <= len(returned) <= 4 and isinstance(returned[0], torch.nn.Module)):
+        kind = f"a {type(returned).__name__}"
+        if isinstance(returned, tuple) and returned:
+            kind = f"{len(returned)} things, the first a {type(returned[0]).__name__}"
         raise InputError(f"{name} returned {kind}; it must return {_FORMS}")
-    found = Named(*made)
-    if found.loss_fn is not None and not callable(found.loss_fn):
+    spec = Named(*returned)
+    if spec.loss_fn is not None and not callable(spec.loss_fn):
         raise InputError(
-            f"{name} returned something of type {type(found.loss_fn).__name__} as loss_fn; it must return {_FORMS}"
+            f"{name} returned something of type {type(spec.loss_fn).__name__} as loss_fn; it must return {_FORMS}"
         )
-    return found
+    return spec
 
 
 def from_config(path: Path, *, rows: int, length: int | None) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:

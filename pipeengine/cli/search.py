@@ -69,24 +69,24 @@ def run(args: argparse.Namespace, is_graph_file: Callable[[str], bool],
         progress: Callable[[str], None]) -> tuple[int, str]:
     """Exit status and what to print; 3 when there is no answer."""
     try:
-        found = _searched(args, command.read_graph(args.graph) if is_graph_file(args.graph) else None, progress)
-        if found.best is not None and args.output:
-            found.best.save(args.output)
-        text = dumps(found) if args.format == "json" else str(found)
-        if found.best is not None and args.output and args.format == "text":
+        answer = _searched(args, command.read_graph(args.graph) if is_graph_file(args.graph) else None, progress)
+        if answer.best is not None and args.output:
+            answer.best.save(args.output)
+        text = dumps(answer) if args.format == "json" else str(answer)
+        if answer.best is not None and args.output and args.format == "text":
             text += f"\nwrote {args.output}"
-        return 0 if found.best else 3, text
+        return 0 if answer.best else 3, text
     except (PipeEngineError, OSError) as error:
         return exit_status(error), json.dumps({"error": str(error)}) if args.format == "json" else f"error: {error}"
 
 
 def _searched(args: argparse.Namespace, graph: networkx.DiGraph | None, progress: Callable[[str], None]) -> Search:
-    given = {name.replace("-", "_"): value for name in _DIMENSIONS
+    dimensions = {name.replace("-", "_"): value for name in _DIMENSIONS
              if (value := getattr(args, name.replace("-", "_"))) is not None}
     options = dict(num_devices=args.devices, memory=args.memory, device=args.device, bandwidth=args.bandwidth,
                    inside=args.inside, node_size=args.node_size, latency=args.latency, rows=args.rows,
                    optimizer=args.optimizer, master_weights=args.master_weights, time_limit=args.time_limit,
-                   progress=progress, **given)
+                   progress=progress, **dimensions)
     if graph is not None:
         return search(graph, **options)
     from pipeengine.cli.model_spec import load
@@ -95,7 +95,7 @@ def _searched(args: argparse.Namespace, graph: networkx.DiGraph | None, progress
     rows = args.rows or 8
     asked = max(args.microbatch_rows or (1,)) if args.graph.endswith(".json") else rows
     most = max(asked, *(each for each in (1, 2, 4, 8, 16) if rows % each == 0))
-    made = load(args.graph, rows=most, length=args.length)
+    spec = load(args.graph, rows=most, length=args.length)
     if args.graph.endswith(".json"):
         options["rows"] = rows
-    return search(made.model, made.example, loss_fn=made.loss_fn, target=made.target, costs=args.costs, **options)
+    return search(spec.model, spec.example, loss_fn=spec.loss_fn, target=spec.target, costs=args.costs, **options)

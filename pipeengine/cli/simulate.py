@@ -8,10 +8,11 @@ from dataclasses import asdict, replace
 from typing import NamedTuple
 
 from partitioners.plan import Plan
-from partitioners.units import format_bytes, format_seconds, parse_size
+from partitioners.tables import format_table
+from partitioners.units import format_bytes, format_number, format_seconds, format_share, parse_size
 from pipeengine.errors import InfeasibleError, PipeEngineError, ScheduleError, exit_status
 from pipeengine.program import check
-from pipeengine.report import chrome_trace, seconds_text, size_text, timeline_svg, timeline_text
+from pipeengine.report import chrome_trace, timeline_svg, timeline_text
 from pipeengine.schedules import Edge, Schedule, Topology
 from pipeengine.simulation import (
     Breakdown,
@@ -223,26 +224,32 @@ def _result(schedule: Schedule, costs: Costs, edges: Sequence[Edge], work: float
                    breakdown(schedule, costs, edges), bubble, messages)
 
 
+def _writers(args: argparse.Namespace) -> tuple[Callable[[float], str], Callable[[float], str]]:
+    """How times and peaks are written: with units where a plan gave them."""
+    return (format_seconds, format_bytes) if args.plan else (format_number, "{:,.4g}".format)
+
+
 def _text(args: argparse.Namespace, results: list[_Result], refused: object) -> str:
     [result] = results
-    timeline, parts = result.timeline, result.parts
+    timeline, parts, (clock, size) = result.timeline, result.parts, _writers(args)
+    kept = ", weights and optimizer included" if args.plan else " micro-batches' activations"
     return "\n".join([
         f"{result.schedule.name}: {timeline.num_workers} workers, {result.schedule.topology.num_stages} stages, "
         f"{result.schedule.num_microbatches} micro-batches", "", timeline_text(timeline, args.width), "",
-        f"makespan  {seconds_text(timeline.makespan)} = ideal {seconds_text(parts.ideal)} + fill and drain "
-        f"{seconds_text(parts.fill_drain)} {_more(parts.imbalance, 'imbalance', 'that uneven stages save')} "
-        f"{_more(parts.communication, 'communication', 'that messages save')}",
-        f"span      {seconds_text(timeline.span)} of the worker at it longest, of which bubble (waiting between "
-        f"its first and last action) {100 * result.bubble:.2f} %",
-        f"idle      {' '.join(f'{100 * share:.1f}%' for share in timeline.idle_share)} of the makespan, by worker",
-        f"peak      {' '.join(map(format_bytes, result.memory))}, weights and optimizer included" if args.plan else
-        f"peak      {' '.join(f'{peak:,.6g}' for peak in result.peaks)} micro-batches' activations",
-        f"messages  {result.messages:,} per step"])
+        format_table((), [
+            ("makespan", f"{clock(timeline.makespan)} = ideal {clock(parts.ideal)} + fill and drain "
+             f"{clock(parts.fill_drain)} {_more(clock, parts.imbalance, 'imbalance', 'that uneven stages save')} "
+             f"{_more(clock, parts.communication, 'communication', 'that messages save')}"),
+            ("span", f"{clock(timeline.span)} of the worker at it longest, of which bubble (waiting between "
+             f"its first and last action) {format_share(result.bubble, 2)}"),
+            ("idle", f"{', '.join(map(format_share, timeline.idle_share))} of the makespan, by worker"),
+            ("peak", f"{' '.join(map(size, result.memory))}{kept}"),
+            ("messages", f"{result.messages:,} per step")], left=(0, 1))])
 
 
-def _more(seconds: float, what: str, saved: str) -> str:
+def _more(clock: Callable[[float], str], seconds: float, what: str, saved: str) -> str:
     """One more part of a makespan; a part below 0 is said to be a saving."""
-    return f"+ {what} {seconds_text(seconds)}" if seconds >= 0 else f"- {seconds_text(-seconds)} {saved}"
+    return f"+ {what} {clock(seconds)}" if seconds >= 0 else f"- {clock(-seconds)} {saved}"
 
 
 def _json(args: argparse.Namespace, results: list[_Result], refused: object) -> str:
@@ -250,8 +257,8 @@ def _json(args: argparse.Namespace, results: list[_Result], refused: object) -> 
 
 
 def _svg(args: argparse.Namespace, results: list[_Result], refused: object) -> str:
-    peak = size_text if args.plan else lambda number: f"{number:.4g} micro-batches"
-    panels = [(f"{r.schedule.name}: bubble {100 * r.bubble:.1f} % of the longest span, peak {peak(max(r.memory))}",
+    peak = format_bytes if args.plan else lambda number: f"{number:.4g} micro-batches"
+    panels = [(f"{r.schedule.name}: bubble {format_share(r.bubble)} of the longest span, peak {peak(max(r.memory))}",
                r.timeline) for r in results]
     return timeline_svg(panels, unit="s" if args.plan else "", hover=False)
 
@@ -261,47 +268,24 @@ def _chrome(args: argparse.Namespace, results: list[_Result], refused: object) -
 
 
 def _table(args: argparse.Namespace, results: list[_Result], refused: list[tuple[str, PipeEngineError]]) -> str:
-    heads = (
-        "schedule",
-        "workers",
-        "stages",
-        "makespan",
-        "span",
-        "bubble",
-        "fill/drain",
-        "imbalance",
-        "comm.",
-        "peak",
-        "messages",
-    )
-    clock, size = (format_seconds, format_bytes) if args.plan else (seconds_text, "{:,.4g}".format)
+    heads = ("schedule", "workers", "stages", "makespan", "span", "bubble", "fill/drain", "imbalance", "comm.", "peak",
+             "messages")
     groups: dict[int, list[_Result]] = {}
     for result in sorted(results, key=lambda r: (-r.timeline.num_workers, r.timeline.makespan)):
         groups.setdefault(result.timeline.num_workers, []).append(result)
-    rows = [_row(result, clock, size) for group in groups.values() for result in group]
-    widths = [max(map(len, column)) for column in zip(heads, *rows)]
-    rule, lines = ["-" * width for width in widths], [_aligned(heads, widths)]
-    for group in groups.values():
-        lines += [_aligned(rule, widths), *(_aligned(_row(result, clock, size), widths) for result in group)]
+    rows = [row for group in groups.values() for row in ((), *(_row(result, *_writers(args)) for result in group))]
     best = "; ".join(f"{group[0].schedule.name} on {workers} workers" for workers, group in groups.items())
     return "\n".join([
-        *lines, "", f"fastest step: {best}" + ("; another number of workers is another number of devices" if
-                                              len(groups) > 1 else ""),
-        "times in seconds, peak with weights, gradients and optimizer" if args.plan else
+        format_table(heads, rows), "", f"fastest step: {best}" + (
+            "; another number of workers is another number of devices" if len(groups) > 1 else ""),
+        "peak with weights, gradients and optimizer" if args.plan else
         "times as given, peak in micro-batches of a whole worker", *(f"{name}: {error}" for name, error in refused)])
 
 
 def _row(r: _Result, clock: Callable[[float], str], size: Callable[[float], str]) -> tuple[str, ...]:
-    def signed(seconds: float) -> str:
-        return clock(seconds) if seconds >= 0 else "-" + clock(-seconds)
     return (r.schedule.name, str(r.timeline.num_workers), str(r.schedule.topology.num_stages),
-            clock(r.timeline.makespan), clock(r.timeline.span), f"{100 * r.bubble:.2f} %", clock(r.parts.fill_drain),
-            signed(r.parts.imbalance), signed(r.parts.communication), size(max(r.memory)), f"{r.messages:,}")
-
-
-def _aligned(texts: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join(text.ljust(width) if not column else text.rjust(width)
-                     for column, (text, width) in enumerate(zip(texts, widths)))
+            clock(r.timeline.makespan), clock(r.timeline.span), format_share(r.bubble, 2), clock(r.parts.fill_drain),
+            clock(r.parts.imbalance), clock(r.parts.communication), size(max(r.memory)), f"{r.messages:,}")
 
 
 def _all_json(args: argparse.Namespace, results: list[_Result], refused: list[tuple[str, PipeEngineError]]) -> str:

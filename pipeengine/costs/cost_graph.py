@@ -72,13 +72,13 @@ def _group_labels(flow: Dataflow) -> dict[int, str]:
 def _attributes(recording: Recording, node: Node, readers: Counter, seconds: Seconds, counted: set[int]) -> dict:
     own, frozen, shared, still = 0, 0, {}, []
     for value in dict.fromkeys(node_refs(node)):
-        made = recording.values[value]
-        if made.kind == "attribute" and readers[value] > 1:
-            shared[made.name] = made.spec.bytes
-            still += [] if made.spec.requires_grad else [made.name]
-        elif made.kind == "attribute":
-            own += made.spec.bytes
-            frozen += 0 if made.spec.requires_grad else made.spec.bytes
+        entry = recording.values[value]
+        if entry.kind == "attribute" and readers[value] > 1:
+            shared[entry.name] = entry.spec.bytes
+            still += [] if entry.spec.requires_grad else [entry.name]
+        elif entry.kind == "attribute":
+            own += entry.spec.bytes
+            frozen += 0 if entry.spec.requires_grad else entry.spec.bytes
     kept = sum(size for storage, size in node.cost.saved if storage not in counted)
     counted.update(storage for storage, _ in node.cost.saved)
     return {"forward": float(seconds.forward), "backward": float(seconds.backward),

@@ -164,8 +164,8 @@ class _Piece:
         real = self._recording.constants.get(value)
         if real is not None:
             return real.clone()
-        made = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=self._device)
-        return made.normal_(0, 0.02) if made.is_floating_point() or made.is_complex() else made.fill_(0)
+        tensor = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=self._device)
+        return tensor.normal_(0, 0.02) if tensor.is_floating_point() or tensor.is_complex() else tensor.fill_(0)
 
     def _module(self, model: torch.nn.Module) -> torch.nn.Module:
         """A copy, so that the user's gradients and buffers stay as they are."""
@@ -174,12 +174,12 @@ class _Piece:
             raise TypeError("a TorchScript module shares its tensors with its copies")
         memo: dict = {}
         for tensor in (*module.parameters(), *module.buffers()):
-            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device)
-            made = made.normal_(0, 0.02) if made.is_floating_point() else made.fill_(0)
+            copied = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device)
+            copied = copied.normal_(0, 0.02) if copied.is_floating_point() else copied.fill_(0)
             if isinstance(tensor, torch.nn.Parameter):
-                made = torch.nn.Parameter(made, requires_grad=tensor.requires_grad)
-                made.grad = torch.zeros_like(made) if tensor.requires_grad else None
-            memo[id(tensor)] = made
+                copied = torch.nn.Parameter(copied, requires_grad=tensor.requires_grad)
+                copied.grad = torch.zeros_like(copied) if tensor.requires_grad else None
+            memo[id(tensor)] = copied
         return copy.deepcopy(module, memo)
 
     def _fresh(self, *encoded: object) -> tuple:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from partitioners.units import format_bytes, format_seconds
+from partitioners.units import format_bytes, format_seconds, format_share
 from pipeengine.exploration.candidates import Choice, Loser
 from pipeengine.exploration.margins import Fewest, Margin
 
@@ -75,8 +75,9 @@ class Search:
         if not self.is_guess:
             lines.append(f"step       {format_seconds(best.seconds)}, {best.rows_per_second:,.4g} rows/s" + (
                 f", {self.tokens_per_second:,.4g} tokens/s" if self.tokens_per_second else ""))
-        share = "" if best.flops_share is None or self.is_guess else f", {best.flops_share:.1%} of the peak FLOP/s"
-        lines.append(f"bubble     {best.bubble:.1%}{share}")
+        share = "" if best.flops_share is None or self.is_guess else (
+            f", {format_share(best.flops_share)} of the peak FLOP/s")
+        lines.append(f"bubble     {format_share(best.bubble)}{share}")
         room = "" if self.memory is None else f" of {format_bytes(self.memory)}"
         lines.append(f"memory     {format_bytes(min(best.peak_bytes))} to {format_bytes(max(best.peak_bytes))} per "
                      f"worker{room}")
@@ -86,7 +87,7 @@ class Search:
         if self.best is None:
             return []
         text = "proved the best of all configurations" if self.gap <= 1e-9 else (
-            f"at most {self.gap:.2%} slower than the best of all configurations")
+            f"at most {format_share(self.gap, 2)} slower than the best of all configurations")
         return [text + (f" (stopped by {self.stopped})" if self.stopped else "")]
 
     def _about_others(self) -> list[str]:
@@ -94,7 +95,7 @@ class Search:
         return ["next:", *rows, ""] if rows and self.best else rows
 
     def _about_hardware(self) -> list[str]:
-        lines = [f"{margin.change}: {margin.gain:+.1%} rows/s" for margin in self.margins]
+        lines = [f"{margin.change}: {format_share(margin.gain, signed=True)} rows/s" for margin in self.margins]
         if self.fewest is not None:
             proof = "proved" if self.fewest.proved else "not proved"
             lines.append(f"fewest devices: {self.fewest.num_devices} ({self.fewest.point}); one less is refused "

@@ -11,6 +11,7 @@ import networkx as nx
 from partitioners import Cluster, Device, MemoryModel, Plan, Setting
 from partitioners.plan import price_stages
 from partitioners.pricing import build_plan
+from partitioners.units import format_share
 from pipeengine.errors import PlanError
 from pipeengine.exploration.chain import Chain
 from pipeengine.exploration.judge import Scene, peak_bytes, play, schedule_of
@@ -159,11 +160,11 @@ def loser_of(verdict: Verdict, best: Candidate) -> Loser:
             f"no cut of it is faster than {_slower(verdict.bound, best.seconds)}"))
     slower, why = _slower(verdict.best.seconds, best.seconds), []
     if verdict.best.bubble > best.bubble + 0.002:
-        why.append(f"{verdict.best.bubble - best.bubble:.1%} more bubble")
+        why.append(f"{format_share(verdict.best.bubble - best.bubble)} more bubble")
     work, least = (sum(stage.forward + stage.backward for stage in one.plan.stages) * one.point.rows ** -1
                    for one in (verdict.best, best))
     if work > least * 1.002:
-        why.append(f"{work / least - 1:.1%} more work per row" + (
+        why.append(f"{format_share(work / least - 1)} more work per row" + (
             ", recomputing" if any(verdict.best.cut[1]) else ""))
     if verdict.best.seconds <= best.seconds * (1 + 1e-9):
         return Loser(verdict.point, verdict.bound, verdict.best.seconds, "as fast")
@@ -171,7 +172,7 @@ def loser_of(verdict: Verdict, best: Candidate) -> Loser:
 
 
 def _slower(seconds: float, best: float) -> str:
-    return f"{seconds / best - 1:.1%} slower" if seconds > best else "the best found"
+    return f"{format_share(seconds / best - 1)} slower" if seconds > best else "the best found"
 
 
 def check_graph(graph: nx.DiGraph) -> int:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -74,8 +75,7 @@ def _trains(space: Space, hardware: Hardware, training: Training,
 
 def _share(reason: str) -> float:
     """The share of the memory that a reason names."""
-    shares = [float(word.strip("%,").replace(",", "")) for word in reason.split() if word.strip(",").endswith("%")]
-    return min(shares, default=math.inf)
+    return min(map(float, re.findall(r"([\d.]+) %", reason)), default=math.inf)
 
 
 def margins(outcome: Outcome, hardware: Hardware, training: Training,

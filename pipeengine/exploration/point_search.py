@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from partitioners import Plan
+from partitioners.units import format_share
 from pipeengine.errors import ScheduleError
 from pipeengine.exploration.chain import Chain
 from pipeengine.exploration.judge import Scene, peak_bytes, play, schedule_of
@@ -300,7 +301,8 @@ class PointSearch:
                 self.best = Candidate(self.point, cut, seconds, peaks, bubble, plan)
             elif over < self.overflow[0]:
                 worker = int(np.argmax(peaks))
-                self.overflow = over, f"worker {worker} needs {max(peaks) / (memory or math.inf):.0%} of the memory"
+                share = max(peaks) / (memory or math.inf)
+                self.overflow = over, f"worker {worker} needs {format_share(share, 0)} of the memory"
         return seconds, path
 
 

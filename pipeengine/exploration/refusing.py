@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from partitioners.units import format_bytes
+from partitioners.units import format_bytes, format_share
 from pipeengine.exploration.chain import Chain
 from pipeengine.exploration.judge import Scene
 from pipeengine.exploration.relaxation import Relaxation, balance
@@ -20,7 +20,7 @@ def lacking(scene: Scene, chain: Chain) -> str:
     need = (scene.state_factor + 1) * float(chain.own_parameters[-1])
     if memory is not None and need > point.workers * memory * (1 + 1e-9):
         return (f"weights, gradients and optimizer need {format_bytes(need / point.workers)} per worker, "
-                f"{need / point.workers / memory:.0%} of the memory")
+                f"{format_share(need / point.workers / memory, 0)} of the memory")
     return "" if memory is None else _pieces(scene, chain, memory)
 
 
@@ -35,7 +35,7 @@ def _pieces(scene: Scene, chain: Chain, memory: float) -> str:
     least = min((int(number) for number in many), key=lambda number: beside[number])
     each = -(-(least + 1) // workers)
     return (f"{least + 1} pieces of {format_bytes(sizes[least])} or more are not cut, with gradients and optimizer: "
-            f"{each} in one worker need {each * sizes[least] / memory:.0%} of the memory")
+            f"{each} in one worker need {format_share(each * sizes[least] / memory, 0)} of the memory")
 
 
 def crowded(relaxed: Relaxation) -> tuple[str, int]:
@@ -51,7 +51,7 @@ def crowded(relaxed: Relaxation) -> tuple[str, int]:
     for number in range(1, _ROUNDS + 1):
         excess, cut = relaxed.least_excess(weights)
         if cut is None or excess > _SLACK:
-            return "no cut fits" + (f", the best needs {1 + excess:.1%} of the memory" if cut else ""), number
+            return "no cut fits" + (f", the best needs {format_share(1 + excess)} of the memory" if cut else ""), number
         over.append(relaxed.over(cut))
         if over[-1].max() <= 0:
             break

@@ -192,20 +192,20 @@ def _matched(program: Program, edges: Sequence[Edge]) -> tuple[np.ndarray, np.nd
     """The line of each message's send and of its receive: first activations, then gradients, by edge and
     micro-batch."""
     op = program.columns.op
-    codes, wanted = _wanted(program, edges)
-    found = []
+    codes, expected = _wanted(program, edges)
+    matched = []
     for name, first, second in (("send", SA, SG), ("receive", RA, RG)):
         parts = [np.flatnonzero(op == first), np.flatnonzero(op == second)]
         lines = np.concatenate(parts)
         slot = np.concatenate([_slots(program, part, kind, codes) for part, kind in zip(parts, (first, second))])
         # The last entry gathers the lines that have no slot.
-        where = np.full(len(wanted) + 1, -1, np.int64)
+        where = np.full(len(expected) + 1, -1, np.int64)
         where[slot] = lines
-        if where[-1] >= 0 or not np.array_equal(where[slot], lines) or not np.array_equal(where[:-1] >= 0, wanted):
-            raise ScheduleError(_mismatch(program, name, lines, slot, wanted, codes))
-        found.append(where[:-1][wanted])
-    _on_own_worker(program, np.concatenate(found))
-    return found[0], found[1]
+        if where[-1] >= 0 or not np.array_equal(where[slot], lines) or not np.array_equal(where[:-1] >= 0, expected):
+            raise ScheduleError(_mismatch(program, name, lines, slot, expected, codes))
+        matched.append(where[:-1][expected])
+    _on_own_worker(program, np.concatenate(matched))
+    return matched[0], matched[1]
 
 
 def _wanted(program: Program, edges: Sequence[Edge]) -> tuple[np.ndarray, np.ndarray]:
@@ -259,18 +259,18 @@ def _on_own_worker(program: Program, lines: np.ndarray) -> None:
                             "move the message there")
 
 
-def _mismatch(program: Program, name: str, lines: np.ndarray, slot: np.ndarray, wanted: np.ndarray,
+def _mismatch(program: Program, name: str, lines: np.ndarray, slot: np.ndarray, expected: np.ndarray,
               codes: np.ndarray) -> str:
-    count = np.bincount(slot[slot >= 0], minlength=len(wanted))
-    total = f"{len(lines)} {name}s for {int(wanted.sum())} messages"
-    missing = np.flatnonzero(count < wanted)
+    count = np.bincount(slot[slot >= 0], minlength=len(expected))
+    total = f"{len(lines)} {name}s for {int(expected.sum())} messages"
+    missing = np.flatnonzero(count < expected)
     if len(missing):
         edge, microbatch = divmod(int(missing[0]), program.num_microbatches)
         grad, edge = divmod(edge, len(codes))
         source, target = divmod(int(codes[edge]), program.topology.num_stages)
         return (f"no {name} of the {'gradient' if grad else 'activation'} between stages {source} and {target} for "
                 f"micro-batch {microbatch}; {total}")
-    extra = np.flatnonzero((slot < 0) | (count[slot] > wanted[slot]) if len(wanted) else slot < 0)
+    extra = np.flatnonzero((slot < 0) | (count[slot] > expected[slot]) if len(expected) else slot < 0)
     return f"{_at(program, lines[extra[-1]])}: this {name} is there twice or belongs to no boundary; {total}"
 
 

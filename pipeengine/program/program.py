@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeengine.errors import ScheduleError
-from pipeengine.schedules import NOT_ACTIONS, Edge, Lane, Schedule, Topology
+from pipeengine.schedules import NOT_ACTIONS, Edge, InLanes, Lane, Schedule, Topology
 from pipeengine.simulation import OPS, RA, RG, SA, SG, R
 
 
@@ -36,7 +36,7 @@ class ProgramLane(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Program:
+class Program(InLanes[ProgramLane]):
     """A schedule with its messages: per worker, what to compute, send and post a receive for, in order.
 
     ``planned`` may hold a time per line that puts all messages in one order; ``check`` verifies that and is then
@@ -60,21 +60,6 @@ class Program:
         lanes = tuple(Lane(lane.op[keep], lane.stage[keep], lane.microbatch[keep])
                       for lane, keep in zip(self.lanes, kept))
         return Schedule(self.name, self.topology, self.num_microbatches, lanes)
-
-    @property
-    def num_actions(self) -> int:
-        """Lines of all workers."""
-        return sum(len(lane.op) for lane in self.lanes)
-
-    @cached_property
-    def starts(self) -> np.ndarray:
-        """Where each lane begins in ``columns``, and their length last."""
-        return np.concatenate([[0], np.cumsum([len(lane.op) for lane in self.lanes])]).astype(np.int64)
-
-    @cached_property
-    def columns(self) -> ProgramLane:
-        """All lanes one after another."""
-        return ProgramLane(*(np.concatenate(column) for column in zip(*self.lanes)))
 
     def actions(self, worker: int) -> list[Action]:
         """``worker``'s lines in order."""

@@ -7,7 +7,6 @@ from pipeengine.report.chrome_trace import chrome_trace
 from pipeengine.report.history import History
 from pipeengine.report.html import report_html
 from pipeengine.report.memory import step_bytes
-from pipeengine.report.numbers import seconds_text, size_text
 from pipeengine.report.run import measured_step, measured_timeline, predict, save_report, stage_rows
 from pipeengine.report.run_report import RunReport, StageRow
 from pipeengine.report.svg import timeline_svg
@@ -33,8 +32,6 @@ __all__ = [
     "report_html",
     "report_text",
     "save_report",
-    "seconds_text",
-    "size_text",
     "stage_rows",
     "step_bytes",
     "timeline_svg",

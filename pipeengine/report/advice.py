@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeengine.report.numbers import seconds_text
+from partitioners.units import format_seconds, format_share
 from pipeengine.report.run_report import RunReport
 from pipeengine.simulation import Timeline
 
@@ -27,9 +27,8 @@ def _advice_in_turns(report: RunReport, name: str) -> list[str]:
     busy = np.bincount([row.worker for row in report.rows], seconds)
     worst, least = int(busy.argmax()), int(busy.argmin())
     lines = [
-        f"most work: stages of worker {worst} with {seconds_text(busy[worst])} s {name}; least: those of worker "
-        f"{least} with "
-        f"{seconds_text(busy[least])} s"
+        f"most work: stages of worker {worst} with {format_seconds(busy[worst])} {name}; least: those of worker "
+        f"{least} with {format_seconds(busy[least])}"
     ]
     if busy[worst] - busy.mean() > max((_UNEVEN - 1) * busy.mean(), _HANDOVER * report.num_microbatches):
         lines.append(_uneven(worst, busy).replace("has", "would have", 1))
@@ -39,8 +38,8 @@ def _advice_in_turns(report: RunReport, name: str) -> list[str]:
 def _advice_apart(report: RunReport, name: str, timeline: Timeline) -> list[str]:
     busy, idle = timeline.busy, timeline.idle_share
     worst, least = int(busy.argmax()), int(busy.argmin())
-    lines = [f"busiest: worker {worst} with {seconds_text(busy[worst])} s of the {name} "
-             f"{seconds_text(timeline.makespan)} s; least busy: worker {least} with {seconds_text(busy[least])} s"]
+    lines = [f"busiest: worker {worst} with {format_seconds(busy[worst])} of the {name} "
+             f"{format_seconds(timeline.makespan)}; least busy: worker {least} with {format_seconds(busy[least])}"]
     # Fill and drain of any schedule are at most as long as GPipe's.
     explained = busy[worst] * (1 + (timeline.num_workers - 1) / max(timeline.num_microbatches, 1))
     if timeline.makespan > _HELD_UP * explained:
@@ -48,7 +47,7 @@ def _advice_apart(report: RunReport, name: str, timeline: Timeline) -> list[str]
     elif busy[worst] > _UNEVEN * busy.mean():
         lines.append(_uneven(worst, busy))
     elif idle.min() > _IDLE:
-        lines.append(f"even the busiest worker idles {100 * idle.min():.0f} %: more micro-batches than "
+        lines.append(f"even the busiest worker idles {format_share(idle.min(), 0)}: more micro-batches than "
                      f"{report.num_microbatches}, or a schedule with smaller bubbles, would help")
     return lines
 
@@ -64,15 +63,15 @@ def _uneven(worst: int, busy: np.ndarray) -> str:
 def _held_up(report: RunReport, timeline: Timeline, explained: float) -> str:
     """What to do when neither the balance of the stages nor the schedule explains the length of a step."""
     action = timeline.busy.sum() / max(np.count_nonzero(timeline.computes), 1)
-    text = (f"messages and overhead dominate: work and schedule explain {seconds_text(explained)} s of the "
-            f"{seconds_text(timeline.makespan)} s; ")
+    text = (f"messages and overhead dominate: work and schedule explain {format_seconds(explained)} of the "
+            f"{format_seconds(timeline.makespan)}; ")
     if action > 2 * _HANDOVER:
         return text + (
-            f"an action takes {seconds_text(action)} s, much more than handing over its result should: look at the "
+            f"an action takes {format_seconds(action)}, much more than handing over its result should: look at the "
             "links, and at what else the machines do"
         )
     fewer = (
         f"micro-batches of more rows (fewer than {report.num_microbatches}), " if report.num_microbatches > 1 else ""
     )
-    return text + (f"the stages are too small: an action takes {seconds_text(action)} s, handing over its result some "
-                   f"{_HANDOVER} s; {fewer}larger batches or fewer stages would help")
+    return text + (f"the stages are too small: an action takes {format_seconds(action)}, handing over its result some "
+                   f"{format_seconds(_HANDOVER)}; {fewer}larger batches or fewer stages would help")

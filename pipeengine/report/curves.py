@@ -5,8 +5,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
+from partitioners.units import format_bytes, format_number
 from pipeengine.report.history import OWN, History, Points
-from pipeengine.report.numbers import seconds_text, size_text
 
 _COLOURS = ("#3f72b0", "#c25a2b", "#3f8f5f", "#8767a8", "#b08a1e", "#b0416e", "#2f8f9d", "#767d87")
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 420.0, 190.0, 62.0, 12.0, 34.0
@@ -21,12 +21,12 @@ def charts(history: History) -> list[tuple[str, str]]:
         (name, {"": own[name]}, _plain) for name in sorted(own, key=lambda name: (name != "loss", name))]
     shares: tuple[tuple[str, str, _Text], ...] = (
         ("idle share, %", "idle_share", lambda share: f"{100 * share:.0f}"),
-        ("peak memory", "peak_bytes", size_text), ("peak memory of the process", "process_peak_bytes", size_text),
-        ("busy per step, s", "seconds", seconds_text), ("sent per step", "sent_bytes", size_text))
+        ("peak memory", "peak_bytes", format_bytes), ("peak memory of the process", "process_peak_bytes", format_bytes),
+        ("busy per step, s", "seconds", format_number), ("sent per step", "sent_bytes", format_bytes))
     times = {label: _settled(history.curves[OWN + name]) for name, label in (
         ("step_seconds", "step"), ("actions_seconds", "its actions"), ("predicted_seconds", "predicted"))
         if OWN + name in history.curves}
-    drawn += [("step time, s", times, seconds_text)]
+    drawn += [("step time, s", times, format_number)]
     for unit in ("tokens", "rows"):
         drawn += [(f"{unit} per second", {"": history.curves.get(f"{OWN}{unit}_per_second", ())}, _plain)]
     for title, name, text in shares:

@@ -4,11 +4,12 @@ from __future__ import annotations
 import time
 from html import escape
 
+from partitioners.tables import column_groups
+from partitioners.units import format_bytes, format_seconds, format_share
 from pipeengine.report.advice import advice
 from pipeengine.report.curves import charts
 from pipeengine.report.history import History
 from pipeengine.report.memory import PREDICTED, memory_bars
-from pipeengine.report.numbers import seconds_text, size_text
 from pipeengine.report.run_report import RunReport
 from pipeengine.report.svg import Panel, timeline_svg
 from pipeengine.report.table import Column, headline, lengths_in_turns, table_columns
@@ -84,7 +85,7 @@ def _memory(report: RunReport) -> str:
     largest = max(value for _, _, value in bars)
     rows = "".join(f"<tr><td>{escape(worker)}</td><td>{escape(what)}</td><td class=bar><i style='width:"
                    f"{100 * value / largest:.1f}%;background:{'#3f72b0' if what == PREDICTED else '#c25a2b'}'></i></td>"
-                   f"<td>{size_text(value)}</td></tr>" for worker, what, value in bars)
+                   f"<td>{format_bytes(value)}</td></tr>" for worker, what, value in bars)
     return f"<h2>Memory at its peak</h2><div class=wide><table class='names memory'>{rows}</table></div>\n"
 
 
@@ -133,12 +134,12 @@ def _figures(report: RunReport) -> str:
         figures.append((f"{history.last_step + 1:,}{total}", f"steps, {_when(history.last_time)}"))
     for name, timeline in (("measured", report.measured), ("predicted", report.predicted)):
         if timeline is not None and report.in_turns:
-            figures.append((f"{seconds_text(timeline.busy.sum())} s", f"{name} busy, all stages"))
+            figures.append((format_seconds(timeline.busy.sum()), f"{name} busy, all stages"))
         elif timeline is not None:
-            figures.append((f"{seconds_text(timeline.makespan)} s", f"{name} step"))
-            figures.append((f"{100 * timeline.idle_share.mean():.1f} %", f"{name} idle share"))
+            figures.append((format_seconds(timeline.makespan), f"{name} step"))
+            figures.append((format_share(timeline.idle_share.mean()), f"{name} idle share"))
     if all(row.sent_bytes is not None for row in report.rows) and report.rows and not report.in_turns:
-        figures.append((size_text(sum(row.sent_bytes for row in report.rows)), "sent per step"))
+        figures.append((format_bytes(sum(row.sent_bytes for row in report.rows)), "sent per step"))
     if report.loss is not None:
         figures.append((f"{report.loss:.5g}", "loss"))
     return "<div class=figures>" + "".join(f"<div><b>{escape(a)}</b>{escape(b)}</div>" for a, b in figures) + "</div>"
@@ -146,18 +147,13 @@ def _figures(report: RunReport) -> str:
 
 def _table(report: RunReport) -> str:
     columns = table_columns(report)
-    groups, i = [], 0
-    while i < len(columns):
-        j = i + 1
-        while columns[i].group and j < len(columns) and columns[j].group == columns[i].group:
-            j += 1
-        groups.append(f"<th colspan={j - i}>{escape(columns[i].group)}</th>")
-        i = j
+    groups = "".join(f"<th colspan={end - first}>{escape(name)}</th>"
+                     for name, first, end in column_groups([column.group for column in columns]))
 
     def cell(tag: str, column: Column, text: str) -> str:
         return f"<{tag}{' class=left' if column.left else ''}>{escape(text)}</{tag}>"
     heads = "".join(cell("th", column, column.head) for column in columns)
     rows = "".join("<tr>" + "".join(cell("td", column, column.text(row)) for column in columns) + "</tr>\n"
                    for row in report.rows)
-    return (f"<div class=wide><table><thead><tr class=groups>{''.join(groups)}</tr><tr>{heads}</tr></thead>"
+    return (f"<div class=wide><table><thead><tr class=groups>{groups}</tr><tr>{heads}</tr></thead>"
             f"<tbody>\n{rows}</tbody></table></div>")

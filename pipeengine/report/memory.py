@@ -60,12 +60,12 @@ def most_added(plan: Plan, op: np.ndarray, stage: np.ndarray) -> float:
     for own in np.unique(stage).tolist():
         backward = np.flatnonzero((stage == own) & ((op == B) | (op == W)))
         grows[backward[:1]] = True
-    made = np.where(grows, parameters - frozen, 0.0)
+    gradients = np.where(grows, parameters - frozen, 0.0)
     # In this order: F, B, I, W.
-    during = np.choose(op, [activation, np.where(grows, first, scratch), scratch, np.maximum(made - kept, 0.0)])
-    after = np.choose(op, [activation, made - activation, kept - activation, made - kept])
-    held = np.cumsum(after)
-    return float((held - after + during).max(initial=0.0))
+    during = np.choose(op, [activation, np.where(grows, first, scratch), scratch, np.maximum(gradients - kept, 0.0)])
+    after = np.choose(op, [activation, gradients - activation, kept - activation, gradients - kept])
+    total = np.cumsum(after)
+    return float((total - after + during).max(initial=0.0))
 
 
 def _counted_twice(plan: Plan, worker_of: Sequence[int]) -> list[float]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from partitioners.units import format_share
 from pipeengine.errors import ScheduleError
 from pipeengine.simulation import OPS, Timeline
 
@@ -106,7 +107,7 @@ def _panel(panel: Panel, frame: _Frame, width: float, unit: str, hover: bool) ->
             lines.append(f'<text x="{frame.left - 8:g}" y="{middle:g}" text-anchor="end">{panel.lane} {worker}</text>')
             if idles:
                 lines.append(
-                    f'<text x="{width - 4:g}" y="{middle:g}" text-anchor="end" fill="#666">{100 * idle:.1f} %</text>'
+                    f'<text x="{width - 4:g}" y="{middle:g}" text-anchor="end" fill="#666">{format_share(idle)}</text>'
                 )
     return "".join(lines) + _blocks(timeline, frame, hover) + _axis(panel, frame, unit)
 

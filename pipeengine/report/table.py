@@ -1,11 +1,12 @@
 """A run report as a table for a terminal."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from partitioners.tables import format_table
+from partitioners.units import format_bytes, format_count, format_number, format_seconds, format_share
 from pipeengine.report.advice import advice
-from pipeengine.report.numbers import count_text, seconds_text, size_text
 from pipeengine.report.run_report import RunReport, StageRow
 from pipeengine.simulation import Timeline
 
@@ -26,20 +27,20 @@ def table_columns(report: RunReport) -> list[Column]:
 
     def idle(timeline: Timeline | None) -> Callable[[StageRow], str]:
         shares = None if timeline is None else timeline.idle_share
-        return lambda row: "" if shares is None or row.worker >= len(shares) else f"{100 * shares[row.worker]:.1f} %"
+        return lambda row: "" if shares is None or row.worker >= len(shares) else format_share(shares[row.worker])
 
     sent = "would send per step" if report.in_turns else "sent per step"
     columns = [
         Column("", "stage", lambda row: str(row.stage)),
         Column("", "worker", lambda row: str(row.worker)),
-        Column("", "parameters", of("parameters", count_text)),
-        Column("busy, s per step", "predicted", of("predicted_seconds", seconds_text)),
-        Column("busy, s per step", "measured", of("measured_seconds", seconds_text)),
+        Column("", "parameters", of("parameters", format_count)),
+        Column("busy, s per step", "predicted", of("predicted_seconds", format_number)),
+        Column("busy, s per step", "measured", of("measured_seconds", format_number)),
         Column("idle", "predicted", idle(report.predicted)),
         Column("idle", "measured", idle(None if report.in_turns else report.measured)),
-        Column("peak memory", "predicted", of("predicted_bytes", size_text)),
-        Column("peak memory", "measured", of("measured_bytes", size_text)),
-        Column(sent, "bytes", of("sent_bytes", size_text)),
+        Column("peak memory", "predicted", of("predicted_bytes", format_bytes)),
+        Column("peak memory", "measured", of("measured_bytes", format_bytes)),
+        Column(sent, "bytes", of("sent_bytes", format_bytes)),
         Column(sent, "messages", of("sent_messages", lambda n: f"{n:,}")),
         Column("", "modules", lambda row: row.modules, left=True)]
     return [column for column in columns if any(column.text(row) for row in report.rows)]
@@ -62,7 +63,7 @@ def headline(report: RunReport) -> list[str]:
 
 def _lengths(report: RunReport) -> list[str]:
     """How long a step takes, measured and predicted."""
-    step = [f"{name} {seconds_text(timeline.makespan)} s"
+    step = [f"{name} {format_seconds(timeline.makespan)}"
             for name, timeline in (("measured", report.measured), ("predicted", report.predicted)) if timeline]
     if report.predicted and report.measured and report.predicted.makespan:
         step.append(_deviation(report.measured.makespan, report.predicted.makespan))
@@ -74,15 +75,15 @@ def lengths_in_turns(report: RunReport) -> list[str]:
     step."""
     lines, measured, predicted = [], report.measured, report.predicted
     if measured:
-        lines.append(f"step: measured {seconds_text(measured.makespan)} s, all stages in turns")
-        busy = f"busy: measured {seconds_text(measured.busy.sum())} s in all stages"
+        lines.append(f"step: measured {format_seconds(measured.makespan)}, all stages in turns")
+        busy = f"busy: measured {format_seconds(measured.busy.sum())} in all stages"
         if predicted and predicted.busy.sum():
-            busy += (f", predicted {seconds_text(predicted.busy.sum())} s, "
+            busy += (f", predicted {format_seconds(predicted.busy.sum())}, "
                      + _deviation(measured.busy.sum(), predicted.busy.sum()))
         lines.append(busy)
     if predicted and predicted.num_workers > 1:
         lines.append(
-            f"on {predicted.num_workers} workers: predicted {seconds_text(predicted.makespan)} s per step, if messages "
+            f"on {predicted.num_workers} workers: predicted {format_seconds(predicted.makespan)} per step, if messages "
             "took no time"
         )
     return lines
@@ -90,32 +91,14 @@ def lengths_in_turns(report: RunReport) -> list[str]:
 
 def _deviation(measured: float, predicted: float) -> str:
     share = measured / predicted - 1
-    return f"{100 * abs(share):.1f} % {'over' if share >= 0 else 'under'} the prediction"
+    return f"{format_share(abs(share))} {'over' if share >= 0 else 'under'} the prediction"
 
 
 def report_text(report: RunReport) -> str:
     """The report as a table for the terminal."""
     columns = table_columns(report)
-    cells = [[column.text(row) for column in columns] for row in report.rows]
-    widths = [max([len(column.head)] + [len(row[i]) for row in cells]) for i, column in enumerate(columns)]
-    for group in {column.group for column in columns if column.group}:
-        members = [i for i, column in enumerate(columns) if column.group == group]
-        widths[members[-1]] += max(0, len(group) - sum(widths[i] for i in members) - 2 * (len(members) - 1))
-
-    def line(texts: Sequence[str]) -> str:
-        return "  ".join(text.ljust(w) if column.left else text.rjust(w)
-                         for text, w, column in zip(texts, widths, columns)).rstrip()
-    table = [_group_line(columns, widths), line([column.head for column in columns]),
-             "  ".join("-" * w for w in widths)] + [line(row) for row in cells]
-    return "\n".join([*headline(report), "", *(row for row in table if row), "", *advice(report)]).rstrip() + "\n"
-
-
-def _group_line(columns: Sequence[Column], widths: Sequence[int]) -> str:
-    parts, i = [], 0
-    while i < len(columns):
-        j = i + 1
-        while columns[i].group and j < len(columns) and columns[j].group == columns[i].group:
-            j += 1
-        parts.append(columns[i].group.center(sum(widths[i:j]) + 2 * (j - i - 1)))
-        i = j
-    return "  ".join(parts).rstrip()
+    table = format_table([column.head for column in columns],
+                         [(), *([column.text(row) for column in columns] for row in report.rows)],
+                         left=[i for i, column in enumerate(columns) if column.left],
+                         groups=[column.group for column in columns])
+    return "\n".join([*headline(report), "", table, "", *advice(report)]).rstrip() + "\n"

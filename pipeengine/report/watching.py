@@ -5,10 +5,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from partitioners.tables import format_table
+from partitioners.units import format_number, format_share
 from pipeengine.errors import InputError
 from pipeengine.report.curves import spark
 from pipeengine.report.history import OWN, History
-from pipeengine.report.numbers import seconds_text
 from pipeengine.tracking import duration
 
 
@@ -29,15 +30,15 @@ def progress_text(history: History, now: float) -> str:
     own = [name for name in history.curves if not name.startswith(OWN)]
     rows = [(name, f"{history.last(name):.6g}", name) for name in sorted(own, key=lambda name: (name != "loss", name))]
     if seconds:
-        rows.append(("s per step", seconds_text(seconds), f"{OWN}step_seconds"))
+        rows.append(("s per step", format_number(seconds), f"{OWN}step_seconds"))
     rows += [(f"{unit}/s", f"{history.last(f'{OWN}{unit}_per_second'):,.0f}", f"{OWN}{unit}_per_second")
              for unit in ("tokens", "rows") if f"{OWN}{unit}_per_second" in history.curves]
     idle = history.group(f"{OWN}idle_share/")
-    rows += [(f"idle, {label.replace('_', ' ')}", f"{100 * points[-1][1]:.1f} %", f"{OWN}idle_share/{label}")
+    rows += [(f"idle, {label.replace('_', ' ')}", format_share(points[-1][1]), f"{OWN}idle_share/{label}")
              for label, points in idle.items()][:8]
-    wide = [max(len(row[i]) for row in rows) for i in (0, 1)] if rows else (0, 0)
-    lines += [f"  {name.ljust(wide[0])}  {value.rjust(wide[1])}  {spark(history.curves[key])}"
-              for name, value, key in rows]
+    if rows:
+        lines.append(format_table((), [(name, value, spark(history.curves[key])) for name, value, key in rows],
+                                  left=(0, 2), indent="  "))
     lines.append(f"last step {duration(now - history.last_time)} ago")
     return "\n".join(lines)
 

@@ -104,25 +104,24 @@ class Executor:
         inputs = task.inputs
         if runnable.deferral is not None:
             self._waiting[stage, microbatch] = runnable.deferral.begin()
-        made = self._run(runnable, task.key, [inputs[i] for i in runnable.inputs], received)
+        results = self._run(runnable, task.key, [inputs[i] for i in runnable.inputs], received)
         for boundary in runnable.sends:
             if boundary.positions:
                 self._ready[ACTIVATION, boundary.source, boundary.target, microbatch] = \
-                    [made[i].detach() for i in boundary.positions], boundary
-        loss = None if runnable.loss is None else made[runnable.loss].detach()
+                    [results[i].detach() for i in boundary.positions], boundary
+        loss = None if runnable.loss is None else results[runnable.loss].detach()
         if loss is not None and task.weight:
             share = loss * task.weight
             self.loss = share if self.loss is None else self.loss + share
         if self._training:
             # Only the edges are kept: an output that nobody saved for backward is freed once it is sent.
-            edges = [
-                get_gradient_edge(made[i] if made[i].requires_grad else _end_of_path(made[i])) for i in runnable.roots
-            ]
+            roots = [results[i] for i in runnable.roots]
+            edges = [get_gradient_edge(root if root.requires_grad else _end_of_path(root)) for root in roots]
             edges += [get_gradient_edge(received[i]) for i in runnable.relays]
             leaves = [tensor if wants else None for tensor, wants in zip(received, runnable.wants)]
             self._saved[stage, microbatch] = edges, leaves, loss
         if runnable.keeps:
-            self.outputs[microbatch] = [made[i] for i in runnable.keeps]
+            self.outputs[microbatch] = [results[i] for i in runnable.keeps]
         self.records.append(("F", stage, microbatch, start, perf_counter()))
         if len(task.stages) > 1:
             self._hand_over(runnable, microbatch)
@@ -188,13 +187,13 @@ class Executor:
     def _seed(self, loss: torch.Tensor, weight: float) -> torch.Tensor:
         """The gradient of a micro-batch's loss; most micro-batches weigh the same."""
         key = weight, loss.dtype, loss.shape
-        found = self._seeds.get(key)
-        if found is None:
-            found = torch.full_like(loss, weight)
+        seed = self._seeds.get(key)
+        if seed is None:
+            seed = torch.full_like(loss, weight)
             if self._scale is not None:         # rounded to the loss's type, as backward of the product rounds it
-                found = self._scale.to(loss) * found
-            self._seeds[key] = found
-        return found
+                seed = self._scale.to(loss) * seed
+            self._seeds[key] = seed
+        return seed
 
     # -- messages ---------------------------------------------------------------------------------------------------
 

@@ -40,22 +40,22 @@ class ScheduleChoice:
         problem: ScheduleError | None = None
         for workers in choices:
             try:
-                made = build(self.schedule, num_workers=workers, costs=costs,
+                schedule = build(self.schedule, num_workers=workers, costs=costs,
                              num_microbatches=num_microbatches or self.num_microbatches,
                              stages_per_worker=self.num_stages // workers)
             except ScheduleError as error:
                 problem = problem or error
                 continue
-            if made.topology.num_routes > 1:
+            if schedule.topology.num_routes > 1:
                 raise ScheduleError(
-                    f"schedule {made.name} sends micro-batches both ways through two copies of the model; "
+                    f"schedule {schedule.name} sends micro-batches both ways through two copies of the model; "
                     'it can be simulated but not run: try "dualpipe-v"'
                 )
-            if made.topology.num_stages == self.num_stages:
-                return made
+            if schedule.topology.num_stages == self.num_stages:
+                return schedule
             problem = problem or ScheduleError(
-                f"schedule {made.name} holds {made.topology.num_stages} stages on {workers} workers, {self.num_stages} "
-                f"were asked for; try num_stages={made.topology.num_stages}")
+                f"schedule {schedule.name} holds {schedule.topology.num_stages} stages on {workers} workers, "
+                f"{self.num_stages} were asked for; try num_stages={schedule.topology.num_stages}")
         raise problem
 
     def worker_of(self, schedule: Schedule) -> tuple[int, ...]:

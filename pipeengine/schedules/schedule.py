@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from pipeengine.errors import ScheduleError
 LETTERS = ("F", "B", "I", "W")
 """Forward, backward, and the two halves of backward: B = I (input gradient) + W (weight gradient)."""
 F, B, I, W = range(4)  # noqa: E741 - the letters of the literature
+
+
+AnyLane = TypeVar("AnyLane", bound=tuple[Any, ...])
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,28 @@ class Lane(NamedTuple):
         return cls(np.asarray(op, np.uint8), np.asarray(stage, np.int32), np.asarray(microbatch, np.int32))
 
 
+class InLanes(Generic[AnyLane]):
+    """What has a lane per worker, read as one table. Columns of a lane are as long as each other, ``op`` first."""
+    lanes: tuple[AnyLane, ...]
+
+    @property
+    def num_actions(self) -> int:
+        """Actions of all workers."""
+        return sum(len(lane[0]) for lane in self.lanes)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Where each lane begins in ``columns``, and their length last."""
+        return np.concatenate([[0], np.cumsum([len(lane[0]) for lane in self.lanes])]).astype(np.int64)
+
+    @cached_property
+    def columns(self) -> AnyLane:
+        """All lanes one after another."""
+        return type(self.lanes[0])(*(np.concatenate(column) for column in zip(*self.lanes)))
+
+
 @dataclass(frozen=True, eq=False)
-class Schedule:
+class Schedule(InLanes[Lane]):
     """Per worker, the order of its actions; nothing about time, messages or devices.
 
     ``pairs`` is empty, or says per worker which actions form one block with the next one: a block starts when both
@@ -173,21 +196,6 @@ class Schedule:
             for a, b in zip(mine, theirs)) and np.array_equal(self.visible, other.visible)
 
     __hash__ = None  # type: ignore[assignment]
-
-    @property
-    def num_actions(self) -> int:
-        """Actions of all workers."""
-        return sum(len(lane.op) for lane in self.lanes)
-
-    @cached_property
-    def starts(self) -> np.ndarray:
-        """Where each lane begins in ``columns``, and their length last."""
-        return np.concatenate([[0], np.cumsum([len(lane.op) for lane in self.lanes])]).astype(np.int64)
-
-    @cached_property
-    def columns(self) -> Lane:
-        """All lanes one after another."""
-        return Lane(*(np.concatenate(column) for column in zip(*self.lanes)))
 
     @cached_property
     def visible(self) -> np.ndarray:

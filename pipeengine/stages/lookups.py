@@ -64,20 +64,20 @@ def check_lookups(lookups: Sequence[Lookup], tensors: Sequence[torch.Tensor]) ->
 def _reads(node: Node, flow: Dataflow, model: torch.nn.Module) -> Iterator[tuple[Ref, int, int | None]]:
     """What this node looks up where: the value, how many entries there are, and an index that is left out."""
     values = flow.recording.values
-    given = dict(zip(("input", "other"), node.args)) | node.kwargs
+    arguments = dict(zip(("input", "other"), node.args)) | node.kwargs
     if node.is_module:
         module = model.get_submodule(str(node.target))
-        if type(module) is torch.nn.Embedding and isinstance(given.get("input"), Ref):
-            yield given["input"], module.num_embeddings, None
+        if type(module) is torch.nn.Embedding and isinstance(arguments.get("input"), Ref):
+            yield arguments["input"], module.num_embeddings, None
     elif node.target is F.embedding:
-        table = given.get("weight", given.get("other"))
-        if isinstance(table, Ref) and isinstance(given.get("input"), Ref):
-            yield given["input"], values[table.value].spec.shape[0], None
+        table = arguments.get("weight", arguments.get("other"))
+        if isinstance(table, Ref) and isinstance(arguments.get("input"), Ref):
+            yield arguments["input"], values[table.value].spec.shape[0], None
     elif node.target in (F.cross_entropy, F.nll_loss):
-        target = given.get("target", given.get("other"))
+        target = arguments.get("target", arguments.get("other"))
         ignored = node.args[4] if len(node.args) > 4 else node.kwargs.get("ignore_index", -100)
-        if isinstance(target, Ref) and isinstance(given.get("input"), Ref):
-            shape = values[given["input"].value].spec.shape
+        if isinstance(target, Ref) and isinstance(arguments.get("input"), Ref):
+            shape = values[arguments["input"].value].spec.shape
             spec = values[target.value].spec
             if not spec.dtype.is_floating_point and spec.dtype not in _CLASS_NUMBERS:
                 raise InputError(f"the class numbers for {node.name} are {spec.dtype}, and torch takes torch.int64; "

@@ -143,17 +143,17 @@ class _Reader:
     def _last_step(flow: Dataflow, value: int, end: int) -> int:
         """The last of the first ``end`` nodes that made the value or changed it in place; -1 where not known."""
         recording = flow.recording
-        made = recording.values[value]
-        changes = [n for n in range(max(made.node, 0), end) if made.storage in recording.nodes[n].writes]
-        if not changes or changes[-1] == made.node:
-            return made.node
+        entry = recording.values[value]
+        changes = [n for n in range(max(entry.node, 0), end) if entry.storage in recording.nodes[n].writes]
+        if not changes or changes[-1] == entry.node:
+            return entry.node
         node = recording.nodes[changes[-1]]
         first = node.args[0] if node.args else None
         known = (
             not node.is_module
             and isinstance(first, Ref)
-            and recording.values[first.value].storage == made.storage
-            and recording.values[first.value].spec.shape == made.spec.shape == ()
+            and recording.values[first.value].storage == entry.storage
+            and recording.values[first.value].spec.shape == entry.spec.shape == ()
         )
         return changes[-1] if known else -1
 
@@ -341,15 +341,15 @@ def _loss_call(node: Node, model: torch.nn.Module) -> dict | None:
     except (TypeError, ValueError):
         return None
     bound.apply_defaults()
-    given = bound.arguments
-    if "reduction" not in given or given.get("reduce") is not None or given.get("size_average") is not None:
+    arguments = bound.arguments
+    if "reduction" not in arguments or arguments.get("reduce") is not None or arguments.get("size_average") is not None:
         return None
     return {
         "weight": None,
         "ignore_index": -100,
         "target": None,
-        **given,
-        "input": next(iter(given.values())),
+        **arguments,
+        "input": next(iter(arguments.values())),
         "counts": node.target in (function.cross_entropy, function.nll_loss),
     }
 

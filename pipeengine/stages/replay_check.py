@@ -264,26 +264,26 @@ def _first_difference(model, example: Inputs, loss_fn, recording: Recording, giv
     return "no module's output: in code between modules, or in backward"
 
 
-def _interpret(model, recording: Recording, given, seed: int, device) -> dict[str, list[torch.Tensor]]:
+def _interpret(model, recording: Recording, inputs, seed: int, device) -> dict[str, list[torch.Tensor]]:
     """Run the recording node by node; the outputs of every module call, by scope."""
     tables = {**dict(model.named_parameters(remove_duplicate=False)),
               **dict(model.named_buffers(remove_duplicate=False))}
-    made: dict[int, torch.Tensor] = {v: tensor.clone() for v, tensor in zip(recording.inputs, given)}
-    made.update(recording.constants)
-    made.update({i: tables[v.name] for i, v in enumerate(recording.values) if v.kind == "attribute"})
-    found: dict[str, list[torch.Tensor]] = {}
+    tensors: dict[int, torch.Tensor] = {v: tensor.clone() for v, tensor in zip(recording.inputs, inputs)}
+    tensors.update(recording.constants)
+    tensors.update({i: tables[v.name] for i, v in enumerate(recording.values) if v.kind == "attribute"})
+    outputs: dict[str, list[torch.Tensor]] = {}
     with undisturbed(model), _seeded(seed, device), torch.no_grad():
         for node in recording.nodes:
             target = model.get_submodule(node.target) if node.is_module else node.target
             with switch(node.modes), torch.no_grad():
-                out = target(*fill(node.args, made.__getitem__), **fill(node.kwargs, made.__getitem__))
+                out = target(*fill(node.args, tensors.__getitem__), **fill(node.kwargs, tensors.__getitem__))
             for value, pick in zip(node.results, node.picks):
-                made[value] = _picked(out, pick)
+                tensors[value] = _picked(out, pick)
             if node.is_module:
-                found[node.name] = [made[v].clone() for v in node.results]
+                outputs[node.name] = [tensors[v].clone() for v in node.results]
     for call in recording.calls:
-        found.setdefault(call.scope, [made[v] for v in refs(call.output) if v in made])
-    return found
+        outputs.setdefault(call.scope, [tensors[v] for v in refs(call.output) if v in tensors])
+    return outputs
 
 
 def _picked(out: object, pick: str) -> torch.Tensor:

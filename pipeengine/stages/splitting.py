@@ -203,12 +203,12 @@ def _fuse(flow: Dataflow, own: set[int], returns: set[int], arrived: set[int], a
 def _is_whole(flow, call: Call, own, live, readers, returns, arrived) -> bool:
     """Whether calling the user's module gives all that its nodes give, and needs nothing but its arguments."""
     recording, span = flow.recording, range(call.start, call.end)
-    given = set(refs(call.args)) | set(refs(call.kwargs))
+    arguments = set(refs(call.args)) | set(refs(call.kwargs))
     if not call.plain_arguments or not any(n in own and n in live for n in span):
         return False
-    for value in given:                     # an argument that its nodes do not read must not cause a message
-        made = recording.values[value].node
-        if made >= 0 and made not in own and made not in flow.replicated and value not in arrived:
+    for value in arguments:                 # an argument that its nodes do not read must not cause a message
+        producer = recording.values[value].node
+        if producer >= 0 and producer not in own and producer not in flow.replicated and value not in arrived:
             return False
     handed = set(refs(call.output))
     for index in span:
@@ -219,8 +219,8 @@ def _is_whole(flow, call: Call, own, live, readers, returns, arrived) -> bool:
                 and (index in live or node.attributes or _reads_attribute(recording, node)):
             return False
         for value in node_refs(node):
-            made = recording.values[value]
-            if made.kind in ("result", "input") and made.node not in span and value not in given:
+            entry = recording.values[value]
+            if entry.kind in ("result", "input") and entry.node not in span and value not in arguments:
                 return False
         if index in own:
             for value in node.results:

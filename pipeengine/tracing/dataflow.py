@@ -101,13 +101,13 @@ def _writers(recording: Recording) -> dict[int, list[int]]:
 
 def _before(recording: Recording, node: Node, index: int, writers: dict[int, list[int]]) -> tuple[int, ...]:
     """Nodes whose effect ``node`` sees: producers of what it reads, and earlier writers to the same memory."""
-    found = set()
+    nodes = set()
     for value in node_refs(node):
-        made = recording.values[value]
-        if made.node >= 0:
-            found.add(made.node)
-        found.update(w for w in writers.get(made.storage, ()) if w < index)
-    return tuple(sorted(found))
+        entry = recording.values[value]
+        if entry.node >= 0:
+            nodes.add(entry.node)
+        nodes.update(w for w in writers.get(entry.storage, ()) if w < index)
+    return tuple(sorted(nodes))
 
 
 def _live(recording, goals, before, writers) -> tuple[int, ...]:
@@ -136,19 +136,19 @@ def _live(recording, goals, before, writers) -> tuple[int, ...]:
 def _gradient_path(recording: Recording, goals, live) -> frozenset[int]:
     """Values from which a gradient can flow to the loss."""
     values = recording.values
-    wanted = {value for value in goals if values[value].spec.requires_grad}
-    storages = {values[value].storage for value in wanted}
+    on_path = {value for value in goals if values[value].spec.requires_grad}
+    storages = {values[value].storage for value in on_path}
     for index in reversed(live):
         node = recording.nodes[index]
-        reaches = any(v in wanted or (values[v].spec.requires_grad and values[v].storage in storages)
+        reaches = any(v in on_path or (values[v].spec.requires_grad and values[v].storage in storages)
                       for v in node.results)
         if not (reaches or node.writes & storages):
             continue
         for value in node_refs(node):
             if values[value].spec.requires_grad:
-                wanted.add(value)
+                on_path.add(value)
                 storages.add(values[value].storage)
-    return frozenset(wanted)
+    return frozenset(on_path)
 
 
 def _replicated(recording: Recording, live, writers, before) -> frozenset[int]:
@@ -158,13 +158,13 @@ def _replicated(recording: Recording, live, writers, before) -> frozenset[int]:
     replicated: set[int] = set()
 
     def is_given(value: int) -> bool:
-        made = values[value]
-        if made.kind == "result":
-            return made.node in replicated
-        if made.kind == "attribute":
-            return (not made.spec.requires_grad and made.name in recording.buffers and made.storage not in writers
-                    and made.spec.bytes <= _SMALL_BUFFER_BYTES)
-        return made.kind == "input" or made.storage not in writers
+        entry = values[value]
+        if entry.kind == "result":
+            return entry.node in replicated
+        if entry.kind == "attribute":
+            return (not entry.spec.requires_grad and entry.name in recording.buffers and entry.storage not in writers
+                    and entry.spec.bytes <= _SMALL_BUFFER_BYTES)
+        return entry.kind == "input" or entry.storage not in writers
 
     for index in live:
         node = recording.nodes[index]

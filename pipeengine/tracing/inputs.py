@@ -42,14 +42,14 @@ def loss_of(loss_fn: Callable | None, output: object, target: object) -> torch.T
     """
     if loss_fn is None:
         return find_loss(output)
-    given = loss_fn(output, target) if _number_of_arguments(loss_fn)[1] > 1 else loss_fn(output)
-    loss = given if isinstance(given, torch.Tensor) and given.numel() == 1 else find_loss(given)
-    if loss is None and isinstance(given, torch.Tensor):
-        raise CaptureError(f"loss_fn returned a {given.dtype} tensor of shape {tuple(given.shape)}; return one number, "
-                           "such as its mean")
+    result = loss_fn(output, target) if _number_of_arguments(loss_fn)[1] > 1 else loss_fn(output)
+    loss = result if isinstance(result, torch.Tensor) and result.numel() == 1 else find_loss(result)
+    if loss is None and isinstance(result, torch.Tensor):
+        raise CaptureError(f"loss_fn returned a {result.dtype} tensor of shape {tuple(result.shape)}; return one "
+                           "number, such as its mean")
     if loss is None:
-        what = f" with {', '.join(map(str, given))}" if isinstance(given, Mapping) else ""
-        raise CaptureError(f"loss_fn returned a {type(given).__name__}{what}, in which there is no loss: return a "
+        what = f" with {', '.join(map(str, result))}" if isinstance(result, Mapping) else ""
+        raise CaptureError(f"loss_fn returned a {type(result).__name__}{what}, in which there is no loss: return a "
                            "scalar tensor, a dict or an object with it under 'loss', or a tuple that begins with it")
     return loss
 
@@ -81,14 +81,14 @@ def find_loss(output: object) -> torch.Tensor | None:
 
     Scalars are 0-dimensional and floating-point.
     """
-    found = getattr(output, "loss", None)
-    if found is None and isinstance(output, Mapping):
-        found = output.get("loss")
-    if found is None and isinstance(output, (tuple, list)):
-        found = next(filter(_is_scalar, output), None)
-    if found is None:
-        found = output
-    return found if _is_scalar(found) else None
+    loss = getattr(output, "loss", None)
+    if loss is None and isinstance(output, Mapping):
+        loss = output.get("loss")
+    if loss is None and isinstance(output, (tuple, list)):
+        loss = next(filter(_is_scalar, output), None)
+    if loss is None:
+        loss = output
+    return loss if _is_scalar(loss) else None
 
 
 def _is_scalar(value: object) -> TypeGuard[torch.Tensor]:

@@ -18,24 +18,31 @@ from pipeengine.tracing.recording import ATOMS, Rebuilt
 
 def tree_encode(value: object, leaf: Callable[[object], object]) -> object:
     """A picture of ``value`` in plain containers, with ``leaf`` applied to tensors and unknown objects."""
+    return _walked(value, leaf, lambda build, items: Rebuilt(build, tuple(items)))
+
+
+def tree_map(value: object, leaf: Callable[[object], object]) -> object:
+    """``value`` made again with ``leaf`` applied to every tensor and unknown object."""
+    return _walked(value, leaf, lambda build, items: build(items))
+
+
+def _walked(value: object, leaf: Callable[[object], object], rebuild: Callable[[Callable, list], object]) -> object:
     kind = type(value)
-    if kind in (tuple, torch.Size):
-        return tuple([tree_encode(item, leaf) for item in value])
-    if kind is list:
-        return [tree_encode(item, leaf) for item in value]
-    if kind is dict:
-        return {key: tree_encode(item, leaf) for key, item in value.items()}
-    if kind is slice:
-        return slice(tree_encode(value.start, leaf), tree_encode(value.stop, leaf), tree_encode(value.step, leaf))
     if isinstance(value, ATOMS):
         return value
-    if isinstance(value, torch.Tensor):
-        return leaf(value)
-    parts = _parts(value)
+    if kind in (tuple, torch.Size):
+        return tuple([_walked(item, leaf, rebuild) for item in value])
+    if kind is list:
+        return [_walked(item, leaf, rebuild) for item in value]
+    if kind is dict:
+        return {key: _walked(item, leaf, rebuild) for key, item in value.items()}
+    if kind is slice:
+        return slice(*[_walked(bound, leaf, rebuild) for bound in (value.start, value.stop, value.step)])
+    parts = None if isinstance(value, torch.Tensor) else _parts(value)
     if parts is None:
         return leaf(value)
     build, items = parts
-    return Rebuilt(build, tuple([tree_encode(item, leaf) for item in items]))
+    return rebuild(build, [_walked(item, leaf, rebuild) for item in items])
 
 
 def _parts(value: object) -> tuple[Callable, list] | None:
@@ -79,23 +86,3 @@ def leaves(value: object) -> list:
 def tensors(value: object) -> list[torch.Tensor]:
     """The tensors inside ``value``, in the order of ``leaves``."""
     return [leaf for leaf in leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
-def tree_map(value: object, leaf: Callable[[object], object]) -> object:
-    """``value`` made again with ``leaf`` applied to every tensor and unknown object."""
-    kind = type(value)
-    if isinstance(value, ATOMS):
-        return value
-    if kind in (tuple, torch.Size):
-        return tuple([tree_map(item, leaf) for item in value])
-    if kind is list:
-        return [tree_map(item, leaf) for item in value]
-    if kind is dict:
-        return {key: tree_map(item, leaf) for key, item in value.items()}
-    if kind is slice:
-        return slice(tree_map(value.start, leaf), tree_map(value.stop, leaf), tree_map(value.step, leaf))
-    parts = None if isinstance(value, torch.Tensor) else _parts(value)
-    if parts is None:
-        return leaf(value)
-    build, items = parts
-    return build([tree_map(item, leaf) for item in items])

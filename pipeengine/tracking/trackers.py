@@ -48,35 +48,35 @@ TRACKERS: Mapping[str, Callable[[str, str, Path, int], Any]] = {
 _ALSO = {"comet": "comet_ml"}
 
 
-def make_tracker(given: object, setting: TrackerSetting) -> Tracker:
+def make_tracker(choice: object, setting: TrackerSetting) -> Tracker:
     """A started tracker from a name, a class that takes a run's name (and a folder where it
     ``requires_logging_directory``), or an object that is one.
 
     Raises ``InputError`` for anything else, and whatever the tracker raises: ``ImportError`` where it is not installed.
     """
-    if isinstance(given, str):
-        tracker = TRACKERS[name_of(given)](setting.name, setting.id, setting.folder, setting.first_step)
-    elif isinstance(given, type):
-        needs_folder = getattr(given, "requires_logging_directory", False)
-        tracker = given(setting.name, logging_dir=str(setting.folder)) if needs_folder else given(setting.name)
+    if isinstance(choice, str):
+        tracker = TRACKERS[name_of(choice)](setting.name, setting.id, setting.folder, setting.first_step)
+    elif isinstance(choice, type):
+        needs_folder = getattr(choice, "requires_logging_directory", False)
+        tracker = choice(setting.name, logging_dir=str(setting.folder)) if needs_folder else choice(setting.name)
     else:
-        tracker = given
+        tracker = choice
     if callable(getattr(tracker, "start", None)):       # releases of accelerate before 1.8 start when they are made
         tracker.start()
     return tracker
 
 
-def name_of(given: object) -> str:
+def name_of(choice: object) -> str:
     """What a tracker is called. Raises ``InputError`` for a name that is not known and for what is no tracker."""
-    if isinstance(given, str):
-        name = _ALSO.get(given, given)
+    if isinstance(choice, str):
+        name = _ALSO.get(choice, choice)
         if name not in TRACKERS:
-            raise InputError(f"there is no tracker {given!r}; give one of {', '.join(TRACKERS)}, or an object with "
+            raise InputError(f"there is no tracker {choice!r}; give one of {', '.join(TRACKERS)}, or an object with "
                              "store_init_configuration, log and finish")
         return name
-    lacking = [name for name in ("store_init_configuration", "log") if not callable(getattr(given, name, None))]
+    lacking = [name for name in ("store_init_configuration", "log") if not callable(getattr(choice, name, None))]
     if lacking:
-        raise InputError(f"{given!r} is no tracker: it has no {' and no '.join(lacking)}; give one of "
+        raise InputError(f"{choice!r} is no tracker: it has no {' and no '.join(lacking)}; give one of "
                          f"{', '.join(TRACKERS)}, or an object like accelerate's GeneralTracker")
-    own = getattr(given, "name", None)
-    return own if isinstance(own, str) else getattr(given, "__name__", type(given).__name__)
+    own = getattr(choice, "name", None)
+    return own if isinstance(own, str) else getattr(choice, "__name__", type(choice).__name__)

@@ -117,9 +117,9 @@ def test_a_gap_reads_the_same_everywhere(tmp_path):
     exact = partition(graph, 3)
     plan = replace(exact, lower_bound=exact.bottleneck / 1.25, gap=0.25)
     verify(plan, graph)
-    assert "at most 25.00% above the best" in str(plan)
+    assert "at most 25.00 % above the best" in str(plan)
     assert Plan.from_json(plan.to_json()).gap == 0.25
-    assert "at most 25.00% above the best" in draw(plan, graph)
+    assert "at most 25.00 % above the best" in draw(plan, graph)
 
 
 @pytest.mark.parametrize("options, factor", [

@@ -123,8 +123,8 @@ def test_the_price_of_fewer_tensors_is_told_as_such():
     plan = partition(graph, 2)
     text, found = explain(plan, graph), limits(plan, graph)
     assert (plan.bottleneck, found.any_tensors, found.tensors, found.most_tensors) == (20.5, 20.0, 1, 3)
-    assert "fewer tensors across the cuts cost +2.50% (1 in all; with 3, 20 s)" in text
-    assert "bottleneck 20 s (-2.44%; not taken, because more tensors would cross)" in text
+    assert "fewer tensors across the cuts cost +2.50 % (1 in all; with 3, 20 s)" in text
+    assert "bottleneck 20 s (-2.44 %; not taken, because more tensors would cross)" in text
     assert "memory: without a limit" not in text and "links: if they were free" not in text
     free = explain(partition(graph, 2, prefer_single_tensor=0), graph)
     assert "fewer tensors" not in free and "not taken" not in free
