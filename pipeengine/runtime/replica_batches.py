@@ -12,7 +12,7 @@ import torch
 
 from pipeengine.distributed import Workers
 from pipeengine.errors import InputError
-from pipeengine.runtime.outputs import join_outputs
+from pipeengine.runtime.outputs import across, join_outputs
 from pipeengine.runtime.tasks import Look, Prepared, TaskMaker
 from pipeengine.stages import Shares, Totals, Weights, as_weights
 from pipeengine.tracing import fill, tensors
@@ -116,13 +116,13 @@ class ReplicaBatches:
         worker at ``place``. Tensors travel, every worker's own recording gives them form."""
         grid, first, device = self._grid, prepared.specializations[0], self._tasks.reader.device
         own = tensors(merged) if grid.place == place else []
-        weight, rows = sum(task.weight for task in prepared.tasks), sum(task.rows for task in prepared.tasks)
+        rows = sum(task.rows for task in prepared.tasks)
         outputs, everybody = [], []
         for replica in range(grid.num_replicas):
-            arrived = self._workers.broadcast_object((own, rows, weight), grid.worker(place, replica))
+            arrived = self._workers.broadcast_object((own, rows), grid.worker(place, replica))
             outputs.append(_filled(first.recording.output, arrived[0], device))
-            everybody.append(arrived[1:])
-        return join_outputs(first, outputs, [rows for rows, _ in everybody], [weight for _, weight in everybody], loss)
+            everybody.append(arrived[1])
+        return join_outputs(first, outputs, across(prepared.joins, everybody, first.recording), loss)
 
 
 def _filled(structure: object, values: Sequence[torch.Tensor], device: torch.device) -> object:

@@ -143,7 +143,8 @@ class StepRunner:
         return prepared
 
     def _look(self, inputs: Inputs, training: bool, call: int, first: int = 0) -> Look:
-        return self._tasks.look(inputs, training=training, step=self.progress.step, call=call, first=first)
+        return self._tasks.look(inputs, training=training, step=self.progress.step, call=call, first=first,
+                                joined=self._replicas is not None)
 
     def _ready(self, inputs: Inputs, training: bool, call: int) -> Prepared:
         look = self._look(inputs, training, call)
@@ -192,11 +193,9 @@ class StepRunner:
         last = self._workers.grid.worker(self._worker_of[first.split.output_stage])
         outputs = [self.executor.outputs.get(m) for m in range(len(tasks))]
         own = outputs if self._workers.rank == last else None
-        if self._replicas is not None:
-            merged = merge_outputs(prepared.specializations, own, tasks, loss)
-        else:           # nobody is at work any more: what cannot be merged is an error on all, and the next call runs
-            merged, problem = attempt(lambda: merge_outputs(prepared.specializations, own, tasks, loss))
-            self._workers.agree((), problem, ())
+        # Nobody is at work any more: what cannot be merged is an error on all, and the next call runs.
+        merged, problem = attempt(lambda: merge_outputs(prepared.specializations, own, prepared.joins, loss))
+        self._workers.agree((), problem, ())
         if not gather:
             return merged
         if self._replicas is not None:

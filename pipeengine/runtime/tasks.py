@@ -17,7 +17,7 @@ from pipeengine.rng import mix
 from pipeengine.runtime.executor import Task
 from pipeengine.runtime.programs import ProgramCache
 from pipeengine.schedules import Edge
-from pipeengine.stages import Shares, Specialization, SpecializationCache, Weights, check_lookups, even_weights
+from pipeengine.stages import Join, Shares, Specialization, SpecializationCache, Weights, check_lookups, even_weights
 from pipeengine.tracing import Inputs, current_modes, needs_target
 
 _EVALUATION = 1 << 40       # random numbers of evaluations are not those of any step
@@ -69,12 +69,14 @@ class BatchReader:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch, ready to run. ``facts`` are those of its ``Look``, ``amount`` says how many tokens or rows it holds."""
+    """A batch, ready to run. ``facts`` are those of its ``Look``, ``amount`` says how many tokens or rows it holds,
+    ``joins`` how the outputs of an evaluation are put together (nothing where there is one micro-batch in all)."""
 
     tasks: tuple[Task, ...]
     specializations: tuple[Specialization, ...]
     facts: tuple[int, int, int]
     amount: tuple[int, str]
+    joins: tuple[Join, ...] = ()
 
     @property
     def digest(self) -> int:
@@ -108,6 +110,7 @@ class Look:
     chosen: tuple[Specialization, ...]
     training: bool
     facts: tuple[int, int, int]
+    joins: tuple[Join, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,9 +123,11 @@ class TaskMaker:
     seed: int
     loss_weight: Callable | None = None
 
-    def look(self, inputs: Inputs, *, training: bool, step: int, call: int, first: int = 0) -> Look:
+    def look(self, inputs: Inputs, *, training: bool, step: int, call: int, first: int = 0, joined: bool = False
+             ) -> Look:
         """What will run ``inputs``; random numbers follow ``step`` in training, else ``call``, and the number of the
-        micro-batch, counted from ``first``. Raises ``InputError``."""
+        micro-batch, counted from ``first``. ``joined``: the outputs will be put together with those of other batches.
+        Raises ``InputError``."""
         self.reader.check_target(inputs, training)
         batch = self.reader.read(inputs)
         parts = batch.split(self.reader.num_microbatches, self.reader.device)
@@ -136,7 +141,8 @@ class TaskMaker:
             recorded = mix(recorded, specialization.digest)
         for specialization in {id(one): one for one in chosen}.values():
             python = mix(python, specialization.recording.python.digest)
-        return Look(batch, kind, parts, sizes, keys, chosen, training, (batch.digest(), python, recorded))
+        joins = self.specializations.merge(chosen, parts, batch) if not training and (joined or len(parts) > 1) else ()
+        return Look(batch, kind, parts, sizes, keys, chosen, training, (batch.digest(), python, recorded), joins)
 
     def prepare(self, look: Look, weights: Weights) -> Prepared:
         """The tasks of a batch whose micro-batches count for ``weights``."""
@@ -146,7 +152,7 @@ class TaskMaker:
             Task([*tensors, *terms], specialization.stages.of(stages), weight, key, size)
             for tensors, specialization, terms, weight, key, stages, size in zip(
                 look.parts, look.chosen, weights.terms, weights.loss, look.keys, split, look.sizes))
-        return Prepared(tasks, look.chosen, look.facts, look.batch.amount())
+        return Prepared(tasks, look.chosen, look.facts, look.batch.amount(), look.joins)
 
     def _specialize(self, batch: Batch, kind: tuple, parts: Sequence[list[torch.Tensor]], sizes: Sequence[int],
                     keys: Sequence[int], training: bool) -> tuple[Specialization, ...]:

@@ -7,6 +7,7 @@ from pipeengine.stages.cache import Specialization, SpecializationCache
 from pipeengine.stages.full_batch import compare_two_microbatches, full_batch_loss_check
 from pipeengine.stages.lookups import check_lookups
 from pipeengine.stages.loss_weight import Weights, as_weights, even_weights
+from pipeengine.stages.merging import Join
 from pipeengine.stages.message import (
     ACTIVATION,
     GRADIENT,
@@ -27,6 +28,7 @@ from pipeengine.stages.shares import Shares, Totals
 __all__ = [
     "ACTIVATION",
     "GRADIENT",
+    "Join",
     "Layout",
     "Pieces",
     "Placement",

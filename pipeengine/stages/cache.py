@@ -20,8 +20,9 @@ from pipeengine.schedules import Edge
 from pipeengine.stages.codegen import compile_part
 from pipeengine.stages.guards import guard_check
 from pipeengine.stages.lookups import Lookup, find_lookups
-from pipeengine.stages.loss_terms import Term, find_terms, find_totals
+from pipeengine.stages.loss_terms import Term, find_terms
 from pipeengine.stages.loss_weight import Kind, LossWeights, Weights, target_count, weigh_terms
+from pipeengine.stages.merging import BatchLike, Join, Merging
 from pipeengine.stages.pieces import Pieces
 from pipeengine.stages.placement import SettledPlacement
 from pipeengine.stages.runnable import Runnable, make_runnable
@@ -62,7 +63,6 @@ class Specialization:
     # of the recording as it was made, without inputs for the weights of terms
     flow: Dataflow
     terms: tuple[Term, ...]                     # of the loss
-    totals: frozenset[int]                      # scalar outputs that are sums over rows
     lookups: tuple[Lookup, ...]                 # what indices of the inputs must lie within
 
     @property
@@ -118,6 +118,7 @@ class SpecializationCache:
         self._flags = ModelFlags(model)
         self._names = frozenset(_parameter_names(model))
         self._weights = LossWeights(model, loss_fn, device, rng)
+        self._merging = Merging(model, loss_fn, device)
 
     def look(self) -> tuple[bytes, bytes]:
         """Look once, before the micro-batches of a batch are found, at what the recordings read from Python.
@@ -220,7 +221,7 @@ class SpecializationCache:
         cut, _ = cut_for(self._split_backward and not outputs)       # the boundaries are the same either way
         return Specialization(recording, cut, Runnables(self._own, runnable), guard_check(flow, self._model, self._rng),
                               target_count(plain, self._model), cut.edges, wanted, _digest(cut), plain, terms,
-                              find_totals(plain, wanted, self._model), find_lookups(plain, self._model))
+                              find_lookups(plain, self._model))
 
     def weigh(self, key: tuple, specializations: Sequence[Specialization], parts: Sequence[Sequence[torch.Tensor]],
               sizes: Sequence[int], whole: Callable[[], Sequence[torch.Tensor]],
@@ -229,6 +230,15 @@ class SpecializationCache:
         ``key``, whose tensors ``whole()`` gives and ``again`` puts into its inputs."""
         kinds = [specialization.kind for specialization in specializations]
         return self._weights.weigh((key, self._python_version), kinds, parts, sizes, whole, again,
+                                   self._placement.leaf_modules)
+
+    def merge(self, specializations: Sequence[Specialization], parts: Sequence[Sequence[torch.Tensor]],
+              batch: BatchLike) -> tuple[Join, ...]:
+        """How each of the outputs of an evaluation is made from those of the micro-batches ``parts`` of ``batch``.
+
+        Raises ``InputError`` naming the output that cannot be.
+        """
+        return self._merging.joins([(one.flow, one.outputs) for one in specializations], parts, batch,
                                    self._placement.leaf_modules)
 
 

@@ -67,20 +67,6 @@ def find_terms(micro: Dataflow, full: Dataflow, model: torch.nn.Module) -> tuple
     return tuple(reader.read(start, (), None))
 
 
-def find_totals(flow: Dataflow, values: Sequence[int], model: torch.nn.Module) -> frozenset[int]:
-    """Those of the scalars among ``values`` that are sums over the rows of a micro-batch: the full batch's is their
-    sum.
-    """
-    totals = set()
-    for value in values:
-        if flow.recording.values[value].spec.shape == ():
-            alone = replace(flow, recording=replace(flow.recording, loss=value))
-            terms = find_terms(alone, alone, model)
-            if terms and all(term.kind == "sum" and not term.factors for term in terms):
-                totals.add(value)
-    return frozenset(totals)
-
-
 def operands(node: Node) -> tuple | None:
     """What a node adds up or stacks; None when it is called in a way that is not read here."""
     name = _name(node)

@@ -5,61 +5,126 @@ import torch
 from torch import nn
 
 import pipeengine as pe
-from pipeengine.runtime.outputs import row_dim
 
 
-class Answers(nn.Module):
-    def __init__(self):
+class Returns(nn.Module):
+    """Returns its loss and what ``answers`` make of (its hidden values, its inputs, itself), under their names."""
+
+    def __init__(self, answers):
         super().__init__()
         self.below, self.above = nn.Linear(6, 8), nn.Linear(8, 16)
-        self.register_buffer("table", torch.randn(7, 16))
+        self.register_buffer("table", torch.randn(8, 16))
+        self.folded = nn.Flatten(0, 1)
+        self.answers = answers
 
     def forward(self, x, y):
         out = self.above(torch.tanh(self.below(x)))
         loss = (out - y).pow(2).mean()
-        return {
-            "loss": loss,
-            "rows": out,
-            "second": out.transpose(0, 1),
-            "flat": out.flatten(0, 1),
-            "table": self.table * 2,
-            "total": out.pow(2).sum(),
-            "mean": out.mean(),
-            "count": (out > 0).sum(),
-            "chosen": out[y > 0],
-        }
+        return {"loss": loss, **{name: answer(out, x, y, self) for name, answer in self.answers.items()}}
+
+
+# Of values (rows, 5, 16). Two rows to a micro-batch and a table of 8: sizes that are multiples of rows by chance.
+RIGHT = {
+    "rows": lambda out, x, y, model: out,
+    "rows second": lambda out, x, y, model: out.transpose(0, 1),
+    "rows last": lambda out, x, y, model: out.permute(2, 1, 0).contiguous(),
+    "one number a row": lambda out, x, y, model: out.sum((1, 2)),
+    "rows and positions in one": lambda out, x, y, model: out.flatten(0, 1),
+    "positions and rows in one": lambda out, x, y, model: out.transpose(0, 1).reshape(-1, 16),
+    "positions and rows in one, by a module": lambda out, x, y, model: model.folded(out.transpose(0, 1)),
+    "folded and unfolded": lambda out, x, y, model: out.transpose(0, 1).flatten(0, 1).unflatten(0, (5, -1)),
+    "two sets of rows": lambda out, x, y, model: torch.cat([out, 2 * out]),
+    "the second of two sets": lambda out, x, y, model: torch.cat([out, 2 * out]).chunk(2)[1],
+    "sets stacked": lambda out, x, y, model: torch.stack([out, -out]),
+    "rows repeated": lambda out, x, y, model: out.repeat(3, 1, 1),
+    "each row repeated": lambda out, x, y, model: out.repeat_interleave(3, 0),
+    "a table": lambda out, x, y, model: model.table * 2,
+    "a vector as long as the batch": lambda out, x, y, model: model.table[:, 0],
+    "positions": lambda out, x, y, model: torch.arange(x.shape[1]),
+    "a table for every row": lambda out, x, y, model: model.table.expand(len(x), 8, 16),
+    "zeros for every row": lambda out, x, y, model: torch.zeros(x.shape[0], 3) + 1,
+    "zeros like": lambda out, x, y, model: torch.zeros_like(out),
+    "a total": lambda out, x, y, model: out.pow(2).sum(),
+    "totals": lambda out, x, y, model: out.sum(0),
+    "a mean": lambda out, x, y, model: out.mean(),
+    "means": lambda out, x, y, model: out.mean(0),
+    "a mean of chosen ones": lambda out, x, y, model: (out * (y > 0)).sum() / (y > 0).sum(),
+    "a count": lambda out, x, y, model: (out > 0).sum(),
+    "counts": lambda out, x, y, model: (out > -100).sum(0),
+    "chosen": lambda out, x, y, model: out[y > 0],
+    "an entry of every row": lambda out, x, y, model: out[torch.arange(len(x)), y[:, :, 0].argmax(-1)],
+    "gathered": lambda out, x, y, model: out.gather(1, y.argsort(1)),
+    "softmax": lambda out, x, y, model: out.softmax(-1),
+    "sorted within rows": lambda out, x, y, model: out.sort(1)[0],
+    "length": lambda out, x, y, model: x.shape[1],
+    "nested": lambda out, x, y, model: (out[:, 0], [{"a": out[:, 1]}, None, "text"]),
+}
+WRONG = {
+    "the first row": lambda out, x, y, model: out[0],
+    "largest": lambda out, x, y, model: out.amax(0),
+    "a largest number": lambda out, x, y, model: out.max(),
+    "spread": lambda out, x, y, model: out.std(0),
+    "root of a mean": lambda out, x, y, model: out.pow(2).mean().sqrt(),
+    "backwards": lambda out, x, y, model: out.flip(0),
+    "sorted": lambda out, x, y, model: out[y[:, 0, 0].argsort()],
+    "added up along rows": lambda out, x, y, model: out.cumsum(0),
+    "shares of rows": lambda out, x, y, model: out.softmax(0),
+    "less the mean": lambda out, x, y, model: out - out.mean(0),
+    "variance": lambda out, x, y, model: (out - out.mean(0)).pow(2).sum(),
+    "pairs of rows": lambda out, x, y, model: out[:, 0] @ out[:, 0].T,
+    "numbers of rows": lambda out, x, y, model: torch.arange(len(x)),
+    "by how many rows": lambda out, x, y, model: out / len(x),
+    "how many rows": lambda out, x, y, model: len(x),
+    "how many rows in a tensor": lambda out, x, y, model: torch.full((3,), len(x)),
+    "part of a table": lambda out, x, y, model: model.table[: len(x)],
+    "rows and a table": lambda out, x, y, model: torch.cat([out[:, 0], model.table]),
+    "halves of rows": lambda out, x, y, model: out.chunk(2)[0],
+    "rows in two dimensions": lambda out, x, y, model: out.unflatten(0, (2, -1)),
+    "a mean and a total": lambda out, x, y, model: out.mean() + out.sum(),
+    "written in place": lambda out, x, y, model: out.clone().sub_(out.mean(0)),
+}
+
+
+def batch_of(rows):
+    return {"x": torch.randn(rows, 5, 6), "y": torch.randn(rows, 5, 16)}
+
+
+def assert_same(found, expected, name):
+    if not isinstance(expected, torch.Tensor):
+        assert type(found) is type(expected), name
+        if isinstance(expected, (tuple, list, dict)):
+            assert len(found) == len(expected)
+            keys = expected if isinstance(expected, dict) else range(len(expected))
+            for key in keys:
+                assert_same(found[key], expected[key], f"{name}[{key}]")
+        else:
+            assert found == expected, name
+        return
+    assert found.shape == expected.shape and found.dtype == expected.dtype, name
+    assert torch.allclose(found.double(), expected.double(), rtol=1e-5, atol=1e-5), name
 
 
 @pytest.mark.parametrize("rows", [8, 7])
 def test_outputs_are_the_models_own(rows):
     torch.manual_seed(0)
-    model, batch = Answers(), {"x": torch.randn(rows, 5, 6), "y": torch.randn(rows, 5, 16)}
+    model, batch = Returns(RIGHT), batch_of(rows)
     with torch.no_grad():
         expected = model(**batch)
-    ours = pe.Pipeline(model, batch, num_stages=2, num_microbatches=4, costs="analytic").evaluate(**batch)
+    ours = pe.Pipeline(model, batch, num_stages=2, num_microbatches=4, costs="analytic", seed=0).evaluate(**batch)
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
-        assert ours[name].shape == value.shape, name
-        assert torch.allclose(ours[name].double(), value.double(), rtol=1e-5, atol=1e-6), name
+        assert_same(ours[name], value, name)
 
 
-class Mixes(nn.Module):
-    """Returns the mean over rows of each entry: no micro-batches' outputs tell it, and it has no row dimension."""
-
-    def __init__(self):
-        super().__init__()
-        self.below, self.above = nn.Linear(6, 8), nn.Linear(8, 16)
-
-    def forward(self, x):
-        out = self.above(self.below(x))
-        return out.mean(), out.mean(0)
-
-
-def test_what_cannot_be_merged_is_refused_by_name():
-    batch = {"x": torch.randn(8, 6)}
-    pipe = pe.Pipeline(Mixes(), batch, num_stages=2, num_microbatches=2, costs="analytic", seed=0)
-    with pytest.raises(pe.InputError, match="cannot be merged.*no dimension holds rows"):
-        pipe.evaluate(x=torch.randn(6, 6))
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_rows_is_refused_by_name(name):
+    torch.manual_seed(0)
+    batch = batch_of(8)
+    model = Returns({name: WRONG[name]})
+    pipe = pe.Pipeline(model, batch, num_stages=2, num_microbatches=4, costs="analytic")
+    with pytest.raises(pe.InputError, match=f"output {name} cannot be merged"):
+        pipe.evaluate(**batch)
+    assert torch.isfinite(pipe.step(**batch)), "nothing has run"
 
 
 class LossLast(nn.Module):
@@ -81,21 +146,6 @@ def test_loss_may_come_after_the_logits():
     ours = pipe.evaluate(**batch)
     torch.testing.assert_close(ours[0], logits)
     torch.testing.assert_close(ours[1], loss)
-
-
-@pytest.mark.parametrize(
-    ("shapes", "rows", "dim"),
-    [
-        ([(5, 4, 16), (5, 4, 16)], [4, 4], 1),
-        ([(7, 16), (7, 16)], [4, 4], None),
-        ([(7, 16), (7, 16)], [4, 3], None),
-        ([(20, 16), (15, 16)], [4, 3], 0),
-        ([(3, 16), (9, 16)], [4, 4], 0),
-        ([(4, 9), (4, 7)], [4, 4], None),
-    ],
-)
-def test_row_dimension(shapes, rows, dim):
-    assert row_dim(shapes, rows) == dim
 
 
 class Chooses(torch.nn.Module):
