@@ -36,8 +36,8 @@ check_version(torch.__version__)
 
 # Imported after the check, so that a missing name is told as a version that is not known.
 # Tensors without memory that carry shape, dtype, strides and device; meta tensors would do, but lose the device.
-# Kinds of events in a profile.
-from torch._C._profiler import _EventType as EventKind  # noqa: E402
+# What a profile says of memory that was taken or given back.
+from torch._C._profiler import _ExtraFields_Allocation as AllocationFields  # noqa: E402
 from torch._subclasses.fake_tensor import (  # noqa: E402
     DataDependentOutputException,  # a fake was asked for its numbers
     DynamicOutputShapeException,  # the shape of a result follows from numbers
@@ -169,13 +169,14 @@ def memory_events(seen: torch.profiler.profile, device: torch.device) -> tuple[
 
     The public summary has sums alone, without addresses and times; a public list of events would replace this.
     """
+    assert seen.profiler is not None and seen.profiler.kineto_results is not None, "the profile has been stopped"
     memory, ranges = [], []
     waiting = list(seen.profiler.kineto_results.experimental_event_tree())
     while waiting:
         event = waiting.pop()
         waiting += event.children
-        if event.tag == EventKind.Allocation:
-            taken = event.extra_fields
+        taken = event.extra_fields
+        if isinstance(taken, AllocationFields):
             if taken.device.type == device.type:
                 memory.append((event.start_time_ns, taken.ptr, taken.alloc_size))
         else:
