@@ -22,6 +22,7 @@ from pipeengine.errors import (
 )
 
 if TYPE_CHECKING:
+    from pipeengine.autograd import chunked_cross_entropy
     from pipeengine.checkpoint import Checkpoints
     from pipeengine.costs import DeviceDescription, profile
     from pipeengine.data import PackedDataset, ResumableLoader, ShuffledSampler, TokenDataset
@@ -52,6 +53,7 @@ _LATER = {
     "TokenDataset": "data",
     "build": "synthesis",
     "capture": "tracing",
+    "chunked_cross_entropy": "autograd",
     "keep_master_weights": "runtime",
     "lower": "program",
     "profile": "costs",
@@ -87,6 +89,7 @@ __all__ = [
     "WorkerError",
     "build",
     "capture",
+    "chunked_cross_entropy",
     "keep_master_weights",
     "lower",
     "partition",

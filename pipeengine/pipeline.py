@@ -19,6 +19,7 @@ from pipeengine.options import Options
 from pipeengine.ownership import updated_parameters
 from pipeengine.report import (
     RunReport,
+    added_bytes,
     measured_step,
     measured_timeline,
     predict,
@@ -225,6 +226,16 @@ class Pipeline(Standing):
         return measured_timeline(self._published(), schedule=self._assembly.programs.name,
                                  num_workers=self._workers.grid.width, num_stages=self.num_stages)
 
+    def count_memory(self) -> None:
+        """Count the memory of the next step, on every worker that calls this; then ``report()`` and ``run_report()``
+        have it beside what was predicted.
+
+        Counted is what the actions add at the most, in live bytes by the allocator's own events, on a CPU too. The
+        step takes longer, so its times are not kept; other steps cost nothing. While torch.profiler is at work the
+        count waits for the step after.
+        """
+        self._runner.counts_memory = True
+
     def _published(self) -> dict[int, str]:
         """What the workers of this replica have published last, by place."""
         published = self._workers.published()
@@ -246,7 +257,8 @@ class Pipeline(Standing):
         sizes = {name: p.numel() for name, p in self._model.named_parameters()}
         parameters = {stage: sum(size for name, size in sizes.items() if stage in made.placement.holders.get(name, ()))
                       for stage in range(self.num_stages)}
-        rows = stage_rows(made.priced, made.programs.schedule(progress.microbatches), parameters, progress.microbatches)
+        rows = stage_rows(made.priced, made.programs.schedule(progress.microbatches), parameters, progress.microbatches,
+                          added_bytes(self._published()))
         loss = None if progress.trained_loss is None else float(progress.trained_loss)
         return RunReport(type(self._model).__name__, made.programs.name, progress.microbatches, tuple(rows),
                          self.predicted_timeline(), self.timeline(), loss, in_turns=self._workers.grid.width == 1,

@@ -15,7 +15,7 @@ import torch
 __all__ = ["APPLY_IS_IN_C", "AutogradFunctionBase", "ConvNd", "DYNAMO_MODULE", "DataDependentOutputException",
            "DisableTorchFunction", "DropoutModule", "DynamicOutputShapeException", "FAKE_TENSOR_LOGGER", "FakeTensor",
            "FakeTensorMode", "LossModule", "PYTREE_NODES", "TorchDispatchMode", "apply_in_c", "check_version",
-           "compilations", "cpu_attention", "default_store", "engine_run_backward", "foreach_norm",
+           "compilations", "cpu_attention", "default_store", "engine_run_backward", "foreach_norm", "memory_events",
            "new_process_group", "peek_function_transform", "pop_saved_tensor_hooks", "profiler_enabled",
            "push_saved_tensor_hooks", "stop_workers_within", "storage_number", "top_saved_tensor_hooks", "version_of"]
 
@@ -36,6 +36,8 @@ check_version(torch.__version__)
 
 # Imported after the check, so that a missing name is told as a version that is not known.
 # Tensors without memory that carry shape, dtype, strides and device; meta tensors would do, but lose the device.
+# What a profile says of memory that was taken or given back.
+from torch._C._profiler import _ExtraFields_Allocation as AllocationFields  # noqa: E402
 from torch._subclasses.fake_tensor import (  # noqa: E402
     DataDependentOutputException,  # a fake was asked for its numbers
     DynamicOutputShapeException,  # the shape of a result follows from numbers
@@ -158,3 +160,25 @@ def storage_number(tensor: torch.Tensor) -> int:
 # What all losses, and all dropouts, of torch.nn are: without these bases a list of their classes would do.
 LossModule = torch.nn.modules.loss._Loss
 DropoutModule = torch.nn.modules.dropout._DropoutNd
+
+
+def memory_events(seen: torch.profiler.profile, device: torch.device) -> tuple[
+        list[tuple[int, int, int]], list[tuple[str, int, int]]]:
+    """What a profile with ``profile_memory`` saw: (nanoseconds, address, bytes) of every piece of memory of ``device``
+    that was taken or, less than 0, given back; (name, start, end) of every range and operator.
+
+    The public summary has sums alone, without addresses and times; a public list of events would replace this.
+    """
+    assert seen.profiler is not None and seen.profiler.kineto_results is not None, "the profile has been stopped"
+    memory, ranges = [], []
+    waiting = list(seen.profiler.kineto_results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        taken = event.extra_fields
+        if isinstance(taken, AllocationFields):
+            if taken.device.type == device.type:
+                memory.append((event.start_time_ns, taken.ptr, taken.alloc_size))
+        else:
+            ranges.append((event.name, event.start_time_ns, event.end_time_ns))
+    return memory, ranges

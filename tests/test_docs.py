@@ -65,7 +65,7 @@ numpy.arange(200_000, dtype=numpy.uint16).tofile("train.bin")
 pipe.step = lambda input_ids, labels: float(input_ids.float().mean())
 """},
     "docs/huggingface.md": {"": LLAMA, "1": 'pipe = pe.Pipeline(model, first_batch, num_microbatches=2, num_stages=2)',
-                            "2": LLAMA + ACCELERATE},
+                            "2": LLAMA + ACCELERATE, "3": LLAMA},
     "docs/partitioning.md": {"": f"import os\nos.chdir({str(ROOT)!r})\n"},
     "docs/precision.md": {"": PIPE, "2": "model, example = Small(), {name: x.bfloat16() for name, x in batch.items()}"},
     "docs/replicas.md": {"": """

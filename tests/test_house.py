@@ -176,7 +176,7 @@ def test_public_names_are_exact():
     """What the front door offers, and nothing else by accident."""
     assert set(pipeengine.__all__) == {
         "Pipeline", "Checkpoints", "capture", "profile", "partition", "simulate", "search", "build", "lower",
-        "keep_master_weights",
+        "keep_master_weights", "chunked_cross_entropy",
         "Boundary", "Costs", "DeviceDescription", "Plan", "Program", "Recording", "Run", "Schedule", "Search",
         "Timeline",
         "CaptureError", "GraphError", "InfeasibleError", "InputError", "PartitionError", "PipeEngineError", "PlanError",

@@ -103,14 +103,15 @@ def _workspace(recording: Recording, node: Node) -> int:
     """Bytes alive only while the node's backward runs: gradients of its results, its inputs and its parameters.
 
     That of a parameter too: it is made anew for every micro-batch, and then added to what is there. A node that keeps
-    something of its own, such as the logarithms inside a cross-entropy, has a gradient for that on its way too.
+    something of its own, such as the logarithms inside a cross-entropy, has a gradient for that on its way too. An
+    autograd function makes again what it did not keep.
     """
     if not any(recording.values[v].spec.requires_grad for v in node.results):
         return 0
     values = [recording.values[v] for v in {*node.results, *node_refs(node)}]
     outside = {value.storage for value in values}
     inside = max((size for storage, size in node.cost.saved if storage not in outside), default=0)
-    return sum(value.spec.bytes for value in values if value.spec.requires_grad) + inside
+    return sum(value.spec.bytes for value in values if value.spec.requires_grad) + inside + node.cost.scratch
 
 
 def _label(node: Node) -> str:

@@ -7,7 +7,7 @@ from pipeengine.report.chrome_trace import chrome_trace
 from pipeengine.report.history import History
 from pipeengine.report.html import report_html
 from pipeengine.report.memory import step_bytes
-from pipeengine.report.run import measured_step, measured_timeline, predict, save_report, stage_rows
+from pipeengine.report.run import added_bytes, measured_step, measured_timeline, predict, save_report, stage_rows
 from pipeengine.report.run_report import RunReport, StageRow
 from pipeengine.report.svg import timeline_svg
 from pipeengine.report.table import report_text
@@ -21,6 +21,7 @@ shown_by(RunReport, lambda report: f'<iframe srcdoc="{escape(report_html(report)
                                    'style="border: 0"></iframe>')
 
 __all__ = [
+    "added_bytes",
     "History",
     "RunReport",
     "StageRow",

@@ -24,24 +24,34 @@ def step_bytes(plan: Plan, schedule: Schedule) -> tuple[float, ...]:
 
 def stage_bytes(plan: Plan, schedule: Schedule) -> tuple[float, ...]:
     """The most that each stage needs by itself: weights, optimizer, and what its own actions add to them."""
-    model = plan.setting.memory_model
     op, stage, _ = schedule.columns
-    # The gradients come with the actions.
+    return tuple(standing + most_added(plan, op[stage == number], stage[stage == number])
+                 for number, standing in enumerate(standing_bytes(plan)))
+
+
+def standing_bytes(plan: Plan) -> tuple[float, ...]:
+    """What each stage holds before its first action: weights and what the optimizer keeps. The gradients come with the
+    actions."""
+    model = plan.setting.memory_model
     return tuple(model.weights(cost.param_bytes, cost.frozen_bytes) - (cost.param_bytes - cost.frozen_bytes)
-                 + most_added(plan, op[stage == number], stage[stage == number])
-                 for number, cost in enumerate(plan.stages))
+                 for cost in plan.stages)
 
 
 def memory_bars(report: RunReport) -> list[tuple[str, str, float]]:
     """(worker, what, bytes) of every worker's predicted and measured peak, as far as they are known.
 
-    On a CPU nobody counts tensors: there the measured peak is that of the whole process.
+    Measured is what was counted in a step; where none was, what an accelerator's allocator or, on a CPU, the whole
+    process has had.
     """
     bars = []
     for worker in sorted({row.worker for row in report.rows}):
         own = [row.predicted_bytes for row in report.rows if row.worker == worker]
         if all(value is not None for value in own):
             bars.append((f"worker {worker}", PREDICTED, float(sum(value or 0.0 for value in own))))
+        counted = [row.measured_bytes for row in report.rows if row.worker == worker]
+        if all(value is not None for value in counted):
+            bars.append((f"worker {worker}", "measured", float(sum(value or 0.0 for value in counted))))
+            continue
         for name, what in (("peak_bytes", "measured"), ("process_peak_bytes", "measured, the whole process")):
             points = report.history.curves.get(f"{OWN}{name}/worker_{worker}", ()) if report.history else ()
             if points:

@@ -10,7 +10,7 @@ from partitioners import Plan
 from partitioners.reporting import ends
 from pipeengine.report.chrome_trace import chrome_trace
 from pipeengine.report.html import panels, report_html
-from pipeengine.report.memory import stage_bytes, step_bytes
+from pipeengine.report.memory import stage_bytes, standing_bytes, step_bytes
 from pipeengine.report.run_report import RunReport, StageRow
 from pipeengine.report.svg import timeline_svg
 from pipeengine.schedules import Schedule
@@ -33,7 +33,8 @@ def measured_timeline(published: Mapping[int, str], *, schedule: str, num_worker
                       num_stages: int) -> Timeline | None:
     """The timeline of the step that the workers have published last, as JSON each; None where nobody has.
 
-    In one process every stage is a lane of its own.
+    In one process every stage is a lane of its own. Its ``peak_bytes`` are what was counted in the last step that was,
+    None where nobody has.
     """
     lanes: dict[int, list[Record]] = {}
     for rank, text in published.items():
@@ -43,8 +44,18 @@ def measured_timeline(published: Mapping[int, str], *, schedule: str, num_worker
     if not rows:
         return None
     worker, op, stage, microbatch, start, end = zip(*rows)
-    return Timeline.from_columns(worker, op, stage, microbatch, start, end, name=f"{schedule}, measured",
-                                 num_workers=num_workers if num_workers > 1 else num_stages)
+    num_lanes = num_workers if num_workers > 1 else num_stages
+    peaks = added_bytes(published) if num_workers == 1 else \
+        {rank: told["added"]["peak"] for rank, text in published.items() if "added" in (told := json.loads(text))}
+    return Timeline.from_columns(
+        worker, op, stage, microbatch, start, end, name=f"{schedule}, measured", num_workers=num_lanes,
+        peak_bytes=[peaks[lane] for lane in range(num_lanes)] if len(peaks) == num_lanes else None)
+
+
+def added_bytes(published: Mapping[int, str]) -> dict[int, int]:
+    """The most that each stage's actions added to memory in the last step that was counted, as far as any was."""
+    return {int(stage): size for text in published.values()
+            for stage, size in json.loads(text).get("added", {"stages": ()})["stages"]}
 
 
 def measured_step(published: Mapping[int, str]) -> int | None:
@@ -54,10 +65,11 @@ def measured_step(published: Mapping[int, str]) -> int | None:
 
 
 def stage_rows(
-    plan: Plan, schedule: Schedule, parameters: Mapping[int, int], num_microbatches: int
+    plan: Plan, schedule: Schedule, parameters: Mapping[int, int], num_microbatches: int, added: Mapping[int, int]
 ) -> Iterator[StageRow]:
-    """One row per stage: what it holds, and what it sends in a step."""
+    """One row per stage: what it holds, and what it sends in a step; ``added`` is what was counted of its actions."""
     memory, worker_of = stage_bytes(plan, schedule), schedule.topology.worker_of
+    standing = standing_bytes(plan)
     for stage in range(plan.num_stages):
         sends = [
             b for b in plan.boundaries if b.source == stage and b.values and worker_of[b.target] != worker_of[stage]
@@ -71,6 +83,7 @@ def stage_rows(
             modules=ends(plan, stage),
             parameters=parameters[stage],
             predicted_bytes=memory[stage],
+            measured_bytes=standing[stage] + added[stage] if stage in added else None,
             sent_bytes=float(num_microbatches * (sum(b.bytes for b in sends) + sum(b.gradient_bytes for b in returns))),
             sent_messages=num_microbatches * (len(sends) + len(returns)),
             activation_bytes=float(plan.stages[stage].activation_bytes),

@@ -20,7 +20,8 @@ class StageRow:
     """One stage of a run, per step. What is unknown is None and left out of the table.
 
     ``activation_bytes`` are kept for one micro-batch from its F to its B or I, ``kept_bytes`` from its I to its W, by
-    the plan.
+    the plan. ``measured_bytes`` are what its actions were seen to add at the most, on top of weights and of what the
+    optimizer keeps as the plan counts them.
     """
     stage: int
     worker: int

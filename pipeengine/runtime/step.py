@@ -19,11 +19,13 @@ from pipeengine.distributed import ConnectionLost, NoTies, Transport, Workers, h
 from pipeengine.errors import InputError, WorkerError, told
 from pipeengine.runtime.executor import Executor
 from pipeengine.runtime.gradients import Gradients, scale_of
+from pipeengine.runtime.memory_count import MemoryCount, count_memory
 from pipeengine.runtime.outputs import merge_outputs
 from pipeengine.runtime.programs import ProgramCache
 from pipeengine.runtime.replica_batches import ReplicaBatches
 from pipeengine.runtime.tasks import Look, Prepared, TaskMaker
 from pipeengine.stages import Specialization
+from pipeengine.torch_private import profiler_enabled
 from pipeengine.tracing import Inputs, fill, tensors
 
 _ACTIONS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient",
@@ -68,6 +70,8 @@ class StepRunner:
         self._replicas = ReplicaBatches(tasks, workers) if workers.grid.num_replicas > 1 else None
         self.progress, self._gradients = Progress(num_microbatches), gradients
         self._run_before: set[tuple[str, int, int]] = set()
+        self._published: dict[str, object] = {}
+        self.counts_memory = False
 
     def step(self, inputs: Inputs, scaler: object = None) -> torch.Tensor | None:
         """Forward and backward of a whole batch; returns its loss, detached, on every worker.
@@ -175,11 +179,16 @@ class StepRunner:
         self.ties.begin()
         self.transport.begin(progress.calls, prepared.digest)
         start = perf_counter()
-        self.executor.run(actions, tasks, scale)
+        counted = None
+        if self.counts_memory and not profiler_enabled():       # which cannot run inside itself
+            self.counts_memory = False
+            counted = count_memory(lambda: self.executor.run(actions, tasks, scale), self._tasks.reader.device)
+        else:
+            self.executor.run(actions, tasks, scale)
         self._tasks.specializations.ran()
         self.ties.reduce()
-        if progress.step < 3 or progress.step % 10 == 0:
-            self._publish(start)
+        if progress.step < 3 or progress.step % 10 == 0 or counted is not None:
+            self._publish(start, counted)
         progress.amount = prepared.amount
         progress.loss = progress.trained_loss = self._spread_loss(prepared.specializations[0], self.executor.loss)
         progress.step += 1
@@ -224,12 +233,17 @@ class StepRunner:
             return self._workers.all_reduce(loss)
         return self._workers.broadcast(loss, self._worker_of[specialization.split.loss_stage])
 
-    def _publish(self, start: float) -> None:
-        records = [(op, stage, microbatch, round(begin - start, 7), round(end - start, 7))
-                   for op, stage, microbatch, begin, end in (*self.executor.records, *self._sums())]
-        self.progress.microbatches = 1 + max((record[2] for record in records),
-                                             default=self.progress.microbatches - 1)
-        self._workers.publish(json.dumps({"step": self.progress.step, "records": records}))
+    def _publish(self, start: float, counted: MemoryCount | None) -> None:
+        """Leave for all to find when this step's actions ran, and what was counted in the last step that was."""
+        if counted is not None:
+            self._published["added"] = {"peak": counted.peak, "stages": list(counted.stages.items())}
+        if counted is None or "records" not in self._published:         # counting takes time: better an earlier step's
+            records = [(op, stage, microbatch, round(begin - start, 7), round(end - start, 7))
+                       for op, stage, microbatch, begin, end in (*self.executor.records, *self._sums())]
+            self.progress.microbatches = 1 + max((record[2] for record in records),
+                                                 default=self.progress.microbatches - 1)
+            self._published |= {"step": self.progress.step, "records": records}
+        self._workers.publish(json.dumps(self._published))
 
     def _sums(self) -> list[tuple[str, int, int, float, float]]:
         """When gradients were on their way among replicas, by stage; those of several stages as their first one's."""

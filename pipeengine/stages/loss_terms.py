@@ -20,6 +20,9 @@ from pipeengine.tracing import Dataflow, Node, Ref, node_refs
 _PASSED_ON = {"to", "float", "double", "half", "bfloat16", "view", "reshape", "squeeze", "unsqueeze", "clone", "type",
               "type_as", "contiguous", "neg", "positive", "flatten", "cpu", "cuda"}
 _ADDED = {"add", "iadd", "radd", "sub", "isub", "rsub", "subtract"}
+# Means over targets that count. The linear one is younger than the oldest torch that is known to work.
+_COUNTING = tuple(getattr(torch.nn.functional, name) for name in ("cross_entropy", "nll_loss", "linear_cross_entropy")
+                  if hasattr(torch.nn.functional, name))
 _MULTIPLIED, _DIVIDED = {"mul", "imul", "rmul", "multiply"}, {"div", "truediv", "itruediv", "divide", "true_divide"}
 
 
@@ -330,13 +333,15 @@ def _loss_call(node: Node, model: torch.nn.Module) -> dict | None:
     arguments = bound.arguments
     if "reduction" not in arguments or arguments.get("reduce") is not None or arguments.get("size_average") is not None:
         return None
+    if arguments.get("ignore_index", -100) is None:     # a linear cross-entropy's default
+        arguments["ignore_index"] = -100
     return {
         "weight": None,
         "ignore_index": -100,
         "target": None,
         **arguments,
         "input": next(iter(arguments.values())),
-        "counts": node.target in (function.cross_entropy, function.nll_loss),
+        "counts": node.target in _COUNTING,
     }
 
 

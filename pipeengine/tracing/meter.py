@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import flop_registry
 
-from pipeengine.torch_private import TorchDispatchMode, cpu_attention
+from pipeengine.torch_private import TorchDispatchMode, cpu_attention, storage_number
 
 
 class Meter(TorchDispatchMode):
@@ -15,8 +15,10 @@ class Meter(TorchDispatchMode):
         self.clear()
 
     def clear(self) -> None:
-        """Count from zero again: floating-point operations, bytes moved, whether random numbers were drawn."""
+        """Count from zero again: floating-point operations, bytes moved, whether random numbers were drawn, the bytes
+        of every storage made."""
         self.flops, self.bytes, self.random = 0, 0, False
+        self.made: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -29,6 +31,9 @@ class Meter(TorchDispatchMode):
         if not func.is_view:
             read = [t for t in args if isinstance(t, torch.Tensor)]
             self.bytes += sum(map(tensor_bytes, read)) + sum(map(tensor_bytes, results))
+            for result in results:
+                storage = storage_number(result)
+                self.made[storage] = max(self.made.get(storage, 0), kept_bytes(result))
         return out
 
 

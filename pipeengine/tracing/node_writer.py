@@ -42,7 +42,8 @@ class Outcome:
     """What a step did.
 
     ``writes`` are the storages it changed in place, ``random`` whether it drew random numbers, ``reals`` the real
-    tensors beside its new fakes (by id), ``shape_from_data`` whether the shapes of its results follow from data.
+    tensors beside its new fakes (by id), ``shape_from_data`` whether the shapes of its results follow from data,
+    ``scratch`` the bytes that its backward is to make room for besides.
     """
 
     output: object
@@ -50,6 +51,7 @@ class Outcome:
     random: bool
     reals: dict[int, torch.Tensor] = field(default_factory=dict)
     shape_from_data: bool = False
+    scratch: int = 0
 
 
 class NodeWriter:
@@ -69,6 +71,11 @@ class NodeWriter:
         self.saved.start()
         with self._fake_mode, self.meter:
             yield
+
+    def scratch(self, output: object) -> int:
+        """Bytes of the largest tensor that the measured step has made and neither returned nor kept."""
+        there = {storage_number(tensor) for tensor in tensors(output)} | {storage for storage, _ in self.saved.sizes()}
+        return max((size for storage, size in self.meter.made.items() if storage not in there), default=0)
 
     def write_guard(self, function: Callable | None, args: tuple, kwargs: dict, expected: object) -> None:
         """The forward took ``expected`` from tensors; ``args`` and ``kwargs`` are encoded."""
@@ -92,7 +99,7 @@ class NodeWriter:
         index = len(self.nodes)
         results = tuple(self._values.add("result", step.name if len(fresh) == 1 else f"{step.name}[{position}]", index,
                                          tensor, real=outcome.reals.get(id(tensor))) for position, tensor in fresh)
-        cost = NodeCost(self.meter.flops, self.meter.bytes, self.saved.sizes())
+        cost = NodeCost(self.meter.flops, self.meter.bytes, self.saved.sizes(), outcome.scratch)
         self.nodes.append(Node(step.name, step.target, step.is_module, step.args, step.kwargs, results,
                                picks(self._values.output_template(output), results), self._calls.index, current_modes(),
                                frozenset(writes), step.attributes, outcome.random, effect, step.recompute, cost))

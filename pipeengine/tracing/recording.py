@@ -68,11 +68,15 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class NodeCost:
-    """Counted on fake tensors: floating-point operations, bytes read and written, bytes kept for backward."""
+    """Counted on fake tensors: floating-point operations, bytes read and written, bytes kept for backward.
+
+    ``scratch``: bytes of the largest tensor that is made inside and neither returned nor kept.
+    """
 
     flops: int = 0
     bytes: int = 0
     saved: tuple[tuple[int, int], ...] = ()     # (storage, bytes) of what autograd keeps
+    scratch: int = 0
 
     @property
     def saved_bytes(self) -> int:

@@ -98,7 +98,7 @@ class TorchFunctions:
                     function, *encoded, reads=tensors((args, kwargs)), effect=name in _EFFECTS)
         shape_from_data = False
         try:
-            with self._writer.measured():
+            with self._calls.hide(), self._writer.measured():       # it may call an autograd function of its own
                 output = function(*fakes[0], **fakes[1])
         except _DATA_DEPENDENT as error:
             meter = self._writer.meter          # a fake that cannot run does not tell whether it draws random numbers
@@ -188,7 +188,9 @@ class TorchFunctions:
                 raise NotTraceable(self._calls.path, f"autograd function {cls.__name__}: {type(error).__name__}: "
                                                      f"{error}") from error
             step = Step(self._calls.next_name(cls.__name__), target, *encoded, reads=tensors((args, kwargs)))
-            self._finish(step, apply, args, kwargs, Outcome(output, watch.written(), self._writer.meter.random))
+            # What its forward made and did not keep, its backward makes again, whole or in the same parts.
+            self._finish(step, apply, args, kwargs, Outcome(output, watch.written(), self._writer.meter.random,
+                                                            scratch=self._writer.scratch(output)))
             return output
 
 

@@ -65,6 +65,19 @@ LOSSES = {
     "cross entropy, smoothed and weighted": lambda m, o, labels, **_: F.cross_entropy(
         *flat(o, labels), weight=m.class_weights, ignore_index=1, label_smoothing=0.2
     ),
+    "cross entropy, chunked": lambda m, o, labels, **_: pe.chunked_cross_entropy(
+        o, m.above.weight[:, :CLASSES], labels, ignore_index=0, chunk_rows=3
+    ),
+    "cross entropy, chunked and smoothed": lambda m, o, labels, **_: pe.chunked_cross_entropy(
+        o, m.above.weight[:, :CLASSES], labels, ignore_index=2, label_smoothing=0.1, chunk_rows=3
+    ),
+    "cross entropy with a layer": lambda m, o, labels, **_: F.linear_cross_entropy(
+        o.flatten(0, 1), m.above.weight[:, :CLASSES], labels.masked_fill(labels == 1, -100).flatten()
+    ),
+    "cross entropy with a layer, chunked": lambda m, o, labels, **_: F.linear_cross_entropy(
+        o.flatten(0, 1), m.above.weight[:, :CLASSES].contiguous(), labels.flatten(), ignore_index=0,
+        options=nn.LinearCrossEntropyOptions(batch_chunk_size=4)
+    ),
     "cross entropy with probabilities": lambda m, o, labels, **_: F.cross_entropy(
         o.flatten(0, 1), F.one_hot(labels, CLASSES).float().flatten(0, 1)
     ),
