@@ -26,7 +26,7 @@ from pipeengine.report import (
     save_report,
     stage_rows,
 )
-from pipeengine.runtime import Executor, Gradients, StepRunner, TaskMaker
+from pipeengine.runtime import Executor, Gradients, StepRunner, TaskMaker, refuse_local_clipping
 from pipeengine.schedules import Schedule
 from pipeengine.simulation import Timeline
 from pipeengine.standing import Standing
@@ -95,6 +95,8 @@ class Pipeline(Standing):
         executor = Executor(made.transport, made.rng, self._workers.activity, made.ties.start)
         gradients = Gradients(lambda: updated_parameters(model, made.tensors.updated), made.tensors.owned,
                               self._workers, self._device)
+        if set(made.tensors.updated) != {name for name, _ in model.named_parameters()}:
+            refuse_local_clipping(gradients)
         self._runner = StepRunner(tasks, made.programs, executor, made.transport, made.ties, self._workers,
                                   made.layout.worker_of, made.num_parts, gradients)
 

@@ -247,7 +247,7 @@ class _Reader:
 
     def _joined(self, node: Node, value: int, dim: int, rows: Mapping[int, Rows]) -> Layout:
         given = node.args[0] if node.args else node.kwargs["tensors"]
-        parts = [part.value for part in given if isinstance(part, Ref) and prod(self._shape(part.value))]
+        parts = [part.value for part in given if isinstance(part, Ref) and 0 not in self._shape(part.value)]
         if self._shape(value)[dim] == self._shape(parts[0])[dim]:       # along another dimension
             return self._kept(node, value, dim, rows)
         alike = {self._shape(part)[dim] for part in parts}
