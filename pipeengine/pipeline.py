@@ -27,7 +27,7 @@ from pipeengine.report import (
     save_report,
     stage_rows,
 )
-from pipeengine.runtime import Executor, Gradients, StepRunner, TaskMaker
+from pipeengine.runtime import Executor, Gradients, StepRunner, TaskMaker, refuse_local_clipping
 from pipeengine.schedules import Schedule
 from pipeengine.simulation import Timeline
 from pipeengine.standing import Standing
@@ -96,6 +96,8 @@ class Pipeline(Standing):
         executor = Executor(assembly.transport, assembly.rng, self._workers.activity, assembly.ties.start)
         gradients = Gradients(lambda: updated_parameters(model, assembly.tensors.updated), assembly.tensors.owned,
                               self._workers, self._device)
+        if set(assembly.tensors.updated) != {name for name, _ in model.named_parameters()}:
+            refuse_local_clipping(gradients)
         self._runner = StepRunner(tasks, assembly.programs, executor, assembly.transport, assembly.ties, self._workers,
                                   assembly.layout.worker_of, assembly.num_parts, gradients)
 

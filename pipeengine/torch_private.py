@@ -12,12 +12,13 @@ from datetime import timedelta
 
 import torch
 
-__all__ = ["APPLY_IS_IN_C", "AutogradFunctionBase", "ConvNd", "DYNAMO_MODULE", "DataDependentOutputException",
-           "DisableTorchFunction", "DropoutModule", "DynamicOutputShapeException", "FAKE_TENSOR_LOGGER", "FakeTensor",
-           "FakeTensorMode", "LossModule", "PYTREE_NODES", "TorchDispatchMode", "apply_in_c", "check_version",
-           "compilations", "cpu_attention", "default_store", "engine_run_backward", "foreach_norm", "memory_events",
-           "new_process_group", "peek_function_transform", "pop_saved_tensor_hooks", "profiler_enabled",
-           "push_saved_tensor_hooks", "stop_workers_within", "storage_number", "top_saved_tensor_hooks", "version_of"]
+__all__ = ["APPLY_IS_IN_C", "AutogradFunctionBase", "CLIPPING", "ConvNd", "DYNAMO_MODULE",
+           "DataDependentOutputException", "DisableTorchFunction", "DropoutModule", "DynamicOutputShapeException",
+           "FAKE_TENSOR_LOGGER", "FakeTensor", "FakeTensorMode", "LossModule", "PYTREE_NODES", "TorchDispatchMode",
+           "apply_in_c", "check_version", "compilations", "cpu_attention", "default_store", "engine_run_backward",
+           "foreach_norm", "memory_events", "new_process_group", "peek_function_transform", "pop_saved_tensor_hooks",
+           "profiler_enabled", "push_saved_tensor_hooks", "stop_workers_within", "storage_number",
+           "top_saved_tensor_hooks", "version_of"]
 
 _OLDEST, _TOO_NEW = (2, 11), (2, 15)
 
@@ -59,6 +60,9 @@ from torch.utils._pytree import SUPPORTED_NODES as PYTREE_NODES  # noqa: E402
 
 # Where fake tensors tell of kernels that they cannot run; missing, those lines would be printed.
 FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
+
+# What clip_grad_norm_ takes a norm with (its _get_total_norm) is looked up here; missing, clipping is not guarded.
+import torch.nn.utils.clip_grad as CLIPPING  # noqa: E402, N812
 
 # The module of torch.compile, looked for among the loaded ones; missing, nothing is compiled.
 DYNAMO_MODULE = "torch._dynamo"

@@ -1,5 +1,6 @@
 """A batch goes in, a loss comes out: which actions a worker runs, and the one executor that runs them."""
 
+from pipeengine.runtime.clip_guard import refuse_local_clipping
 from pipeengine.runtime.executor import Executor, Task
 from pipeengine.runtime.gradients import Gradients, scale_of
 from pipeengine.runtime.master_weights import keep_master_weights
@@ -19,6 +20,7 @@ __all__ = [
     "TaskMaker",
     "keep_master_weights",
     "merge_outputs",
+    "refuse_local_clipping",
     "scale_of",
     "splits_backward",
 ]

@@ -27,6 +27,10 @@ class Gradients:
     def _present(self) -> list[torch.Tensor]:
         return [parameter.grad for _, parameter in self._named() if parameter.grad is not None]
 
+    def holds(self, numbers: set[int]) -> bool:
+        """Whether one of these gradients has one of these ``id``s."""
+        return any(id(gradient) in numbers for gradient in self._present())
+
     def norm(self, norm_type: float) -> torch.Tensor:
         """Of the gradients of all workers, 0-dimensional, the same on each of them; every worker calls it."""
         counted = [p.grad for name, p in self._named() if p.grad is not None and name in self._owned]
