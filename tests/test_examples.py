@@ -65,6 +65,7 @@ def test_one_process():
     assert len(pairs) == 4 and all(ours == plain for ours, plain in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts all writable memory on Linux only")
 def test_too_large():
     output = run(EXAMPLES / "too_large.py", "--steps", "2")

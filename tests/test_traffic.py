@@ -46,7 +46,7 @@ def sent(num_workers: int) -> list[dict]:
 
 
 @pytest.mark.parametrize(("name", "schedule"), PAIRS)
-@pytest.mark.parametrize("num_workers", (2, 3))
+@pytest.mark.parametrize("num_workers", (pytest.param(2, marks=pytest.mark.slow), 3))
 def test_traffic_is_the_plans(num_workers, name, schedule):
     found = [worker[name, schedule] for worker in sent(num_workers)]
     plan = pe.Plan.from_json(found[0][0])
@@ -60,7 +60,7 @@ def test_traffic_is_the_plans(num_workers, name, schedule):
 
 @pytest.mark.parametrize("schedule", ("gpipe", "1f1b"))
 @pytest.mark.parametrize("name", CHAINS)
-@pytest.mark.parametrize("num_workers", (2, 3))
+@pytest.mark.parametrize("num_workers", (pytest.param(2, marks=pytest.mark.slow), 3))
 def test_a_chain_of_blocks_sends_the_minimum(num_workers, name, schedule):
     """One hidden state of (rows, tokens, width) floats forward over each cut, its gradient back; nothing else."""
     found = [worker[name, schedule] for worker in sent(num_workers)]
@@ -75,7 +75,7 @@ def test_a_chain_of_blocks_sends_the_minimum(num_workers, name, schedule):
 
 
 @pytest.mark.parametrize("name", CHAINS)
-@pytest.mark.parametrize("num_workers", (2, 3))
+@pytest.mark.parametrize("num_workers", (pytest.param(2, marks=pytest.mark.slow), 3))
 def test_an_evaluation_sends_activations_alone(num_workers, name):
     for rank, worker in enumerate(sent(num_workers)):
         assert worker[name, "1f1b"][1][2][0] == MICROBATCHES * (rank < num_workers - 1)

@@ -450,7 +450,7 @@ def test_nothing_is_left_waiting(name):
 DROPOUT = zoo.hugging_face("gpt2", dropout=0.2)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+@pytest.mark.parametrize("schedule", [pytest.param("1f1b", marks=pytest.mark.slow), "zb-h1"])
 @pytest.mark.parametrize("case", [DROPOUT, zoo.AWKWARD["Dropouts"], MODELS["UsedTwice"], MODELS["Checkpointed"]],
                          ids=lambda case: case.name)
 def test_recomputing_changes_no_bit(case, schedule):

@@ -18,7 +18,7 @@ from pipeengine.checkpoint.weights import load_stage
 
 NAMES = {"gpt2": True, "llama": False, "llama-tied": True, "bert": True, "t5": True, "vit": False}
 CASES = {case.name: case for case in zoo.hugging_face_cases() if case.name in NAMES}
-TRIED = [*((2, name) for name in CASES), (3, "gpt2"), (3, "t5")]
+TRIED = [*((2, name) for name in CASES), *(pytest.param(3, name, marks=pytest.mark.slow) for name in ("gpt2", "t5"))]
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,7 @@ def started(num_workers: int) -> list[dict]:
     for name in CASES:
         (folder() / str(num_workers) / f"truth-{name}").symlink_to(folder() / f"truth-{name}")
     return launch(num_workers, start, str(folder() / str(num_workers)),
-                  [name for number, name in TRIED if number == num_workers])
+                  list(CASES) if num_workers == 2 else ["gpt2", "t5"])
 
 
 def told(num_workers: int, name: str, what) -> list[tuple]:

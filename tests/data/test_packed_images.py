@@ -120,7 +120,9 @@ def test_joining_undoes_splitting(num_microbatches):
     assert all(map(torch.equal, batch.join(parts), batch.tensors))
 
 
-@pytest.mark.parametrize("make", (qwen2_vl, qwen2_5_vl, qwen3_vl, glm4v), ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", (
+    pytest.param(qwen2_vl, marks=pytest.mark.slow), pytest.param(qwen2_5_vl, marks=pytest.mark.slow), qwen3_vl, glm4v),
+    ids=lambda make: make.__name__)
 def test_a_vision_language_model_over_three_stages(make):
     """Loss and every gradient are those of one process; images of several sizes."""
     model, plain = make().train(), make().train()

@@ -242,11 +242,11 @@ def train_on_workers(report, folder: str, kinds: tuple[str, ...]) -> None:
         trainer.pipe.close()
 
 
-FIRST = ("tied llama", "t5", "mixtral", "lora")
+FIRST = ("tied llama", "lora")
 
 
 @pytest.mark.parametrize("kinds", (FIRST, pytest.param(tuple(kind for kind in MODELS if kind not in FIRST),
-                                                       marks=pytest.mark.slow)), ids=("four", "the others"))
+                                                       marks=pytest.mark.slow)), ids=("two", "the others"))
 def test_two_workers_train_as_the_stock_trainer(kinds, tmp_path):
     """Losses, norms, evaluation and every weight; the saved folder is what Transformers and PEFT read."""
     pytest.importorskip("peft")
