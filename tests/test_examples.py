@@ -103,11 +103,11 @@ def test_recipes_of_large_models_are_planned_and_run_small(tmp_path):
     assert (tmp_path / "runs" / "lora" / "adapter_model.safetensors").is_file()
 
 
-def test_readme_first_example(tmp_path):
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+def test_readme_first_example(workers, tmp_path):
     """At most 15 lines, and it runs as printed, with plain python and over two workers."""
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
     assert len(code.strip().splitlines()) <= 15
     script = tmp_path / "first.py"
     script.write_text(code)
-    assert "stage" in run(script, folder=tmp_path)
-    assert "stage" in run(script, workers=2, folder=tmp_path)
+    assert "stage" in run(script, workers=workers, folder=tmp_path)
