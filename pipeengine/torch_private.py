@@ -7,18 +7,18 @@ torch 2.11 to 2.14; importing this file with another version raises ``ImportErro
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
 
-__all__ = ["APPLY_IS_IN_C", "AutogradFunctionBase", "CLIPPING", "ConvNd", "DYNAMO_MODULE",
+__all__ = ["APPLY_IS_IN_C", "AutogradFunctionBase", "ConvNd", "DYNAMO_MODULE",
            "DataDependentOutputException", "DisableTorchFunction", "DropoutModule", "DynamicOutputShapeException",
            "FAKE_TENSOR_LOGGER", "FakeTensor", "FakeTensorMode", "LossModule", "PYTREE_NODES", "TorchDispatchMode",
            "apply_in_c", "check_version", "compilations", "cpu_attention", "default_store", "engine_run_backward",
            "foreach_norm", "memory_events", "new_process_group", "peek_function_transform", "pop_saved_tensor_hooks",
            "profiler_enabled", "push_saved_tensor_hooks", "stop_workers_within", "storage_number",
-           "top_saved_tensor_hooks", "version_of"]
+           "top_saved_tensor_hooks", "version_of", "wrap_norm_of_clipping"]
 
 _OLDEST, _TOO_NEW = (2, 11), (2, 15)
 
@@ -36,9 +36,10 @@ def check_version(version: str) -> None:
 check_version(torch.__version__)
 
 # Imported after the check, so that a missing name is told as a version that is not known.
-# Tensors without memory that carry shape, dtype, strides and device; meta tensors would do, but lose the device.
 # What a profile says of memory that was taken or given back.
 from torch._C._profiler import _ExtraFields_Allocation as AllocationFields  # noqa: E402
+
+# Tensors without memory that carry shape, dtype, strides and device; meta tensors would do, but lose the device.
 from torch._subclasses.fake_tensor import (  # noqa: E402
     DataDependentOutputException,  # a fake was asked for its numbers
     DynamicOutputShapeException,  # the shape of a result follows from numbers
@@ -60,9 +61,6 @@ from torch.utils._pytree import SUPPORTED_NODES as PYTREE_NODES  # noqa: E402
 
 # Where fake tensors tell of kernels that they cannot run; missing, those lines would be printed.
 FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
-
-# What clip_grad_norm_ takes a norm with (its _get_total_norm) is looked up here; missing, clipping is not guarded.
-import torch.nn.utils.clip_grad as CLIPPING  # noqa: E402, N812
 
 # The module of torch.compile, looked for among the loaded ones; missing, nothing is compiled.
 DYNAMO_MODULE = "torch._dynamo"
@@ -97,6 +95,15 @@ cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 # Norms of many tensors in one call; torch.nn.utils.get_total_norm would replace it, for all at once.
 foreach_norm = torch._foreach_norm
+
+
+def wrap_norm_of_clipping(wrap: Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]) -> None:
+    """Put ``wrap(norm)`` in the place of the function that clip_grad_norm_, whoever has imported it, takes a norm with.
+
+    Missing, clipping by one worker's gradients is not noticed; a hook on clipping would replace it.
+    """
+    import torch.nn.utils.clip_grad as clipping
+    clipping._get_total_norm = wrap(clipping._get_total_norm)
 
 
 def compilations() -> tuple[int, dict[str, int]]:

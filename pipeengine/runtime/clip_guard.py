@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
 
 from pipeengine.errors import InputError
 from pipeengine.runtime.gradients import Gradients
-from pipeengine.torch_private import CLIPPING
+from pipeengine.torch_private import wrap_norm_of_clipping
 
 _PARTIAL: weakref.WeakSet[Gradients] = weakref.WeakSet()
 
@@ -21,13 +22,16 @@ def refuse_local_clipping(gradients: Gradients) -> None:
     stays.
     """
     _PARTIAL.add(gradients)
-    norm = getattr(CLIPPING, "_get_total_norm")     # noqa: B009
-    if not hasattr(norm, "guards_pipelines"):
-        setattr(CLIPPING, "_get_total_norm", _guarded(norm))      # noqa: B010
+    _guard_once()
+
+
+@cache
+def _guard_once() -> None:
+    # Where the norm is taken, so that names of clip_grad_norm_ imported before are guarded too.
+    wrap_norm_of_clipping(_guarded)
 
 
 def _guarded(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    # Looked up at every call, so that names of clip_grad_norm_ imported before are guarded too.
     def guarded(tensors: Iterable[torch.Tensor], *args: object, **kwargs: object) -> torch.Tensor:
         given = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
         numbers = {id(tensor) for tensor in given}
@@ -36,5 +40,4 @@ def _guarded(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
                              "by another norm on every worker; call pipe.clip_grad_norm_(max_norm), which takes the "
                              "norm over all of them")
         return norm(given, *args, **kwargs)
-    guarded.guards_pipelines = True     # type: ignore[attr-defined]
     return guarded

@@ -59,7 +59,7 @@ class BatchReader:
 
     def check_target(self, inputs: Inputs, training: bool) -> None:
         """Raise ``InputError`` where a target is missing, or nobody would take it."""
-        if needs_target(self.loss_fn) and training and inputs.target is None:
+        if training and inputs.target is None and needs_target(self.loss_fn):
             raise InputError("the pipeline has a loss_fn; call step(..., target=...)")
         if self.loss_fn is None and inputs.target is not None:
             raise InputError(

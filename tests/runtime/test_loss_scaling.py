@@ -3,6 +3,7 @@ process."""
 import warnings
 from functools import cache
 
+import half_precision
 import pytest
 import torch
 import zoo
@@ -26,21 +27,6 @@ def make(replicas: int, shard: str | None, schedule: str = "1f1b", **options) ->
     example = {key: value[:8 // replicas] for key, value in batch.items()}
     return model, pe.Pipeline(model, example, num_microbatches=MICROBATCHES, costs="analytic", check=False,
                               num_replicas=replicas, shard=shard, schedule=schedule, **options)
-
-
-def half_precision_training(pipe: pe.Pipeline, batch: dict, optimizer, scaler) -> tuple[list, list]:
-    """Losses, and the scales after each step."""
-    losses, scales = [], []
-    for _ in range(STEPS):
-        with torch.autocast("cpu", torch.float16):
-            losses.append(float(pipe.step(**batch, scaler=scaler)))
-        scaler.unscale_(optimizer)
-        pipe.clip_grad_norm_(1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        scales.append(scaler.get_scale())
-    return losses, scales
 
 
 @cache
@@ -78,7 +64,7 @@ def assert_is_truth(found: tuple[list, list], weights: dict, replicas: int) -> N
 def test_half_precision_is_that_of_one_process(schedule):
     model, pipe = make(1, None, schedule, num_stages=2)
     optimizer, grad_scaler = torch.optim.SGD(pipe.parameters(), lr=0.1), scaler()
-    found = half_precision_training(pipe, CASE.batches[0], optimizer, grad_scaler)
+    found = half_precision.train(pipe, CASE.batches[0], optimizer, grad_scaler, STEPS)
     assert_is_truth(found, {name: p.detach() for name, p in model.named_parameters()}, 1)
 
 
@@ -117,7 +103,7 @@ def test_the_norm_says_alike_that_a_step_is_to_be_skipped():
 def test_a_scaler_is_checkpointed(tmp_path):
     model, pipe = make(1, None, num_stages=2)
     optimizer, grad_scaler = torch.optim.SGD(pipe.parameters(), lr=0.1), scaler()
-    half_precision_training(pipe, CASE.batches[0], optimizer, grad_scaler)
+    half_precision.train(pipe, CASE.batches[0], optimizer, grad_scaler, STEPS)
     pe.Checkpoints(tmp_path, pipe, optimizer=optimizer, scaler=grad_scaler, background=False).save(STEPS)
     other = scaler()
     pe.Checkpoints(tmp_path, pipe, optimizer=optimizer, scaler=other).load()
@@ -160,7 +146,7 @@ def faulty(report, replicas: int, shard: str | None, steps: int) -> None:
     turn["worker"] = -1
     optimizer.zero_grad()
     grad_scaler = scaler()
-    found = half_precision_training(pipe, mine, optimizer, grad_scaler)
+    found = half_precision.train(pipe, mine, optimizer, grad_scaler, STEPS)
     pipe.verify_shared()
     report("trained", (found, {name: p.detach().clone() for name, p in pipe.named_parameters()}))
     try:
