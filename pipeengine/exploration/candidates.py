@@ -17,6 +17,7 @@ from pipeengine.exploration.chain import Chain
 from pipeengine.exploration.judge import Scene, peak_bytes, play, schedule_of
 from pipeengine.exploration.point_search import Candidate, Verdict
 from pipeengine.exploration.space import Point
+from pipeengine.exploration.ways import recomputing
 from pipeengine.simulation import memory_model_of
 
 
@@ -92,11 +93,11 @@ class Choice:
 
 def choice_of(candidate: Candidate, chain: Chain, scene: Scene, peak_flops: float | None) -> Choice:
     """The candidate with its full plan, priced on the cost graph itself and played through once more."""
-    point, (places, flags) = candidate.point, candidate.cut
+    point, (places, until) = candidate.point, candidate.cut
     schedule = schedule_of(point.schedule, point.workers, point.num_microbatches, point.stages_per_worker)
     plan = full_plan(chain, candidate, scene, memory_model_of(schedule), schedule.topology.worker_of)
-    priced = price_stages(plan, [s for s, flag in enumerate(flags) if flag]) if point.recompute == "stages" else (
-        replace(plan, stages=chain.price(places, flags, point.recompute).stages))
+    priced = price_stages(plan, recomputing(candidate.cut)) if point.recompute == "stages" else (
+        replace(plan, stages=chain.price(places, until, point.recompute).stages))
     seconds, timeline, _ = play(scene, priced, schedule)
     recompute = recomputed(chain, candidate)
     rows = scene.training.global_rows
@@ -129,15 +130,12 @@ def full_plan(chain: Chain, candidate: Candidate, scene: Scene, memory_model: Me
 
 
 def recomputed(chain: Chain, candidate: Candidate) -> tuple[int | str, ...]:
-    """What runs again in backward: stages by number, or the blocks of the stages that recompute, by path."""
-    places, flags = candidate.cut
+    """What runs again in backward: stages by number, or the first blocks of stages, by path."""
     if candidate.point.recompute == "stages":
-        return tuple(stage for stage, flag in enumerate(flags) if flag)
-    stage_of = chain.stage_of(places)
-    if candidate.point.recompute == "blocks":
-        paths = zip(chain.blocks, stage_of.tolist())
-        return tuple(dict.fromkeys(path for path, stage in paths if path and flags[stage]))
-    return ()
+        return recomputing(candidate.cut)
+    spans = zip(candidate.cut[0], candidate.cut[1]) if candidate.point.recompute == "blocks" else ()
+    paths = (chain.blocks[chain.places[start]:chain.places[until]] for start, until in spans)
+    return tuple(dict.fromkeys(path for run in paths for path in run if path))
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,7 @@ def loser_of(verdict: Verdict, best: Candidate) -> Loser:
                    for one in (verdict.best, best))
     if work > least * 1.002:
         why.append(f"{format_share(work / least - 1)} more work per row" + (
-            ", recomputing" if any(verdict.best.cut[1]) else ""))
+            ", recomputing" if recomputing(verdict.best.cut) else ""))
     if verdict.best.seconds <= best.seconds * (1 + 1e-9):
         return Loser(verdict.point, verdict.bound, verdict.best.seconds, "as fast")
     return Loser(verdict.point, verdict.bound, verdict.best.seconds, f"{slower}: {' and '.join(why) or 'longer ends'}")

@@ -127,28 +127,28 @@ class Chain:
         """The stage of every node, for stages between the places ``cuts`` (both ends included)."""
         return np.repeat(np.arange(len(cuts) - 1), np.diff(self.places[list(cuts)]))
 
-    def price(self, cuts: tuple[int, ...], recomputing: tuple[bool, ...], grain: str) -> Plan:
+    def price(self, cuts: tuple[int, ...], until: tuple[int, ...], grain: str) -> Plan:
         """A sketch of the plan: stages, boundaries and ties as ``partitioners`` prices them, without names.
 
-        The stages that are ``recomputing`` keep nothing inside their blocks (``grain`` ``"blocks"``) or only what they
-        receive (``"stages"``).
+        A stage keeps nothing inside its blocks before the place ``until`` (``grain`` ``"blocks"``), or only what it
+        receives (``"stages"``) where that is not its start.
         """
         stage_of = self.stage_of(cuts)
         held = [dict.fromkeys(stage_of[list(readers)].tolist()) for _, _, readers, _ in self.shared]
         read = [[(size, trained) for (_, size, _, trained), stages in zip(self.shared, held) if stage in stages]
                 for stage in range(len(cuts) - 1)]
         shared = [(sum(size for size, _ in own), sum(size for size, trained in own if not trained)) for own in read]
-        stages = tuple(self._stage(int(self.places[a]), int(self.places[b]), shared[stage],
-                                   self.again if recomputing[stage] and grain == "blocks" else self.plain)
-                       for stage, (a, b) in enumerate(zip(cuts, cuts[1:])))
+        stages = tuple(self._stage(*self.places[[a, c if grain == "blocks" else a, b]].tolist(), shared[stage])
+                       for stage, (a, b, c) in enumerate(zip(cuts, cuts[1:], until)))
         ties = tuple(Tie(name, tuple(sorted(stages_of)), round(size), trained)
                      for (name, size, _, trained), stages_of in zip(self.shared, held) if len(stages_of) > 1)
         plan = Plan(len(stages), {}, stages, self._boundaries(stage_of), ties, 0.0, 0.0, 0.0, "", "overlap", "")
-        whole = [stage for stage, flag in enumerate(recomputing) if flag and grain == "stages"]
+        whole = [stage for stage, place in enumerate(until) if place > cuts[stage] and grain == "stages"]
         return price_stages(plan, whole) if whole else plan
 
-    def _stage(self, start: int, end: int, shared: tuple[float, float], figures: Figures) -> StageCost:
-        part = {name: getattr(figures, name)[start:end] for name in figures.__dataclass_fields__}
+    def _stage(self, start: int, until: int, end: int, shared: tuple[float, float]) -> StageCost:
+        part = {name: np.concatenate((getattr(self.again, name)[start:until], getattr(self.plain, name)[until:end]))
+                for name in Figures.__dataclass_fields__}
         total = {name: float(values.sum()) for name, values in part.items()}
         load = total["forward"] + total["backward"]
         return StageCost(total["forward"], total["backward"], 0.0, load, total["param_bytes"] + shared[0],

@@ -4,7 +4,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,13 +12,18 @@ from partitioners import Plan
 from partitioners.units import format_share
 from pipeengine.errors import ScheduleError
 from pipeengine.exploration.chain import Chain
+from pipeengine.exploration.fitting import alike, recompute_more, shared_memory
 from pipeengine.exploration.judge import Scene, peak_bytes, play, schedule_of
+from pipeengine.exploration.neighbours import Neighbours
 from pipeengine.exploration.paths import Path, any_order, critical
+from pipeengine.exploration.pricing import WORK, Pricing
 from pipeengine.exploration.refusing import crowded, lacking
-from pipeengine.exploration.relaxation import Cut, Relaxation, balance
+from pipeengine.exploration.relaxation import Relaxation
 from pipeengine.exploration.space import Point
+from pipeengine.exploration.ways import Cut
+from pipeengine.exploration.windows import Windows
 from pipeengine.schedules import B, Schedule
-from pipeengine.simulation import edges_of, microbatches_in_flight
+from pipeengine.simulation import edges_of
 
 FEW_CUTS = 600          # ways to cut that are simply all priced
 ROUNDS, FEW_ROUNDS = 12, 5      # of pricing paths and cuts against each other
@@ -27,7 +32,8 @@ _SHARES = (0.96, 0.88, 0.75)   # of the memory, to find a cut that fits
 _BISECTIONS = 14
 _LIMIT_SHARES = (0.1, 0.5)
 _HALVINGS = 6           # of the way from a bound to the best cut
-_LOOK = 0.02            # how far above the most even cut cuts are looked at
+_PLAYS, _PER_MOVE = 6, 5
+PRICED_TOGETHER, DUALS = 4, 24      # of the rounds one plays a cut through; before that, so many are priced
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,6 @@ class PointSearch:
         self.peaks: tuple[float, ...]
         self.bound, self.overflow = 0.0, (math.inf, "")
         self.effort, self.peaks = 4 * self._table, ()
-        self.weights = np.zeros(0)
 
     def run(self, *, rounds: int | None = ROUNDS) -> Verdict:
         """Everything that ``rounds`` of pricing can say of the point; with 0, its most even cut and a bound; with None
@@ -89,7 +94,7 @@ class PointSearch:
         self.effort += tables * self._table
         if missing:
             return Verdict(point, math.inf, None, missing)
-        ways = math.comb(len(self.chain) - 1, point.num_stages - 1) * len(relaxed.sums) ** point.num_stages
+        ways = math.comb(len(self.chain) - 1, point.num_stages - 1) * relaxed.ways.choices()
         if rounds is None:
             self._first_bound(relaxed)
         elif ways <= FEW_CUTS:
@@ -104,11 +109,11 @@ class PointSearch:
         between = self.scene.links[0]
         return np.array([between[a][b].seconds(least) if a != b else 0.0 for a, b in zip(worker_of, worker_of[1:])])
 
-    def _relax(self, schedule: Schedule, share: float = 1.0) -> Relaxation:
+    def _relax(self, schedule: Schedule, share: float = 1.0, parts: Sequence[float] | None = None) -> Relaxation:
         scene, worker_of = self.scene, schedule.topology.worker_of
         memory = scene.hardware.memory
         relaxed = Relaxation.of(self.chain, schedule, None if memory is None else share * memory, scene.state_factor,
-                                self.point.recompute)
+                                self.point.recompute, parts)
         self.hops = self._hops(worker_of)
         self.pause = np.array([scene.step_end_seconds(worker, 0.0) for worker in range(self.point.workers)])
         self.ends = np.array([scene.step_end_seconds(worker, 1.0) for worker in range(self.point.workers)]) - self.pause
@@ -137,72 +142,72 @@ class PointSearch:
         stages, last = self.point.num_stages, len(self.chain)
         for inner in itertools.combinations(range(1, last), stages - 1):
             places = (0, *inner, last)
-            if all(a <= relaxed.last_start[b] for a, b in zip(places, places[1:])):
-                for flags in itertools.product(*([False, True][:len(relaxed.sums)] for _ in range(stages))):
-                    if all(relaxed.starts[int(flag)][stage][b] <= a
-                           for stage, (a, b, flag) in enumerate(zip(places, places[1:], flags))):
-                        yield places, flags
+            for until in itertools.product(*(tuple(relaxed.ways.untils(stage, a, b))
+                                             for stage, (a, b) in enumerate(zip(places, places[1:])))):
+                yield places, until
 
     def _converge(self, schedule: Schedule, relaxed: Relaxation, rounds: int) -> None:
         """From the most even cut on, paths and cuts in turn. Where even that does not fit, with room to spare."""
-        if not self._by_paths_alone(relaxed):
+        pricing = self._first_bound(relaxed)
+        if not self._priced(pricing, FEW_ROUNDS, self.cutoff):
             return
         cut = relaxed.most_even()
         self.effort += _BISECTIONS * self._table // 3
         if cut is None:
             self.bound = self.cutoff
             return
-        seconds, path = self._judge(schedule, cut)
+        paths = [self._judge(schedule, cut)[1]]
         if self.best is None:
-            self._make_fit(schedule, cut, _SHARES if rounds else _SHARES[:1])
-        ceiling = min(self.cutoff, (1 + _LOOK) * min(seconds, self.best.seconds if self.best else math.inf))
+            self._make_fit(schedule, relaxed, cut, _SHARES if rounds else _SHARES[:1])
+        paths += self._improve(schedule, relaxed, _PLAYS if rounds else 1)
         if not rounds:
             return
-        weights = self._price(schedule, relaxed, cut, path, ceiling, rounds)
-        self._sharpen(relaxed, weights, min(ceiling, self.best.seconds if self.best else math.inf))
+        known = min(self.cutoff, self.best.seconds if self.best else math.inf)
+        relaxed.narrow(known)
+        for path in paths:
+            pricing.add(path, known)
+        pricing.rescale(known if math.isfinite(known) else relaxed.scale)
+        for _ in range(rounds // PRICED_TOGETHER):
+            if not self._priced(pricing, DUALS, known):
+                return
+            pricing.add(self._judge(schedule, pricing.cuts[-1])[1], known)
+        self._sharpen(relaxed, pricing.weights, known)
 
-    def _first_bound(self, relaxed: Relaxation) -> Cut | None:
-        """A bound from the work of all workers alone, where memory limits it; a cut that has it."""
-        relaxed.scale = self.cutoff if math.isfinite(self.cutoff) else self.point.num_microbatches * float(
-            self.chain.sums(self.chain.plain.forward)[-1])
-        paths, limits, cut = len(relaxed.paths), len(relaxed.limits), None
-        ways_in = _ways_in(relaxed)
+    def _first_bound(self, relaxed: Relaxation) -> Pricing:
+        """A bound from the work of all workers alone, where memory limits it."""
+        work = self.chain.sums(self.chain.plain.forward + self.chain.plain.backward)[-1]
+        relaxed.scale = min(self.cutoff, 1.2 * self.point.num_microbatches * float(work) / self.point.workers)
+        pricing, limits, ways_in = Pricing(relaxed), len(relaxed.limits), _ways_in(relaxed)
         spare = [np.full(limits, share / max(limits, 1)) for share in (0.0, *(_LIMIT_SHARES if limits else ()))]
-        if limits and len(relaxed.sums) > 1:
+        if limits and len(relaxed.ways.sums) > 1:
             spare += [relaxed.memory_prices(ways_in)]
         for prices in spare:
-            weights = np.concatenate((ways_in, prices))
-            value, cheapest = relaxed.cheapest(weights)
+            cut = pricing.tried(np.concatenate((ways_in, prices)))
             self.effort += self._table
-            if cheapest is None:
-                self.bound = self.cutoff
-                return None
-            if value > self.bound or cut is None:
-                self.weights, cut = weights / weights.sum(), cheapest
-            self.bound = max(self.bound, min(value, self.cutoff))
-        assert len(weights) == paths + limits, "one weight per row"
-        return cut
+            self.bound = max(self.bound, min(pricing.bound, self.cutoff))
+            if cut is None:
+                break
+        return pricing
 
-    def _by_paths_alone(self, relaxed: Relaxation) -> bool:
-        """Whether the point may still be the best after a few rounds of pricing that play nothing through."""
-        cut = self._first_bound(relaxed)
-        cuts, best = [] if cut is None else [cut], self.bound
-        for _ in range(FEW_ROUNDS):
-            if cut is None or self.bound >= self.cutoff * (1 - CLOSE):
+    def _priced(self, pricing: Pricing, rounds: int, known: float) -> bool:
+        """Whether the point may still be faster than ``known`` after so many rounds that play nothing through."""
+        for _ in range(rounds):
+            if self.bound >= known * (1 - CLOSE):
                 return False
-            kept = self.weights
-            weights = 0.5 * kept + 0.5 * balance(np.stack([relaxed.lengths(cut) for cut in cuts], axis=1))
-            value, cut = relaxed.cheapest(weights)
-            self.effort += self._table
-            self.bound = max(self.bound, min(value, self.cutoff))
-            best, self.weights = (value, weights) if value >= best else (best, kept)
-            cuts += [] if cut is None else [cut]
-        return cut is not None and self.bound < self.cutoff * (1 - CLOSE)
+            cut = pricing.step()
+            self.effort += self._table + WORK
+            self.bound = max(self.bound, min(pricing.bound, known))
+            if cut is None:
+                self.bound = known
+                return False
+        return self.bound < known * (1 - CLOSE)
 
     @property
     def _table(self) -> int:
         """Work of one dynamic programme, about in microseconds."""
-        return self.point.num_stages * (150 + len(self.chain) // 4)
+        places = len(self.chain)
+        return self.point.num_stages * (30 + places ** 2 // 40 if self.point.recompute == "blocks" else
+                                        150 + places // 4)
 
     def _sharpen(self, relaxed: Relaxation, weights: np.ndarray, ceiling: float) -> None:
         """Cuts below some seconds have no stage that alone takes longer: the fewer are left, the dearer the
@@ -217,36 +222,16 @@ class PointSearch:
             self.bound = max(self.bound, min(value, middle))
             low, high = (middle, high) if value >= middle else (low, middle)
 
-    def _price(self, schedule: Schedule, relaxed: Relaxation, cut: Cut, path: Path,
-               ceiling: float, rounds: int) -> np.ndarray:
-        """Prices half-way between the best so far and those that suit the cuts so far: pure ones would swing. The best.
-        """
-        relaxed.narrow(ceiling)
-        relaxed.scale = ceiling
-        relaxed.add(path, ceiling)
-        cuts, weights, best = [cut], self.weights, 0.0
-        for number in range(rounds):
-            rows = len(relaxed.paths)
-            before = np.insert(weights, rows - 1, 0.0)
-            pure = balance(np.stack([relaxed.lengths(cut) for cut in cuts], axis=1)) if number else before
-            mixed = 0.5 * pure + 0.5 * before
-            value, cheapest = relaxed.cheapest(mixed)
-            self.effort += self._table
-            best, weights = (value, mixed) if value > best else (best, before)
-            self.bound = max(self.bound, min(value, ceiling))
-            known = min(self.cutoff, self.best.seconds if self.best else math.inf)
-            if cheapest is None or self.bound >= known * (1 - CLOSE):
-                break
-            relaxed.add(self._judge(schedule, cheapest)[1], ceiling)
-            cuts.append(cheapest)
-        missing = len(relaxed.paths) + len(relaxed.limits) - len(weights)
-        return np.insert(weights, [len(relaxed.paths) - 1] * missing, 0.0)
-
-    def _make_fit(self, schedule: Schedule, cut: Cut, shares: Sequence[float]) -> None:
-        """First more stages that recompute, those first that free most; then cuts as if there were less memory."""
+    def _make_fit(self, schedule: Schedule, relaxed: Relaxation, cut: Cut, shares: Sequence[float]) -> None:
+        """First more that recomputes; then cuts as if a stage had its share of the memory, or there were less."""
         self._recompute_more(schedule, cut)
-        if self.point.stages_per_worker > 1 and self.point.recompute != "none":
+        memory = self.scene.hardware.memory
+        if memory is None:
+            return
+        if self.point.stages_per_worker > 1 and self.point.recompute == "stages":
             self._recompute_alike(schedule, shares)
+        if self.point.stages_per_worker > 1 and self.point.recompute != "none":
+            self._share_memory(schedule, relaxed, cut, memory)
         for share in shares:
             if self.best is not None:
                 return
@@ -256,35 +241,56 @@ class PointSearch:
             self._judge(schedule, even)
             self._recompute_more(schedule, even)
 
+    def _share_memory(self, schedule: Schedule, relaxed: Relaxation, cut: Cut, memory: float) -> None:
+        """The evenest cuts where each stage has a part of its worker's memory, as the cut before would use it."""
+        for share in (1.0, *_SHARES[:1]):
+            parts = shared_memory(schedule, relaxed, cut, memory, self.scene.state_factor)
+            even = self._relax(schedule, share, parts).most_even()
+            if even is None:
+                return
+            self._judge(schedule, even)
+            self._recompute_more(schedule, even)
+            cut = even
+
     def _recompute_alike(self, schedule: Schedule, shares: Sequence[float]) -> None:
         """Evenest cuts where every worker recomputes as many of its stages, those first that hold most."""
         for many in range(1, self.point.stages_per_worker + 1):
             for share in (1.0, *shares):
-                even = self._relax(schedule, share).forced(_alike(schedule, many)).most_even()
+                relaxed = self._relax(schedule, share)
+                assert isinstance(relaxed.ways, Windows), "whole stages"
+                even = replace(relaxed, ways=relaxed.ways.forced(alike(schedule, many))).most_even()
                 if even is None:
                     break
                 self._judge(schedule, even)
                 if self.best is not None and self.best.cut == even:
                     return
 
+    def _improve(self, schedule: Schedule, relaxed: Relaxation, plays: int) -> list[Path]:
+        """From the best cut to better ones on the paths so far, each played through. The longest paths."""
+        if self.best is None:
+            return []
+        paths = [self._path]
+        for _ in range(plays):
+            best = self.best
+            known = replace(relaxed, paths=[*relaxed.paths, *paths])
+            near = Neighbours(known, schedule, self.scene.hardware.memory, self.scene.state_factor)
+            near.measure(best.cut, best.peak_bytes)
+            cut = near.descend(best.cut)
+            self.effort += _PER_MOVE * near.moved * self.point.num_stages
+            if cut == best.cut:
+                break
+            paths.append(self._judge(schedule, cut)[1])
+            self._recompute_more(schedule, cut)
+        return paths
+
     def _recompute_more(self, schedule: Schedule, cut: Cut) -> None:
-        """One stage more of every worker that is too full, the one that keeps most, until they fit or all recompute."""
-        places, flags = cut
-        kept = np.diff(self.chain.sums(self.chain.plain.activation_bytes)[list(places)])
-        kept = kept * microbatches_in_flight(schedule)
-        room, peaks = self.scene.hardware.memory or math.inf, self.peaks
-        while max(peaks) > room and self.point.recompute != "none":
-            more = set()
-            for worker in [worker for worker, peak in enumerate(peaks) if peak > room]:
-                stages = [stage for stage in schedule.topology.stages_of(worker) if not flags[stage]]
-                if not stages:
-                    return
-                more.add(max(stages, key=lambda stage: kept[stage]))
-            flags = tuple(flag or stage in more for stage, flag in enumerate(flags))
-            peaks = peak_bytes(self.scene, self.chain.price(places, flags, self.point.recompute), schedule)
-            self.effort += schedule.num_actions
-        if max(peaks) <= room:
-            self._judge(schedule, (places, flags))
+        """Where the cut does not fit: judge the one that recomputes enough."""
+        if self.best is not None and self.best.cut == cut:
+            return
+        fitting, counted = recompute_more(self.scene, self.chain, schedule, cut)
+        self.effort += counted * schedule.num_actions
+        if fitting is not None and fitting != cut:
+            self._judge(schedule, fitting)
 
     def _judge(self, schedule: Schedule, cut: Cut) -> tuple[float, Path]:
         """Play a cut through; it is the best if it fits and is faster. Its seconds, and its longest path."""
@@ -299,20 +305,12 @@ class PointSearch:
             if over <= 0:
                 bubble = 1 - float(timeline.busy.mean()) / seconds if seconds else 0.0
                 self.best = Candidate(self.point, cut, seconds, peaks, bubble, plan)
+                self._path = path
             elif over < self.overflow[0]:
                 worker = int(np.argmax(peaks))
                 share = max(peaks) / (memory or math.inf)
                 self.overflow = over, f"worker {worker} needs {format_share(share, 0)} of the memory"
         return seconds, path
-
-
-def _alike(schedule: Schedule, many: int) -> list[bool]:
-    """Which stages recompute where every worker recomputes ``many`` of its own, those that hold most micro-batches."""
-    held, flags = microbatches_in_flight(schedule), [False] * schedule.topology.num_stages
-    for worker in range(schedule.topology.num_workers):
-        for stage in sorted(schedule.topology.stages_of(worker), key=lambda stage: -held[stage])[:many]:
-            flags[stage] = True
-    return flags
 
 
 def _ways_in(relaxed: Relaxation) -> np.ndarray:

@@ -10,41 +10,20 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pipeengine.exploration.chain import Chain, Figures
+from pipeengine.exploration.chain import Chain
 from pipeengine.exploration.paths import PER_STAGE, Path, fullest_moments
+from pipeengine.exploration.prefixes import Prefixes
+from pipeengine.exploration.ways import SLACK, Cut, holdings
+from pipeengine.exploration.windows import Windows
 from pipeengine.schedules import Schedule
-
-_SLACK = 1e-9
-Cut = tuple[tuple[int, ...], tuple[bool, ...]]
-"""Places of the cuts, both ends included; and which stages recompute."""
-
-
-def holdings(chain: Chain, recompute: str) -> tuple[np.ndarray, ...]:
-    """Sums up to every place of what paths count, plain and recomputing: (7, places) each.
-
-    A whole stage that recomputes keeps what it receives, which is left out: it depends on where the stage starts.
-    """
-    has_halves = chain.plain.weight_grad.any()
-
-    def rows(figures: Figures, keeps: bool = True) -> np.ndarray:
-        weight = figures.weight_grad if has_halves else figures.backward / 2
-        whole = chain.sums(figures.activation_bytes)
-        return np.stack([chain.sums(figures.forward), chain.sums(figures.backward - weight), chain.sums(weight),
-                         chain.own_parameters, whole * keeps, chain.sums(figures.kept_bytes), whole])
-    whole = replace(chain.plain, backward=chain.plain.backward + chain.plain.forward)
-    again = {"stages": lambda: (rows(whole, False),), "blocks": lambda: (rows(chain.again),), "none": lambda: ()}
-    return rows(chain.plain), *again[recompute]()
 
 
 @dataclass
 class Relaxation:
-    """Windows and sums for one point. ``starts[o][s][b]``: the first place where stage s may start that ends at b,
-    plain (o = 0) or recomputing (o = 1)."""
+    """The ways that are left to one point, with the rows that price them: paths in seconds, limits in shares of the
+    memory."""
 
-    num_stages: int
-    sums: Sequence[np.ndarray]
-    last_start: np.ndarray
-    starts: list[np.ndarray]
+    ways: Windows | Prefixes
     limits: list[Path] = field(default_factory=list)
     limit_workers: list[int] = field(default_factory=list)
     paths: list[Path] = field(default_factory=list)
@@ -52,28 +31,28 @@ class Relaxation:
     scale: float = 1.0
 
     @classmethod
-    def of(cls, chain: Chain, schedule: Schedule, memory: float | None, kept_factor: float,
-           recompute: str) -> Relaxation:
-        """The windows that ``memory`` bytes per worker leave."""
-        size, topology = len(chain) + 1, schedule.topology
+    def of(cls, chain: Chain, schedule: Schedule, memory: float | None, kept_factor: float, recompute: str,
+           shares: Sequence[float] | None = None) -> Relaxation:
+        """The ways that ``memory`` bytes per worker leave; with ``shares``, of which each stage has so much alone."""
+        topology = schedule.topology
         last = np.searchsorted(chain.must_hold, chain.must_hold) - 1
-        sums = holdings(chain, recompute)
-        relaxed = cls(topology.num_stages, sums, last, [np.zeros((topology.num_stages, size), np.int64) for _ in sums])
+        table = Prefixes if recompute == "blocks" else Windows
+        relaxed = cls(table.of(holdings(chain, recompute), topology.num_stages, last))
         if memory is None:
             return relaxed
-        room = memory * (1 + _SLACK)
         for worker, moment in fullest_moments(schedule, kept_factor):
-            for option, held in enumerate(sums):
-                for stage in topology.stages_of(worker):
-                    relaxed._narrow(option, stage, moment.counts[stage] @ held, room)
+            for stage in topology.stages_of(worker):
+                room = memory * (1 + SLACK) * (shares[stage] if shares is not None else 1.0)
+                relaxed.ways.narrow(stage, moment.counts[stage], room)
             if topology.num_stages > topology.num_workers:
                 relaxed.limits.append(Path(moment.counts / memory, -1.0))
                 relaxed.limit_workers.append(worker)
         return relaxed
 
-    def _narrow(self, option: int, stage: int, need: np.ndarray, room: float) -> None:
-        starts = self.starts[option][stage]
-        np.maximum(starts, np.searchsorted(need, need - room), out=starts)
+    @property
+    def num_stages(self) -> int:
+        """Stages of a cut."""
+        return self.ways.num_stages
 
     def add(self, path: Path, cutoff: float) -> None:
         """Keep a path; stages that make it longer than ``cutoff`` seconds by themselves are out."""
@@ -88,8 +67,7 @@ class Relaxation:
 
     def copy(self) -> Relaxation:
         """The same, to narrow without changing this one."""
-        return replace(self, starts=[each.copy() for each in self.starts], paths=list(self.paths),
-                       least=list(self.least))
+        return replace(self, ways=self.ways.copy(), paths=list(self.paths), least=list(self.least))
 
     def _least(self, path: Path) -> float:
         """Seconds that every cut has on this path, if each stage counted as the one that counts least."""
@@ -98,49 +76,31 @@ class Relaxation:
         return alone.cheapest(np.ones(1))[0] if even.counts.any() else path.fixed
 
     def _exclude(self, number: int, cutoff: float) -> None:
-        room = cutoff * (1 + _SLACK) - self.least[number]
+        room = cutoff * (1 + SLACK) - self.least[number]
         if not np.isfinite(room):
             return
         counts = self.paths[number].counts
         often = counts[:, :3].max(axis=1)
-        for option, sums in enumerate(self.sums):
-            need = (counts - counts.min(axis=0)) @ sums
-            for stage in np.flatnonzero(often > 0.5 * often.max()).tolist():
-                self._narrow(option, stage, need[stage], max(room, -1.0))
+        for stage in np.flatnonzero(often > 0.5 * often.max()).tolist():
+            self.ways.narrow(stage, counts[stage] - counts.min(axis=0), max(room, -1.0))
 
     def most_even(self) -> Cut | None:
         """The cut whose longest stage (seconds of all actions of a micro-batch) is shortest; None if none is allowed.
 
         Of equals, the one with the least work in all.
         """
-        loads = [sums[:3].sum(axis=0) for sums in self.sums]
-        low, high = 0.0, float(loads[-1][-1])
-        if not self._within(loads, high * 2):
+        seconds = np.array([1.0] * 3 + [0.0] * (len(PER_STAGE) - 3))
+        within = self.ways.evenness(seconds)
+        low, high = 0.0, float(seconds @ self.ways.sums[-1][:, -1])
+        if not within(high * 2):
             return None
         while high - low > 1e-4 * high:
             middle = 0.5 * (low + high)
-            low, high = (low, middle) if self._within(loads, middle) else (middle, high)
-        limited = Relaxation(self.num_stages, self.sums, self.last_start, [each.copy() for each in self.starts])
-        for option, load in enumerate(loads):
-            for stage in range(self.num_stages):
-                limited._narrow(option, stage, load, high)
-        ones = np.zeros((self.num_stages, len(PER_STAGE)))
-        ones[:, :3] = 1.0
-        limited.paths.append(Path(ones, 0.0))
-        return limited.cheapest(np.ones(1))[1]
-
-    def _within(self, loads: list[np.ndarray], most: float) -> bool:
-        """Whether some cut has no stage above ``most`` seconds."""
-        reached = np.zeros(len(self.last_start), bool)
-        reached[0] = True
-        after = self.last_start + 1
+            low, high = (low, middle) if within(middle) else (middle, high)
+        limited = self.ways.copy()
         for stage in range(self.num_stages):
-            counts, now = np.concatenate(([0], np.cumsum(reached))), np.zeros(len(reached), bool)
-            for load, starts in zip(loads, self.starts):
-                first = np.maximum(starts[stage], np.searchsorted(load, load - most * (1 + _SLACK)))
-                now |= counts[np.maximum(after, first)] > counts[first]
-            reached = now
-        return bool(reached[-1])
+            limited.narrow(stage, seconds, high * (1 + SLACK))
+        return limited.cheapest(np.tile(seconds, (self.num_stages, 1)))[1]
 
     def cheapest(self, weights: np.ndarray) -> tuple[float, Cut | None]:
         """Seconds that no cut beats by the weighted rows, and a cut that has just these; (inf, None) if there is none.
@@ -159,28 +119,16 @@ class Relaxation:
     def _least_sum(self, rows: list[Path], weights: np.ndarray) -> tuple[float, Cut | None]:
         """The least weighted sum of ``rows`` of all cuts, and the cut that has it."""
         counts = np.tensordot(weights, np.stack([row.counts for row in rows]), 1)
-        prices = [counts @ sums for sums in self.sums]
-        size = len(self.last_start)
-        value = np.full(size, np.inf)
-        value[0] = 0.0
-        values = [value]
-        for stage in range(self.num_stages):
-            best = np.full(size, np.inf)
-            for price, starts in zip(prices, self.starts):
-                least = _window_minima(values[-1] - price[stage], starts[stage], self.last_start)
-                np.minimum(best, least + price[stage], out=best)
-            values.append(best)
-        if not np.isfinite(values[-1][-1]):
-            return np.inf, None
-        fixed = float(weights @ np.array([row.fixed for row in rows]))
-        return float(values[-1][-1]) + fixed, self._walk_back(values, prices)
+        value, cut = self.ways.cheapest(counts)
+        return value + float(weights @ np.array([row.fixed for row in rows])), cut
 
     def memory_prices(self, path_weights: np.ndarray) -> np.ndarray:
         """Weights of the limits at which to recompute costs the paths' seconds just what the bytes freed are worth.
 
         At these, memory that is short is paid with the least work that makes up for it.
         """
-        slower, freed = (self.sums[-1] - self.sums[0])[:3, -1], (self.sums[0] - self.sums[-1])[4:, -1]
+        plain, again = self.ways.sums
+        slower, freed = (again - plain)[:3, -1], (plain - again)[4:, -1]
         dear = np.tensordot(path_weights, np.stack([path.counts for path in self.paths]), 1)[:, :3] @ slower
         bytes_of = np.stack([limit.counts[:, 4:] @ freed for limit in self.limits])
         own = np.stack([limit.counts[:, 3] > 0 for limit in self.limits])
@@ -193,29 +141,8 @@ class Relaxation:
                 best[row] = cost[row] / (gained[row] * self.scale)
         return best
 
-    def forced(self, flags: Sequence[bool]) -> Relaxation:
-        """The same where it is settled which stages recompute."""
-        made, never = self.copy(), len(self.last_start)
-        for stage, flag in enumerate(flags):
-            made.starts[not flag][stage] = never
-        return made
-
     def _scales(self) -> np.ndarray:
         return np.concatenate((np.ones(len(self.paths)), np.full(len(self.limits), self.scale)))
-
-    def _walk_back(self, values: list[np.ndarray], prices: list[np.ndarray]) -> Cut:
-        place, cuts, flags = len(self.last_start) - 1, [len(self.last_start) - 1], []
-        for stage in reversed(range(self.num_stages)):
-            choices = []
-            for option, (price, starts) in enumerate(zip(prices, self.starts)):
-                low, high = int(starts[stage][place]), int(self.last_start[place]) + 1
-                if low < high:
-                    sums = values[stage][low:high] - price[stage][low:high]
-                    choices.append((float(sums.min() + price[stage][place]), option, low + int(sums.argmin())))
-            _, option, place = min(choices)
-            cuts.append(place)
-            flags.append(bool(option))
-        return tuple(reversed(cuts)), tuple(reversed(flags))
 
     def over(self, cut: Cut) -> np.ndarray:
         """The share by which every limit is passed for one cut; below 0 where it is kept."""
@@ -226,32 +153,13 @@ class Relaxation:
         base = np.concatenate((np.zeros(len(self.paths)), np.full(len(self.limits), self.scale)))
         return self._of(cut, [*self.paths, *self.limits]) * self._scales() + base
 
+    def lengths_of(self, path: Path, cuts: Sequence[Cut]) -> np.ndarray:
+        """Seconds of one path for every cut."""
+        return np.array([self._of(cut, [path])[0] for cut in cuts])
+
     def _of(self, cut: Cut, rows: list[Path]) -> np.ndarray:
-        places, flags = cut
-        held = np.stack([self.sums[int(flag)][:, b] - self.sums[int(flag)][:, a]
-                         for a, b, flag in zip(places, places[1:], flags)])
+        held = self.ways.held(cut)
         return np.array([float((row.counts * held).sum()) + row.fixed for row in rows])
-
-
-def _window_minima(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """``min(values[starts[i]: ends[i] + 1])`` for every i; inf where that is empty."""
-    length = ends - starts + 1
-    longest = int(length.max(initial=0))
-    result = np.full(len(values), np.inf)
-    if longest <= 0:
-        return result
-    tables, span = [values], 1
-    while 2 * span <= longest:
-        before = tables[-1]
-        tables.append(np.minimum(before, np.append(before[span:], np.full(span, np.inf))))
-        span *= 2
-    some = np.flatnonzero(length > 0)
-    level = np.frexp(length[some])[1] - 1
-    stacked = np.stack(tables)
-    low = stacked[level, starts[some]]
-    high = stacked[level, ends[some] + 1 - (1 << level)]
-    result[some] = np.minimum(low, high)
-    return result
 
 
 def balance(lengths: np.ndarray, rounds: int = 400) -> np.ndarray:

@@ -28,7 +28,6 @@ def best_cut(graph, point, schedule, hardware, training):
     nodes, best = list(graph), math.inf
     if schedule.topology.num_stages != point.num_stages:
         return best
-    choices = [(False, True) if point.recompute != "none" else (False,)] * point.num_stages
     for inner in itertools.combinations(range(1, len(nodes)), point.num_stages - 1):
         ends = (0, *inner, len(nodes))
         if point.recompute == "blocks" and any(_inside_a_block(nodes, end) for end in inner):
@@ -36,9 +35,17 @@ def best_cut(graph, point, schedule, hardware, training):
         stages = [nodes[a:b] for a, b in zip(ends, ends[1:])]
         if not all(any(graph.nodes[n]["param_bytes"] for n in stage) for stage in stages):
             continue
-        for flags in itertools.product(*choices):
-            best = min(best, step_seconds(graph, stages, flags, point, schedule, hardware, training))
+        for again in itertools.product(*(_recomputed(stage, point.recompute) for stage in stages)):
+            best = min(best, step_seconds(graph, stages, again, point, schedule, hardware, training))
     return best
+
+
+def _recomputed(stage, grain):
+    """What of a stage may run again: nothing or all of it, or its first blocks, by path."""
+    if grain != "blocks":
+        return ((), tuple(stage)) if grain == "stages" else ((),)
+    paths = tuple(dict.fromkeys(block_of(node) for node in stage if block_of(node)))
+    return [paths[:count] for count in range(len(paths) + 1)]
 
 
 def block_of(name):
@@ -49,7 +56,7 @@ def _inside_a_block(nodes, end):
     return block_of(nodes[end - 1]) != "" and block_of(nodes[end - 1]) == block_of(nodes[end])
 
 
-def step_seconds(graph, stages, flags, point, schedule, hardware, training):
+def step_seconds(graph, stages, again, point, schedule, hardware, training):
     """Seconds of a step, inf where a worker has too little memory."""
     worker_of, m = schedule.topology.worker_of, point.num_microbatches
     home = {node: number for number, stage in enumerate(stages) for node in stage}
@@ -61,8 +68,8 @@ def step_seconds(graph, stages, flags, point, schedule, hardware, training):
         for pair in zip([home[node], *readers], readers):
             returns[pair] = returns.get(pair, 0) + data["output_bytes"]
     received = [sum(size for (_, to), size in passes.items() if to == number) for number in range(len(stages))]
-    figures = [_stage(graph, stage, flag, point.recompute, received[number])
-               for number, (stage, flag) in enumerate(zip(stages, flags))]
+    figures = [_stage(graph, stage, paths, point.recompute, received[number])
+               for number, (stage, paths) in enumerate(zip(stages, again))]
     state = 2.0 / point.replicas if point.shard else 2.0        # AdamW's moments
     for worker in range(point.workers):
         own = [figures[s] for s in range(len(stages)) if worker_of[s] == worker]
@@ -83,11 +90,11 @@ def step_seconds(graph, stages, flags, point, schedule, hardware, training):
     return max(last, m * _traffic(point, worker_of, passes, returns, hop))
 
 
-def _stage(graph, stage, recomputing, grain, received):
+def _stage(graph, stage, again, grain, received):
     data = {node: dict(graph.nodes[node]) for node in stage}
-    if recomputing and grain == "blocks":
-        for path in dict.fromkeys(map(block_of, stage)):
-            members = [node for node in stage if path and block_of(node) == path]
+    if grain == "blocks":
+        for path in again:
+            members = [node for node in stage if block_of(node) == path]
             if members:
                 outside = {u for node in members for u in graph.predecessors(node)} - set(members)
                 data[members[-1]]["workspace_bytes"] += sum(graph.nodes[node]["activation_bytes"] for node in members)
@@ -107,7 +114,7 @@ def _stage(graph, stage, recomputing, grain, received):
     figures = {"F": total["forward"], "B": total["backward"], "I": total["backward"] - total["weight_grad"],
                "W": total["weight_grad"], "params": total["param_bytes"], "keeps": total["activation_bytes"],
                "half": total["kept_bytes"], "scratch": scratch}
-    if recomputing and grain == "stages":
+    if again and grain == "stages":
         figures |= {"B": figures["B"] + figures["F"], "I": figures["I"] + figures["F"], "keeps": received,
                     "scratch": [each + total["activation_bytes"] for each in scratch]}
     return figures
