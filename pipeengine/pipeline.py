@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import networkx
@@ -55,10 +54,11 @@ class Pipeline(Standing):
     - ``weights`` (the model's own): a Hugging Face checkpoint folder, read for the own stages only.
     - ``device`` (where the model is, else the accelerator).
     - ``mesh`` (all processes in one pipeline): a ``DeviceMesh`` whose dimension "pp" holds the workers of a pipeline,
-      and "dp_replicate" (or "dp"), if there is one, the replicas. ``num_replicas`` without a mesh: so many pipelines,
-      the workers of each next to each other. Each replica passes its own batch; together they are one.
+      and "dp_replicate" (or "dp"), if there is one, the replicas ("dp_shard": with ``shard="parameters"``).
+      ``num_replicas`` without a mesh: so many pipelines, the workers of each next to each other. Each replica passes
+      its own batch; together they are one.
     - ``shard`` (None): "optimizer" deals the parameters to the replicas, and each updates its own; "parameters" leaves
-      each replica its rows of them between steps.
+      each replica its rows of them between steps, and updates those.
     - ``seed`` (0): of dropout and of initial values that are made here.
     - ``check`` (True): compare the recording with eager execution once, where parameters are real.
     - ``recompute`` (False): True, stages (by number) or modules (by path) that keep only their inputs and run their
@@ -84,9 +84,9 @@ class Pipeline(Standing):
                           recompute, shard, num_replicas, compile)
         self._model, self._device = model, _device(model, device)
         self._workers = connect(mesh, self._device, _launched(), num_replicas, environment=os.environ)
-        if mesh is not None:            # it has said where the replicas are
-            options = replace(options, num_replicas=self._workers.grid.num_replicas)
         try:
+            if mesh is not None:        # it has said where the replicas are
+                options = options.on(mesh, self._workers.grid)
             with self._workers.activity.section("construction", takes_long=True):
                 self._assembly: Assembly = assemble(options, self._workers, self._device)
         except BaseException:
