@@ -175,16 +175,16 @@ class StepRunner:
 
     def _train(self, prepared: Prepared, scale: torch.Tensor | None) -> None:
         progress, tasks = self.progress, prepared.tasks
-        actions = self._programs.actions(len(tasks), prepared.edges, training=True)
+        share = self._programs.share(len(tasks), prepared.edges, training=True)
         self.ties.begin()
-        self.transport.begin(progress.calls, prepared.digest)
+        self.transport.begin(progress.calls, prepared.digest, share.receipts)
         start = perf_counter()
         counted = None
         if self.counts_memory and not profiler_enabled():       # which cannot run inside itself
             self.counts_memory = False
-            counted = count_memory(lambda: self.executor.run(actions, tasks, scale), self._tasks.reader.device)
+            counted = count_memory(lambda: self.executor.run(share.actions, tasks, scale), self._tasks.reader.device)
         else:
-            self.executor.run(actions, tasks, scale)
+            self.executor.run(share.actions, tasks, scale)
         self._tasks.specializations.ran()
         self.ties.reduce()
         if progress.step < 3 or progress.step % 10 == 0 or counted is not None:
@@ -195,8 +195,9 @@ class StepRunner:
 
     def _evaluate(self, prepared: Prepared, gather: bool) -> object:
         tasks, first = prepared.tasks, prepared.specializations[0]
-        self.transport.begin(self.progress.calls, prepared.digest)
-        self.executor.run(self._programs.actions(len(tasks), prepared.edges, training=False), tasks)
+        share = self._programs.share(len(tasks), prepared.edges, training=False)
+        self.transport.begin(self.progress.calls, prepared.digest, share.receipts)
+        self.executor.run(share.actions, tasks)
         self._tasks.specializations.ran()
         loss = self.progress.loss = self._spread_loss(first, self.executor.loss)
         last = self._workers.grid.worker(self._worker_of[first.split.output_stage])
