@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from time import perf_counter
 from typing import TypeVar
 
 import torch
 
 from pipeengine.distributed import ConnectionLost, NoTies, Transport, Workers, headline
 from pipeengine.errors import InputError, WorkerError, told
+from pipeengine.runtime.clock import HOST, Clock, clock_of
 from pipeengine.runtime.executor import Executor
 from pipeengine.runtime.gradients import Gradients, scale_of
 from pipeengine.runtime.memory_count import MemoryCount, count_memory
@@ -178,17 +178,20 @@ class StepRunner:
         share = self._programs.share(len(tasks), prepared.edges, training=True)
         self.ties.begin()
         self.transport.begin(progress.calls, prepared.digest, share.receipts)
-        start = perf_counter()
-        counted = None
-        if self.counts_memory and not profiler_enabled():       # which cannot run inside itself
+        counts = self.counts_memory and not profiler_enabled()       # which cannot run inside itself
+        publishes = progress.step < 3 or progress.step % 10 == 0 or counts
+        clock = clock_of(self._tasks.reader.device) if publishes else HOST
+        start, counted = clock.begin(), None
+        if counts:
             self.counts_memory = False
-            counted = count_memory(lambda: self.executor.run(share.actions, tasks, scale), self._tasks.reader.device)
+            counted = count_memory(lambda: self.executor.run(share.actions, tasks, scale, clock),
+                                   self._tasks.reader.device)
         else:
-            self.executor.run(share.actions, tasks, scale)
+            self.executor.run(share.actions, tasks, scale, clock)
         self._tasks.specializations.ran()
         self.ties.reduce()
-        if progress.step < 3 or progress.step % 10 == 0 or counted is not None:
-            self._publish(start, counted)
+        if publishes:
+            self._publish(start, clock, counted)
         progress.amount = prepared.amount
         progress.loss = progress.trained_loss = self._spread_loss(prepared.specializations[0], self.executor.loss)
         progress.step += 1
@@ -234,13 +237,15 @@ class StepRunner:
             return self._workers.all_reduce(loss)
         return self._workers.broadcast(loss, self._worker_of[specialization.split.loss_stage])
 
-    def _publish(self, start: float, counted: MemoryCount | None) -> None:
+    def _publish(self, start: float, clock: Clock, counted: MemoryCount | None) -> None:
         """Leave for all to find when this step's actions ran, and what was counted in the last step that was."""
         if counted is not None:
             self._published["added"] = {"peak": counted.peak, "stages": list(counted.stages.items())}
         if counted is None or "records" not in self._published:         # counting takes time: better an earlier step's
+            ran = [(op, stage, microbatch, clock.seconds(begin), clock.seconds(end))
+                   for op, stage, microbatch, begin, end in self.executor.records]
             records = [(op, stage, microbatch, round(begin - start, 7), round(end - start, 7))
-                       for op, stage, microbatch, begin, end in (*self.executor.records, *self._sums())]
+                       for op, stage, microbatch, begin, end in (*ran, *self._sums())]
             self.progress.microbatches = 1 + max((record[2] for record in records),
                                                  default=self.progress.microbatches - 1)
             self._published |= {"step": self.progress.step, "records": records}
