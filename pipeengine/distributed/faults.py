@@ -10,6 +10,7 @@ import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from pipeengine.distributed.activity import Activity
 
@@ -35,7 +36,7 @@ def _fill(seconds: float) -> None:
     """From now on the disk is full for this process: what is written through ``os.write`` to a file fails."""
     write = os.write
 
-    def full(file: int, data: bytes) -> int:
+    def full(file: int, data: Any) -> int:
         if stat.S_ISREG(os.fstat(file).st_mode):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(file, data)
