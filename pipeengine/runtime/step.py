@@ -6,7 +6,7 @@ the pipeline is still open.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,9 +32,10 @@ _ACTIONS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight
             "SA": "sending an activation", "RA": "receiving an activation",
             "SG": "sending a gradient", "RG": "receiving a gradient", "R": "summing gradients"}
 T = TypeVar("T")
-_FACTS = ("the number of calls", "the batch",
+_FACTS = ("the number of calls", "the modes of the model, autocast or requires_grad", "the batch",
           "what the forward or the loss reads from Python (attributes, configs, globals, closures), which every worker "
           "must set alike", "the recorded model")
+_OF_THE_BATCH = _FACTS[0], _FACTS[2]        # the others follow from what is set in Python, and names can be told
 
 
 @dataclass
@@ -140,8 +141,9 @@ class StepRunner:
             progress.calls = call
             return whole
         prepared, problem = attempt(lambda: self._ready(inputs, training, call))
-        facts = (call, *prepared.facts) if prepared else (call, 0, 0, 0)
-        self.guarded(lambda: self._workers.agree(facts, problem, _FACTS), harmless=InputError)
+        facts = (call, *prepared.facts) if prepared else (call, 0, 0, 0, 0)
+        explain = partial(self._explain, prepared.specializations) if prepared else None
+        self.guarded(lambda: self._workers.agree(facts, problem, _FACTS, (), explain), harmless=InputError)
         progress.calls = call           # one that was refused everywhere has not happened
         assert prepared is not None, "a problem of one worker is raised on all"
         return prepared
@@ -154,14 +156,19 @@ class StepRunner:
         look = self._look(inputs, training, call)
         return self._tasks.prepare(look, self._tasks.weigh(look))
 
+    def _explain(self, chosen: Sequence[Specialization], fact: str) -> dict[str, str]:
+        return {} if fact in _OF_THE_BATCH else self._tasks.set_and_read(chosen)
+
     def _prepare_in_replicas(self, replicas: ReplicaBatches, inputs: Inputs, training: bool, call: int) -> Prepared:
         """The same for one replica's batch, which is a part of the whole: numbered and weighed in that."""
         firsts = replicas.usual_firsts()
         while True:
             seen, problem = attempt(lambda: replicas.see(self._look(inputs, training, call, firsts[replicas.replica])))
-            facts = (call, *seen.look.facts) if seen else (call, 0, 0, 0)
+            facts = (call, *seen.look.facts) if seen else (call, 0, 0, 0, 0)
             told = replicas.tell(seen, self.ties.is_stale()) if seen else ()
-            everybody = self.guarded(partial(self._workers.agree, facts, problem, _FACTS, told), harmless=InputError)
+            explain = partial(self._explain, seen.look.chosen) if seen else None
+            everybody = self.guarded(partial(self._workers.agree, facts, problem, _FACTS, told, explain),
+                                     harmless=InputError)
             assert seen is not None, "a problem of one worker is raised on all"
             known = replicas.read(everybody)
             if known.firsts == firsts:
