@@ -11,6 +11,7 @@ from pipeengine.distributed.board import LocalBoard
 from pipeengine.distributed.buckets import Copies
 from pipeengine.distributed.grid import Grid
 from pipeengine.distributed.local import LocalTransport, Transport
+from pipeengine.distributed.sharding import Sharding
 from pipeengine.distributed.tied_parameters import NoTies, Tie
 from pipeengine.distributed.wishes import Wishes
 from pipeengine.errors import PipeEngineError
@@ -75,7 +76,7 @@ class SingleProcess:
         return NoTies()
 
     def replicate(self, copies: Sequence[Copies], tensors: Mapping[str, torch.Tensor],
-                  owner: Mapping[str, int] | None) -> NoTies:
+                  owner: Mapping[str, int] | None, sharding: Sharding | None = None) -> NoTies:
         """One process has no replicas."""
         return NoTies()
 

@@ -25,6 +25,8 @@ from pipeengine.distributed.groups import GroupMaker
 from pipeengine.distributed.guard import Guard, GuardSettings, Told
 from pipeengine.distributed.local import Transport
 from pipeengine.distributed.replicas import ReplicatedParameters
+from pipeengine.distributed.sharded_parameters import ShardedParameters
+from pipeengine.distributed.sharding import Sharding
 from pipeengine.distributed.tied_parameters import NoTies, Tie, TiedParameters
 from pipeengine.distributed.transport import DistributedTransport
 from pipeengine.distributed.waiting import Waiter, give_up
@@ -98,8 +100,9 @@ class Workers(Protocol):
         """What keeps copies of shared parameters equal; they have the owner's value afterwards."""
 
     def replicate(self, copies: Sequence[Copies], tensors: Mapping[str, torch.Tensor],
-                  owner: Mapping[str, int] | None) -> NoTies:
-        """The same where there are replicas; with ``owner`` each parameter is updated by one worker."""
+                  owner: Mapping[str, int] | None, sharding: Sharding | None = None) -> NoTies:
+        """The same where there are replicas; with ``owner`` each parameter is updated by one worker, with ``sharding``
+        each worker holds and updates rows of those that it names."""
 
     def fail(self, error: BaseException, where: str) -> BaseException:
         """Tell the others of ``error``, and return what this worker is to raise."""
@@ -164,13 +167,19 @@ class ProcessGroupWorkers:
         return tied
 
     def replicate(self, copies: Sequence[Copies], tensors: Mapping[str, torch.Tensor],
-                  owner: Mapping[str, int] | None) -> ReplicatedParameters:
+                  owner: Mapping[str, int] | None, sharding: Sharding | None = None
+                  ) -> ReplicatedParameters | ShardedParameters:
         """The copies of tensors in all replicas, on groups of their own, equal from the start; every worker calls
         it."""
-        replicated = ReplicatedParameters(copies, tensors, self.rank, self.ranks, self.backend, self._groups,
-                                          self.waiter, owner)
+        dealt = {} if sharding is None else sharding.slots
+        replicated = ReplicatedParameters([one for one in copies if one.name not in dealt], tensors, self.rank,
+                                          self.ranks, self.backend, self._groups, self.waiter, owner)
         replicated.equalise()
-        return replicated
+        own = [one for one in copies if one.name in dealt and self.rank in one.workers]
+        if sharding is None or not own:
+            return replicated
+        return ShardedParameters(own, tensors, sharding, replicated, self.rank, self.ranks, self.backend, self._groups,
+                                 self.waiter)
 
     # -- collectives ------------------------------------------------------------------------------------------------
 

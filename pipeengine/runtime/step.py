@@ -149,8 +149,9 @@ class StepRunner:
         return prepared
 
     def _look(self, inputs: Inputs, training: bool, call: int, first: int = 0) -> Look:
-        return self._tasks.look(inputs, training=training, step=self.progress.step, call=call, first=first,
-                                joined=self._replicas is not None)
+        with self.ties.recording():
+            return self._tasks.look(inputs, training=training, step=self.progress.step, call=call, first=first,
+                                    joined=self._replicas is not None)
 
     def _ready(self, inputs: Inputs, training: bool, call: int) -> Prepared:
         look = self._look(inputs, training, call)
@@ -174,10 +175,11 @@ class StepRunner:
             if known.firsts == firsts:
                 break
             firsts = known.firsts           # a short batch: the numbers of its micro-batches were a guess
-        weights = self.guarded(lambda: replicas.weigh(seen, known), harmless=InputError)
+        with self.ties.recording():
+            weights = self.guarded(lambda: replicas.weigh(seen, known), harmless=InputError)
+            prepared = self._tasks.prepare(seen.look, weights)
         if known.is_stale:
             self.guarded(self.ties.refresh)
-        prepared = self._tasks.prepare(seen.look, weights)
         return replace(prepared, amount=(known.amount, prepared.amount[1]))
 
     def _train(self, prepared: Prepared, scale: torch.Tensor | None) -> None:
@@ -207,7 +209,11 @@ class StepRunner:
         tasks, first = prepared.tasks, prepared.specializations[0]
         share = self._programs.share(len(tasks), prepared.edges, training=False)
         self.transport.begin(self.progress.calls, prepared.digest, share.receipts)
-        self.executor.run(share.actions, tasks)
+        self.ties.gather()
+        try:
+            self.executor.run(share.actions, tasks)
+        finally:
+            self.ties.release()
         self._tasks.specializations.ran()
         loss = self.progress.loss = self._spread_loss(first, self.executor.loss)
         last = self._workers.grid.worker(self._worker_of[first.split.output_stage])
