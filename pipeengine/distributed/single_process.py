@@ -39,7 +39,8 @@ class SingleProcess:
         return what()
 
     def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str],
-              told: Sequence[int] = ()) -> Sequence[Sequence[int]]:
+              told: Sequence[int] = (), explain: Callable[[str], Mapping[str, str]] | None = None
+              ) -> Sequence[Sequence[int]]:
         """Raise the ``problem``, if there is one."""
         self.wishes.hear(self.wishes.own())
         if problem is not None:
