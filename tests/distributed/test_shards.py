@@ -70,7 +70,8 @@ def ran(replicas: int, width: int) -> list[dict]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("grid", "case"), [
-    pytest.param(grid, case, id="-".join(map(str, (*grid, *case)))) for grid, cases in GRIDS.items() for case in cases if not CASES[case[0]].random])
+    pytest.param(grid, case, id="-".join(map(str, (*grid, *case))))
+    for grid, cases in GRIDS.items() for case in cases if not CASES[case[0]].random])
 def test_shards_are_one_process(grid, case):
     """Two steps whose gradients add up, a short batch, a replica without a target: every gradient, put together."""
     seen = [worker.get(case, "this worker never got here") for worker in ran(*grid)]
