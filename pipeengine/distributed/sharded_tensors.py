@@ -40,6 +40,7 @@ def put_whole(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Copy ``value``, whole or sharded alike, into ``tensor``."""
     if is_sharded(tensor):
         value = own_part(value) if is_sharded(value) else own_rows(value, tensor)
+        torch.autograd.graph.increment_version(tensor)      # who looks whether it has changed looks at the whole
     own_part(tensor).copy_(value)
 
 

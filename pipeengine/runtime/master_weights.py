@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pipeengine.distributed import is_sharded
 from pipeengine.errors import InputError
 from pipeengine.torch_private import version_of
 
@@ -35,6 +36,7 @@ class _Masters:
 
     def __init__(self) -> None:
         self._inside: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        self._swapped: list[tuple[list, int, torch.nn.Parameter]] = []      # of a group, the place, and what was there
         self._versions: dict[int, int] = {}
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
@@ -57,16 +59,27 @@ class _Masters:
             raise InputError("the optimizer's step was given a closure, which would run the model on float32 copies; "
                              "call pipe.step before it, and the optimizer's step without")
         for group in optimizer.param_groups:
-            for parameter in group["params"]:
+            for place, parameter in enumerate(group["params"]):
                 if parameter.dtype not in _HALF or parameter.grad is None:
                     continue
                 state = optimizer.state[parameter]
                 # Out of the state meanwhile: optimizers take a state that is not empty for a complete one.
                 master = self._current(parameter, state.pop(MASTER, None))
+                if is_sharded(parameter):       # keeps its dtype, whatever its values are replaced by
+                    self._swap(optimizer, group["params"], place, master)
+                    continue
                 low, gradient = parameter.data, parameter.grad.to(torch.float32)
                 parameter.grad, parameter.data = None, master
                 parameter.grad = gradient
                 self._inside.append((parameter, low))
+
+    def _swap(self, optimizer: torch.optim.Optimizer, parameters: list, place: int, master: torch.Tensor) -> None:
+        """Put a parameter in float32, with the state, in the place of a sharded one."""
+        parameter, stand_in = parameters[place], torch.nn.Parameter(master)
+        stand_in.grad = parameter.grad.to(torch.float32)
+        optimizer.state[stand_in] = optimizer.state.pop(parameter)
+        parameters[place] = stand_in
+        self._swapped.append((parameters, place, parameter))
 
     def _current(self, parameter: torch.nn.Parameter, master: torch.Tensor | None) -> torch.Tensor:
         """The copy, where it still is the parameter's."""
@@ -79,6 +92,12 @@ class _Masters:
 
     def _leave(self, optimizer: torch.optim.Optimizer) -> None:
         with torch.no_grad():
+            for parameters, place, parameter in self._swapped:
+                stand_in, parameters[place] = parameters[place], parameter
+                parameter.copy_(stand_in)
+                optimizer.state[parameter] = optimizer.state.pop(stand_in)
+                optimizer.state[parameter][MASTER] = stand_in.detach()
+                self._versions[id(parameter)] = version_of(parameter)
             for parameter, low in self._inside:
                 master = parameter.data
                 gradient, parameter.grad = parameter.grad, None
@@ -88,3 +107,4 @@ class _Masters:
                 optimizer.state[parameter][MASTER] = master
                 self._versions[id(parameter)] = version_of(parameter)
         self._inside.clear()
+        self._swapped.clear()

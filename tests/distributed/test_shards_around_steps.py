@@ -41,13 +41,17 @@ class Net(zoo.Blocks):
         return self.loss(self.scale * self.recurrent(x)[0], y)
 
 
-def make(layout: str, **options) -> pe.Pipeline:
+def make(layout: str, dtype: torch.dtype = torch.float32, one_row: bool = False, **options) -> pe.Pipeline:
     torch.manual_seed(1)
     names, shape = MESHES[layout]
-    options = dict(mesh=init_device_mesh("cpu", shape, mesh_dim_names=names), num_microbatches=MICROBATCHES,
-                   shard=layout if layout == "optimizer" else None) | options
-    return pe.Pipeline(Net(), {key: value[:4] for key, value in BATCH.items()}, schedule="1f1b", costs="analytic",
-                       check=False, **options)
+    if "mesh" not in options:
+        options["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    options = dict(num_microbatches=MICROBATCHES, shard=layout if layout == "optimizer" else None) | options
+    model = Net().to(dtype)
+    if one_row:
+        model.scale = nn.Parameter(model.scale.detach()[None])
+    return pe.Pipeline(model, {key: value[:4].to(dtype) for key, value in BATCH.items()}, schedule="1f1b",
+                       costs="analytic", check=False, **options)
 
 
 def mine(pipe: pe.Pipeline) -> dict[str, torch.Tensor]:
@@ -63,10 +67,13 @@ def train(report, root: str) -> None:
         losses, norms, sent = [], [], [0]
         for _ in range(STEPS):
             losses.append(float(pipe.step(**mine(pipe))))
-            norms.append(float(pipe.clip_grad_norm_(0.5)))
+            norms.append(float(pipe.clip_grad_norm_(1e9)))      # scales nothing
             optimizer.step()
             optimizer.zero_grad()
             sent.append(pipe._assembly.ties.bytes)
+        pipe.step(**mine(pipe))
+        report((shard, "clipped"), [float(pipe.clip_grad_norm_(0.01, kind)) for kind in (2.0, 2.0, float("inf"))])
+        optimizer.zero_grad()
         pipe.evaluate(**mine(pipe))
         report(shard, (losses, norms, float(pipe.loss), pipe.full_state_dict(), before))
         held = {name: parameter.numel() for name, parameter in pipe._assembly.reader.model.named_parameters()
@@ -124,7 +131,7 @@ def trained() -> list[dict]:
 
 
 def test_ten_steps_are_bit_equal_to_unsharded_ones():
-    """AdamW with clipping, a parameter under two names, a recurrent layer; and what was loaded and saved."""
+    """AdamW, a parameter under two names, a recurrent layer; and what was saved and loaded."""
     reports = trained()
     for report in reports:
         assert report["parameters"][0] == report["none"][0] and report["parameters"][2] == report["none"][2]
@@ -134,6 +141,13 @@ def test_ten_steps_are_bit_equal_to_unsharded_ones():
         assert report["parameters"][4] == report["none"][4], "shards have the names and the shapes of the whole"
     whole, shards = reports[0]["none"][3], reports[0]["parameters"][3]
     assert set(whole) == set(shards) and worst_difference(whole, shards)[0] == 0.0
+
+
+def test_all_rows_are_clipped_by_the_norm_of_the_whole():
+    for report in trained():
+        whole, shards = report["none", "clipped"], report["parameters", "clipped"]
+        assert shards == pytest.approx(whole, rel=1e-5) and shards == trained()[0]["parameters", "clipped"]
+        assert whole[0] > whole[1] == pytest.approx(0.01, rel=1e-3)
 
 
 def test_the_optimizer_holds_its_rows_alone():
@@ -165,3 +179,47 @@ def test_what_cannot_be_sharded_is_refused_by_name():
         assert "'optimizer'" in shard and "dp_shard" in shard
         assert "pipe.clip_grad_norm_" in clipped
         assert "own" in saved and "(3,)" in saved
+
+
+# ------------------------------------------------------------------------------------------------------- precision
+
+def low_precision(report, root: str) -> None:
+    """bfloat16 with master weights, through a checkpoint; float32 with a scaler, the last step of which overflows."""
+    warnings.simplefilter("ignore")
+    for shard in ("optimizer", "parameters"):
+        for dtype in (torch.bfloat16, torch.float32):
+            # One row, which one replica has: a GradScaler takes no shards beside whole gradients.
+            pipe = make("none", shard=shard, dtype=dtype, one_row=dtype == torch.float32, mesh=None, num_replicas=2)
+            batch = {key: value.to(dtype) for key, value in mine(pipe).items()}
+            optimizer = torch.optim.AdamW(pipe.parameters(), lr=1e-2)
+            scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=dtype == torch.float32)
+            if not scaler.is_enabled():
+                pe.keep_master_weights(optimizer)
+            for step in range(4):
+                given = {key: value * (float("inf") if scaler.is_enabled() and step == 3 else 1.0)
+                         for key, value in batch.items()}
+                pipe.step(**given, scaler=scaler)
+                scaler.unscale_(optimizer)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                if step == 1:
+                    checkpoints = pe.Checkpoints(Path(root) / f"{shard}-{dtype}", pipe, optimizer=optimizer)
+                    checkpoints.save(1, force=True)
+                    checkpoints.wait()
+                    pipe.load_state_dict({name: torch.zeros_like(one) for name, one in pipe.state_dict().items()})
+                    assert checkpoints.load() == 1
+                    checkpoints.close()
+            masters = {str(one["master"].dtype) for one in optimizer.state.values() if "master" in one}
+            report((shard, str(dtype)), (pipe.full_state_dict(), masters, scaler.get_scale()))
+            pipe.close()
+
+
+@pytest.mark.slow
+def test_master_weights_and_scalers_work_on_rows():
+    reports = launch(2, low_precision, tempfile.mkdtemp(), limit=100)
+    for dtype, masters, scale in (("torch.bfloat16", {"torch.float32"}, 1.0), ("torch.float32", set(), 128.0)):
+        for report in reports:
+            assert report["optimizer", dtype][1:] == report["parameters", dtype][1:] == (masters, scale)
+        whole, shards = (reports[0][shard, dtype][0] for shard in ("optimizer", "parameters"))
+        assert all(torch.equal(whole[name], shards[name]) for name in whole)
