@@ -5,8 +5,8 @@ from functools import cache
 
 import pytest
 import torch
-from reference import assert_same_step
-from test_replicas import CASES, call, make, replica_batches, truth, without_targets
+from reference import assert_same_step, gradients
+from test_replicas import CASES, MICROBATCHES, call, make, replica_batches, truth, without_targets
 from workers import launch
 
 import pipeengine as pe
@@ -24,7 +24,7 @@ def whole_gradients(pipe: pe.Pipeline) -> dict[str, object]:
     return found
 
 
-def one_case(name: str, schedule: str, replicas: int) -> list[tuple]:
+def one_case(name: str, schedule: str, replicas: int) -> tuple[list[tuple], int, set[str]]:
     """(loss, gradients) of a step, of a second one on top of it, of a short one, of one without targets in the last
     replica, and an evaluation before."""
     model, pipe = make(name, schedule, "parameters", replicas)
@@ -68,6 +68,17 @@ def ran(replicas: int, width: int) -> list[dict]:
     return launch(replicas * width, run_cases, replicas, GRIDS[replicas, width], limit=400)
 
 
+def put_together(seen: list[tuple], number: int, replicas: int) -> dict[str, torch.Tensor]:
+    """The gradients of step ``number``, of the rows of all replicas in their order."""
+    merged: dict[str, torch.Tensor] = {}
+    for replica in range(replicas):
+        for steps, own, names in seen:
+            if own == replica:
+                for name, gradient in steps[number][1].items():
+                    merged[name] = torch.cat([merged[name], gradient]) if name in merged and name in names else gradient
+    return merged
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("grid", "case"), [
     pytest.param(grid, case, id="-".join(map(str, (*grid, *case))))
@@ -79,12 +90,19 @@ def test_shards_are_one_process(grid, case):
     shards = set().union(*(names for _, _, names in seen))
     assert shards, "something is sharded"
     for number, expected in enumerate(truth(case[0], grid[0])):
-        merged = {}
-        for replica in range(grid[0]):
-            for steps, own, names in seen:
-                if own == replica:
-                    for name, gradient in steps[number][1].items():
-                        merged[name] = torch.cat([merged[name], gradient]) if name in merged and name in names \
-                            else gradient
+        merged = put_together(seen, number, grid[0])
         assert all(torch.equal(steps[number][0], seen[0][0][number][0]) for steps, _, _ in seen)
         assert_same_step(expected, (seen[0][0][number][0], merged), 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", ((2, 2), (4, 1)), ids=str)
+def test_dropout_is_that_of_one_pipeline(grid):
+    """The first step, as one pipeline with all micro-batches makes it."""
+    case = CASES["gpt2-dropout"]
+    model, batch = case.build(), case.batches[0]
+    pipe = pe.Pipeline(model, batch, num_microbatches=grid[0] * MICROBATCHES, costs="analytic", check=False)
+    loss = pipe.step(**batch)
+    seen = [worker["gpt2-dropout", "1f1b"] for worker in ran(*grid)]
+    assert not any(isinstance(one, str) for one in seen), seen
+    assert_same_step((loss, gradients(model)), (seen[0][0][0][0], put_together(seen, 0, grid[0])), 1e-6)
