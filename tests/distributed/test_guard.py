@@ -12,11 +12,12 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from workers import Workers
 
 import pipeengine as pe
-from pipeengine.distributed import GuardSettings
+from pipeengine.distributed import GuardSettings, guard_watch
+from pipeengine.distributed.activity import Activity
 from pipeengine.distributed.faults import Fault, inject
 from pipeengine.distributed.guard_judge import Judge
 from pipeengine.distributed.guard_process import write_cause
-from pipeengine.distributed.guard_watch import Patience
+from pipeengine.distributed.guard_watch import Patience, Watch
 from pipeengine.distributed.waiting import give_up
 from pipeengine.errors import InputError
 
@@ -197,6 +198,42 @@ def test_patience_is_learnt():
     assert patience.limit(step, 9, False, False) == 3 and patience.limit(step, 9, False, True) == 60
     patience.learn(step, 2.0)
     assert patience.limit(step, 9, False, False) == 20 and patience.limit(("", 0), 9, False, False) == 60
+
+
+@pytest.mark.parametrize("state, used, waited, overdue_after", [
+    ("R", 0.9, 0.0, None), ("R", 0.05, 0.9, None), ("D", 0.0, 0.0, None), ("S", 0.0, 0.0, 3.0), ("S", 0.05, 0.05, 3.0),
+    ("T", 0.0, 0.0, None)])
+def test_a_worker_without_a_cpu_is_not_stalled(state, used, waited, overdue_after, tmp_path, monkeypatch):
+    """A worker that computes on a machine with twenty others gets less than a fifth of a CPU: it was called stalled.
+
+    ``used`` and ``waited``: seconds of CPU time per second, had and wanted. Seconds pass by hand.
+    """
+    clock = [100.0]
+    monkeypatch.setattr(guard_watch.time, "monotonic", lambda: clock[0])
+    activity = Activity()
+    for _ in range(8):
+        with activity.section("step"):
+            pass
+    own, start = tmp_path / str(os.getpid()), clock[0]
+    for thread in "12":
+        (own / "task" / thread).mkdir(parents=True)
+    with activity.section("step", 9):
+        activity.at("B", 1, 2)
+        watch = Watch(os.getpid(), activity._memory, vars(GuardSettings()), proc=str(tmp_path))
+        overdue = None
+        while clock[0] < start + 20 and overdue is None:
+            seconds = clock[0] - start
+            ticks = [int(seconds * used * os.sysconf("SC_CLK_TCK")), 0]
+            (own / "stat").write_text(f"1 (a (b) c) {state} {' '.join(['0'] * 10)} {ticks[0]} {ticks[1]} 0")
+            (own / "status").write_text("TracerPid:\t0\n")
+            for thread in "12":
+                (own / "task" / thread / "schedstat").write_text(f"0 {int(seconds * waited / 2 * 1e9)} 7\n")
+            seen = watch.look()
+            overdue = seconds if seen["overdue"] else None
+            clock[0] += 0.25
+    assert "step 9, stage 1, backward of micro-batch 2" == seen["where"]
+    assert overdue == (None if overdue_after is None else overdue_after + 0.25)
+    assert seen["frozen"] == (state == "T")
 
 
 def test_what_ended_a_worker_is_written_once(tmp_path):
