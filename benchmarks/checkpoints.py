@@ -53,6 +53,7 @@ def copier(tensors: list[torch.Tensor]) -> Callable[[], None]:
 
 def measure(megabytes: int, saves: int, folder: str) -> dict[str, float]:
     """Seconds and ratios, by name."""
+    torch.manual_seed(0)            # the same batch on every worker
     layers = max(2, megabytes * 1_000_000 // (WIDTH * WIDTH * 4 * 3))
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(layers)))
     inputs = torch.randn(ROWS, WIDTH)
