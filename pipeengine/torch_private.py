@@ -15,10 +15,10 @@ import torch
 __all__ = ["APPLY_IS_IN_C", "AutogradFunctionBase", "ConvNd", "DYNAMO_MODULE",
            "DataDependentOutputException", "DisableTorchFunction", "DropoutModule", "DynamicOutputShapeException",
            "FAKE_TENSOR_LOGGER", "FakeTensor", "FakeTensorMode", "LossModule", "PYTREE_NODES", "TorchDispatchMode",
-           "apply_in_c", "check_version", "compilations", "cpu_attention", "default_store", "engine_run_backward",
-           "foreach_norm", "memory_events", "new_process_group", "peek_function_transform", "pop_saved_tensor_hooks",
-           "profiler_enabled", "push_saved_tensor_hooks", "stop_workers_within", "storage_number",
-           "top_saved_tensor_hooks", "version_of", "wrap_norm_of_clipping"]
+           "apply_in_c", "bound_fake_cache", "check_version", "compilations", "cpu_attention", "default_store",
+           "engine_run_backward", "foreach_norm", "memory_events", "new_process_group", "peek_function_transform",
+           "pop_saved_tensor_hooks", "profiler_enabled", "push_saved_tensor_hooks", "stop_workers_within",
+           "storage_number", "top_saved_tensor_hooks", "version_of", "wrap_norm_of_clipping"]
 
 _OLDEST, _TOO_NEW = (2, 11), (2, 15)
 
@@ -193,3 +193,10 @@ def memory_events(seen: torch.profiler.profile, device: torch.device) -> tuple[
         else:
             ranges.append((event.name, event.start_time_ns, event.end_time_ns))
     return memory, ranges
+
+
+def bound_fake_cache(most: int) -> None:
+    """Forget what torch keeps of calls on fake tensors, where it is more than ``most`` calls: each new shape adds some,
+    and nothing else removes them."""
+    if FakeTensorMode.cache_info().size > most:
+        FakeTensorMode.cache_clear()

@@ -83,7 +83,7 @@ class Checkpoints:
         if not (force or asked & (STOP | AGAIN | DUE) or self._is_due(step)):
             return
         if force or asked & (STOP | AGAIN) or step != self._last_step:
-            self._guarded(lambda: self._begin(step))
+            self._guarded("Checkpoints.save", lambda: self._begin(step))
         if asked & STOP:
             self.wait()
             self._signals.release()
@@ -137,7 +137,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Return when what was saved is on the disk under its name. Raises ``InputError`` on every worker where it
         could not be written."""
-        self._guarded(self._settle)
+        self._guarded("Checkpoints.wait", self._settle)
 
     def _settle(self) -> None:
         """The end of the save that is being written, if there is one."""
@@ -162,7 +162,7 @@ class Checkpoints:
         ``passed_over``. Raises ``InputError``, the same on every worker, where checkpoints are there and none is whole,
         or where the newest whole one is of another model or of other parts.
         """
-        return int(self._guarded(self._load))       # type: ignore[call-overload]
+        return int(self._guarded("Checkpoints.load", self._load))       # type: ignore[call-overload]
 
     @property
     def is_writing(self) -> bool:
@@ -216,10 +216,15 @@ class Checkpoints:
             return str(error)
         return None
 
-    def _guarded(self, what: Any) -> Any:
+    def _guarded(self, call: str, what: Any) -> Any:
+        """``what()`` once all workers are in the same ``call``: one that steps meanwhile is an error on all, where
+        collectives of two kinds would meet and abort the process."""
         holdings = self._pipe.holdings()
         holdings.check_open()
-        return holdings.guarded(what, harmless=(InputError, SystemExit))
+        harmless = InputError, SystemExit
+        with holdings.workers.activity.section(call, takes_long=True):
+            holdings.guarded(lambda: holdings.workers.agree((), None, ()), harmless=harmless)
+            return holdings.guarded(what, harmless=harmless)
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
