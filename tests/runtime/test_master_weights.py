@@ -119,7 +119,8 @@ def test_tied_weights_differ_from_one_process_by_the_order_of_one_sum():
     """In bfloat16 AdamW makes a visible step of rounding where a gradient is zero but for that (biases of attention
     keys), so only a process that adds the tied gradients of its two readers as the workers do has the same weights."""
     model = TIED.build().to(torch.bfloat16)
-    token, model.lm_head.weight = model.transformer.wte.weight, torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    token = model.transformer.wte.weight
+    model.lm_head.weight = torch.nn.Parameter(token.detach().clone())
     optimizer = pe.keep_master_weights(torch.optim.AdamW(model.parameters(), lr=1e-3))
     for _ in range(4):
         reference_step(model, TIED.batches[0], 2)
