@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import wraps
 from types import MethodType
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ class _Masters:
         step = optimizer.step           # a step that raises calls no hooks
 
         @wraps(step)
-        def ending(optimizer: torch.optim.Optimizer, *args, **kwargs):
+        def ending(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> object:
             try:
                 return step(*args, **kwargs)
             finally:
