@@ -7,15 +7,15 @@ torch 2.11 to 2.14; importing this file with another version raises ``ImportErro
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
 import torch
 
-__all__ = ["APPLY_IS_IN_C", "AutogradFunctionBase", "ConvNd", "DYNAMO_MODULE",
-           "DataDependentOutputException", "DisableTorchFunction", "DropoutModule", "DynamicOutputShapeException",
-           "FAKE_TENSOR_LOGGER", "FakeTensor", "FakeTensorMode", "LossModule", "PYTREE_NODES", "TorchDispatchMode",
-           "apply_in_c", "bound_fake_cache", "check_version", "compilations", "cpu_attention", "default_store",
+__all__ = ["APPLY_IS_IN_C", "AutogradFunctionBase", "ConvNd", "DYNAMO_MODULE", "DataDependentOutputException",
+           "DisableTorchFunction", "DropoutModule", "DynamicOutputShapeException", "FAKE_TENSOR_LOGGER", "FakeTensor",
+           "FakeTensorMode", "LossModule", "PYTREE_NODES", "TorchDispatchMode", "apply_in_c", "argument_of",
+           "bound_fake_cache", "check_version", "compilations", "cpu_attention", "default_store",
            "engine_run_backward", "foreach_norm", "memory_events", "new_process_group", "peek_function_transform",
            "pop_saved_tensor_hooks", "profiler_enabled", "push_saved_tensor_hooks", "stop_workers_within",
            "storage_number", "top_saved_tensor_hooks", "version_of", "wrap_norm_of_clipping"]
@@ -155,6 +155,17 @@ def version_of(tensor: torch.Tensor) -> int:
     raise.
     """
     return tensor._version
+
+
+def argument_of(operator: torch._ops.OpOverload, name: str, args: Sequence[object], kwargs: Mapping[str, object]
+                ) -> object:
+    """What a call passes to ``operator`` as ``name``, its default included; None where it takes no such argument. A
+    public schema of operators would replace this.
+    """
+    for place, argument in enumerate(operator._schema.arguments):
+        if argument.name == name:
+            return args[place] if place < len(args) else kwargs.get(name, argument.default_value)
+    return None
 
 
 def storage_number(tensor: torch.Tensor) -> int:

@@ -46,7 +46,7 @@ class _Masters:
         step = optimizer.step           # a step that raises calls no hooks
 
         @wraps(step)
-        def ending(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        def ending(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> object:
             try:
                 return step(*args, **kwargs)
             finally:

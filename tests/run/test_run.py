@@ -211,3 +211,12 @@ def test_every_value_is_in_the_docs(tmp_path):
             if name.startswith("pipeline/")}
     for name in told:
         assert name in text or name.removeprefix("pipeline/").split("/")[0] in text, name
+
+
+def test_memory_is_counted_once(tmp_path):
+    """A report of a run has measured memory without being asked, on a CPU too."""
+    run, _ = train(tmp_path / "long", 6)
+    rows = run.pipe.run_report().rows
+    assert all(row.measured_bytes > 0 for row in rows) and not run.pipe._runner.counts_memory
+    run, _ = train(tmp_path / "short", 3)
+    assert all(row.measured_bytes is None for row in run.pipe.run_report().rows)

@@ -120,7 +120,7 @@ def test_tied_weights_differ_from_one_process_by_the_order_of_one_sum():
     keys), so only a process that adds the tied gradients of its two readers as the workers do has the same weights."""
     model = TIED.build().to(torch.bfloat16)
     token = model.transformer.wte.weight
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.lm_head.weight = torch.nn.Parameter(token.detach().clone())
     optimizer = pe.keep_master_weights(torch.optim.AdamW(model.parameters(), lr=1e-3))
     for _ in range(4):
         reference_step(model, TIED.batches[0], 2)
