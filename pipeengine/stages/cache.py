@@ -120,10 +120,10 @@ class SpecializationCache:
         self._weights = LossWeights(model, loss_fn, device, rng)
         self._merging = Merging(model, loss_fn, device)
 
-    def look(self) -> tuple[bytes, bytes, bytes]:
+    def look(self) -> tuple[bytes, bytes, tuple]:
         """Look once, before the micro-batches of a batch are found, at what the recordings read from Python.
 
-        Returns which modules train, which parameters want a gradient, and which modules have hooks. Raises
+        Returns which modules train, which parameters want a gradient, and what else a loop changes. Raises
         ``InputError`` where parameters that were one are no longer, or the other way round.
         """
         version = self._watch.look()
