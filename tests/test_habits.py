@@ -1,6 +1,7 @@
 """What training loops do: every parameter, gradient and number as in one plain process, or an error by name first."""
 import re
 
+import habits.losses
 import habits.modules
 import habits.optimizers  # noqa: F401
 import pytest
