@@ -37,7 +37,8 @@ def differences(expected: dict, found: dict, tolerance: float) -> list[str]:
     return sorted(told)
 
 
-@pytest.mark.parametrize("name", HABITS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if number % 2 else name
+                                  for number, name in enumerate(HABITS)])
 def test_trains_as_one_process_or_says_so(name, numbers, capfd):
     habit = HABITS[name]
     if habit.refused:
