@@ -96,7 +96,8 @@ class Pipeline(Standing):
         tasks = TaskMaker(assembly.reader, assembly.specializations, assembly.programs, seed, loss_weight)
         executor = Executor(assembly.transport, assembly.rng, self._workers.activity, assembly.ties.start)
         gradients = Gradients(lambda: updated_parameters(model, assembly.tensors.updated),
-                              assembly.tensors.owned | assembly.tensors.sharded, self._workers, self._device)
+                              assembly.tensors.owned | assembly.tensors.sharded, self._workers, self._device,
+                              _precision(model))
         if assembly.tensors.sharded or \
                 set(assembly.tensors.updated) != {name for name, _ in model.named_parameters()}:
             refuse_local_clipping(gradients)
@@ -284,6 +285,12 @@ class Pipeline(Standing):
 def _launched() -> bool:
     """Whether torchrun, or something like it, has started this process as one of several."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def _precision(model: torch.nn.Module) -> torch.dtype:
+    """Of a number that is made of all parameters: float32, unless some are wider."""
+    wide = any(parameter.dtype in (torch.float64, torch.complex128) for parameter in model.parameters())
+    return torch.float64 if wide else torch.float32
 
 
 def _device(model: torch.nn.Module, device: torch.device | str | None) -> torch.device:

@@ -19,22 +19,24 @@ _NOTHING = 1 << 20          # told by a worker without any gradient; more than t
 
 class Gradients:
     """Those of the parameters that ``named()`` yields here; each gradient, or each part of a sharded one, is in the
-    ``counted`` names of one worker."""
+    ``counted`` names of one worker. ``precision`` is that of the norm, on all workers alike."""
 
-    def __init__(self, named: Named, counted: frozenset[str], workers: Workers, device: torch.device):
+    def __init__(self, named: Named, counted: frozenset[str], workers: Workers, device: torch.device,
+                 precision: torch.dtype = torch.float32):
         self._named, self._counted, self._workers, self._device = named, counted, workers, device
+        self._precision = precision
 
     def _present(self) -> list[torch.Tensor]:
         return [own_part(parameter.grad) for _, parameter in self._named() if parameter.grad is not None]
 
     def holds(self, numbers: set[int]) -> bool:
-        """Whether one of these gradients has one of these ``id``s."""
-        return any(id(parameter.grad) in numbers for _, parameter in self._named())
+        """Whether one of these gradients, or a parameter of theirs, has one of these ``id``s."""
+        return any(id(parameter) in numbers or id(parameter.grad) in numbers for _, parameter in self._named())
 
     def norm(self, norm_type: float) -> torch.Tensor:
         """Of the gradients of all workers, 0-dimensional, the same on each of them; every worker calls it."""
         counted = [own_part(p.grad) for name, p in self._named() if p.grad is not None and name in self._counted]
-        return total_norm(counted, norm_type, self._workers, self._device)
+        return total_norm(counted, norm_type, self._workers, self._device).to(self._precision)
 
     def scale(self, factor: torch.Tensor) -> None:
         """Multiply all of this worker's by ``factor``."""

@@ -21,6 +21,7 @@ from pipeengine.runtime.executor import Executor
 from pipeengine.runtime.gradients import Gradients, scale_of
 from pipeengine.runtime.memory_count import MemoryCount, count_memory
 from pipeengine.runtime.outputs import merge_outputs
+from pipeengine.runtime.parameter_hooks import once_per_batch
 from pipeengine.runtime.programs import ProgramCache
 from pipeengine.runtime.replica_batches import ReplicaBatches
 from pipeengine.runtime.tasks import Look, Prepared, TaskMaker
@@ -85,7 +86,7 @@ class StepRunner:
         with self._call("step" if scale is None else f"step with a scale of {float(scale)}"):
             prepared = self._prepare(inputs, True, problem)
             with torch.enable_grad(), self._run("step", prepared):
-                self.guarded(lambda: self._train(prepared, scale))
+                self.guarded(lambda: self._train_hooked(prepared, scale))
             if scale is not None:
                 self.guarded(self._gradients.spread_overflow, harmless=InputError)
         return self.progress.loss
@@ -181,6 +182,10 @@ class StepRunner:
         if known.is_stale:
             self.guarded(self.ties.refresh)
         return replace(prepared, amount=(known.amount, prepared.amount[1]))
+
+    def _train_hooked(self, prepared: Prepared, scale: torch.Tensor | None) -> None:
+        with once_per_batch(self._tasks.specializations.parameters()):
+            self._train(prepared, scale)
 
     def _train(self, prepared: Prepared, scale: torch.Tensor | None) -> None:
         progress, tasks = self.progress, prepared.tasks

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Sized
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import compress
 from operator import getitem, is_not
@@ -50,6 +51,16 @@ class Cell:
 
     def __getitem__(self, key: object) -> object:
         return self.of.cell_contents
+
+
+@dataclass(frozen=True)
+class InContext:
+    """What a context variable is in the present context, under any key."""
+
+    of: ContextVar
+
+    def __getitem__(self, key: object) -> object:
+        return self.of.get(MISSING)
 
 
 @dataclass(frozen=True)
