@@ -108,6 +108,6 @@ _WANTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "recompute": (lambda value: isinstance(value, (bool, Collection)), "True, stages or module paths"),
     "compile": (lambda value: isinstance(value, bool) or isinstance(value, Mapping) and set(value) <= _COMPILING,
                 f"True, or a dict of options of torch.compile: {', '.join(sorted(_COMPILING))}"),
-    "shard": (lambda value: value in (None, "optimizer"), 'None or "optimizer"'),
+    "shard": (lambda value: value in (None, "optimizer", "parameters"), 'None, "optimizer" or "parameters"'),
     "seed": (lambda value: isinstance(value, int), "a whole number"),
 }

@@ -57,7 +57,8 @@ class Pipeline(Standing):
     - ``mesh`` (all processes in one pipeline): a ``DeviceMesh`` whose dimension "pp" holds the workers of a pipeline,
       and "dp_replicate" (or "dp"), if there is one, the replicas. ``num_replicas`` without a mesh: so many pipelines,
       the workers of each next to each other. Each replica passes its own batch; together they are one.
-    - ``shard`` (None): "optimizer" deals the parameters to the replicas, and each updates its own.
+    - ``shard`` (None): "optimizer" deals the parameters to the replicas, and each updates its own; "parameters" leaves
+      each replica its rows of them between steps.
     - ``seed`` (0): of dropout and of initial values that are made here.
     - ``check`` (True): compare the recording with eager execution once, where parameters are real.
     - ``recompute`` (False): True, stages (by number) or modules (by path) that keep only their inputs and run their
@@ -94,9 +95,10 @@ class Pipeline(Standing):
         assembly = self._assembly
         tasks = TaskMaker(assembly.reader, assembly.specializations, assembly.programs, seed, loss_weight)
         executor = Executor(assembly.transport, assembly.rng, self._workers.activity, assembly.ties.start)
-        gradients = Gradients(lambda: updated_parameters(model, assembly.tensors.updated), assembly.tensors.owned,
-                              self._workers, self._device)
-        if set(assembly.tensors.updated) != {name for name, _ in model.named_parameters()}:
+        gradients = Gradients(lambda: updated_parameters(model, assembly.tensors.updated),
+                              assembly.tensors.owned | assembly.tensors.sharded, self._workers, self._device)
+        if assembly.tensors.sharded or \
+                set(assembly.tensors.updated) != {name for name, _ in model.named_parameters()}:
             refuse_local_clipping(gradients)
         self._runner = StepRunner(tasks, assembly.programs, executor, assembly.transport, assembly.ties, self._workers,
                                   assembly.layout.worker_of, assembly.num_parts, gradients)
@@ -149,7 +151,7 @@ class Pipeline(Standing):
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """This worker's share of the state: parameters that it updates and persistent buffers that it holds, under
-        their original names."""
+        their original names; of sharded ones its rows, as a ``DTensor``."""
         return self._held_state(self._assembly.tensors.updated)
 
     def _held_state(self, among: Collection[str]) -> dict[str, torch.Tensor]:
@@ -164,7 +166,8 @@ class Pipeline(Standing):
         """
         tensors = self._assembly.tensors
         return self._runner.collective(
-            "full_state_dict", lambda: collect_state(self._model, tensors.first_name, tensors.owner, self._workers))
+            "full_state_dict", lambda: collect_state(self._model, tensors.first_name, tensors.owner, self._workers,
+                                                     self._assembly.ties.collect))
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor], strict: bool = True) -> None:
         """Put ``state`` (original names, of the whole model or of this worker's share) into the held tensors.
@@ -207,7 +210,8 @@ class Pipeline(Standing):
         """
         tensors = self._assembly.tensors
         self._runner.collective(f"save_weights({str(folder)!r})", lambda: save_weights(
-            self._model, tensors.owned, Path(folder), self._workers, tensors.writers))
+            self._model, tensors.owned, Path(folder), self._workers, tensors.writers, tensors.owner,
+            self._assembly.ties.collect))
 
     def holdings(self) -> Holdings:
         """What checkpoints need to know of this worker's share; see ``Checkpoints``."""
@@ -215,7 +219,8 @@ class Pipeline(Standing):
         tensors = made.tensors
         return Holdings(self._model, tensors.first_name, tensors.held, tensors.owned, self._workers,
                         made.programs.name, self.num_stages, lambda: made.plan.to_json(), progress.counters,
-                        progress.set_counters, self._runner.check_open, self._runner.guarded, tensors.writers)
+                        progress.set_counters, self._runner.check_open, self._runner.guarded, tensors.writers,
+                        tensors.owner, made.ties.collect)
 
     # -- what happened ----------------------------------------------------------------------------------------------
 

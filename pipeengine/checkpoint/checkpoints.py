@@ -114,6 +114,7 @@ class Checkpoints:
         everybody = workers.all_gather_object({**share.claims(), "step": step, "folder": str(self._folder),
                                                "attempt": uuid.uuid4().hex[:12]})
         check_claims(everybody)
+        share = share.whole(holdings)
         attempt = everybody[0]["attempt"]
         tensors = files_to_write(share, everybody, workers.rank, holdings.writers)
 

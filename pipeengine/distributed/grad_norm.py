@@ -15,7 +15,8 @@ def total_norm(gradients: Sequence[torch.Tensor], norm_type: float, workers: Wor
 
     ``gradients`` are those that this worker counts: each gradient of the model is in the list of exactly one worker.
     """
-    norms = foreach_norm(list(gradients), norm_type) if gradients else []
+    gradients = [gradient for gradient in gradients if gradient.numel()]        # a shard may have no rows
+    norms = foreach_norm(gradients, norm_type) if gradients else []
     stacked = torch.stack([norm.double().to(device) for norm in norms]) if norms else \
         torch.zeros(1, dtype=torch.float64, device=device)
     if norm_type == float("inf"):

@@ -5,6 +5,10 @@ Kept as state of its parameter, a master weight is saved, loaded and dealt to wo
 """
 from __future__ import annotations
 
+from functools import wraps
+from types import MethodType
+from typing import Any
+
 import torch
 
 from pipeengine.errors import InputError
@@ -19,7 +23,8 @@ def keep_master_weights(optimizer: torch.optim.Optimizer) -> torch.optim.Optimiz
 
     Its state is in float32 then; after each step the parameters are the copies, rounded. 4 bytes per parameter more.
     A parameter that was changed elsewhere (by ``load_state_dict``) counts: its copy follows. Call it before the first
-    step or after a state was loaded. Raises ``InputError`` in a step that is given a closure.
+    step or after a state was loaded. Raises ``InputError`` in a step that is given a closure. After a step that raises,
+    the parameters are in half precision as before, as far as it has come.
     """
     _Masters().watch(optimizer)
     return optimizer
@@ -35,7 +40,17 @@ class _Masters:
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Look at every step of ``optimizer``."""
         optimizer.register_step_pre_hook(self._enter)
-        optimizer.register_step_post_hook(self._leave)
+        optimizer.register_step_post_hook(lambda optimizer, args, kwargs: self._leave(optimizer))
+        step = optimizer.step           # a step that raises calls no hooks
+
+        @wraps(step)
+        def ending(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return step(*args, **kwargs)
+            finally:
+                self._leave(optimizer)
+        # A method, because learning rate schedulers look for its function.
+        optimizer.step = MethodType(ending, optimizer)      # type: ignore[method-assign]
 
     def _enter(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if any(callable(given) for given in (*args[1:], *kwargs.values())):
@@ -62,7 +77,7 @@ class _Masters:
         low = parameter.detach()
         return torch.where(master.to(low.dtype) == low, master, low.to(torch.float32))
 
-    def _leave(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    def _leave(self, optimizer: torch.optim.Optimizer) -> None:
         with torch.no_grad():
             for parameter, low in self._inside:
                 master = parameter.data

@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from operator import attrgetter, getitem, itemgetter
 from typing import NamedTuple
 
 import torch
+
+from pipeengine.torch_private import DropoutModule
 
 
 class Modes(NamedTuple):
@@ -31,9 +34,10 @@ class ModelFlags:
         self._modules = [vars(module) for module in model.modules()]
         self._trained = all("training" in attributes for attributes in self._modules)   # elsewhere in TorchScript
         self._model = model
-        places = {id(parameter): (module._parameters, name) for module in model.modules()
-                  for name, parameter in module._parameters.items() if parameter is not None}
-        self._tables, self._names = [table for table, _ in places.values()], [name for _, name in places.values()]
+        # Every name of a shared parameter: where it is not held its names are not one object, and workers compare this.
+        places = [(module._parameters, name) for module in model.modules()
+                  for name, parameter in module._parameters.items() if parameter is not None]
+        self._tables, self._names = [table for table, _ in places], [name for _, name in places]
 
     def now(self) -> tuple[bytes, bytes]:
         """One byte for each module, and one for each parameter."""
@@ -43,6 +47,23 @@ class ModelFlags:
             return bytes(training), bytes(map(attrgetter("requires_grad"), map(getitem, self._tables, self._names)))
         except (LookupError, AttributeError):       # a parameter was taken out
             return ModelFlags(self._model).now()
+
+
+def settings_digest(flags: tuple[bytes, bytes], autocast: tuple) -> int:
+    """32 bits of what ``ModelFlags`` and ``Modes`` tell, equal on two workers where ``settings_of`` is."""
+    return zlib.crc32(repr(autocast).encode(), zlib.crc32(flags[1], zlib.crc32(flags[0])))
+
+
+def settings_of(model: torch.nn.Module) -> dict[str, object]:
+    """What a training loop sets on a model and around it, by names for people: it must be alike on every worker."""
+    autocast = ", ".join(f"{kind} in {dtype}" for kind, dtype in current_modes().autocast) or "off"
+    modes = {f"the mode of {path or 'the model'}": "train" if module.training else "eval"
+             for path, module in model.named_modules()}
+    dropout = {f"the dropout rate of {path or 'the model'}": module.p for path, module in model.named_modules()
+               if isinstance(module, DropoutModule)}
+    trained = {f"requires_grad of {name}": parameter.requires_grad
+               for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return {"autocast": autocast, **modes, **dropout, **trained}
 
 
 class switch:

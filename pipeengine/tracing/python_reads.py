@@ -138,6 +138,10 @@ class PythonReads:
                  if isinstance(entry.value, _PLAIN)]
         return cls(kept, zlib.crc32(repr(plain).encode()))
 
+    def told(self) -> dict[str, str]:
+        """The plain values by their labels, as text that two processes can compare: what ``digest`` is of."""
+        return {entry.label: repr(entry.value) for entry in self.entries if isinstance(entry.value, _PLAIN)}
+
     def hold(self, ignored: frozenset[Identity] = frozenset()) -> bool:
         """Whether everything is as it was, besides what is ``ignored`` (by ``Entry.identity``)."""
         return all(entry.holds() or entry.identity in ignored for entry in self.entries)

@@ -14,7 +14,7 @@ from workers import launch
 import pipeengine as pe
 from pipeengine.tracking import read_metrics, series
 
-SHARDS = (None, "optimizer")
+SHARDS = (None, "optimizer", "parameters")
 BEFORE, AFTER = 2, 2
 BATCH = zoo.regression()[0]
 
