@@ -41,6 +41,7 @@ def test_what_is_asked_for_is_all_there_is():
     assert points and all(point.replicas == 2 and point.num_stages == 4 and point.rows == 2 for point in points)
     assert {(point.schedule, point.recompute) for point in points} == set(itertools.product(
         ("1f1b", "zb-h1"), ("none", "blocks")))
+    assert not list(Space(rows=(3,)).points(8, 16)), "3 rows do not divide the share of any replica"
     assert str(points[0]).startswith("2 x 4 workers, 4 micro-batches of 2 rows, 1f1b")
 
 
