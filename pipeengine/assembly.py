@@ -88,6 +88,7 @@ class Recorded:
 class Assembly:
     """Everything that was decided and made at construction; nothing in it changes which is not said to."""
 
+    graph: networkx.DiGraph                     # what was planned: nodes with their costs
     plan: Plan
     priced: Plan                                # the plan with what recomputation changes
     layout: Layout
@@ -129,8 +130,8 @@ def assemble(options: Options, workers: Workers, device: torch.device) -> Assemb
         lambda: settle(options, recorded, layout, programs, placement, tensors, rng, device, grid.place))
     transport = workers.connect_stages(layout.worker_of, device)
     ties = share(options.model, placement, tensors, layout.worker_of, workers, device, sharding)
-    return Assembly(plan, priced, layout, reader, placement, tensors, rng, programs, specializations, transport, ties,
-                    recorded.num_parts, link)
+    return Assembly(graph, plan, priced, layout, reader, placement, tensors, rng, programs, specializations, transport,
+                    ties, recorded.num_parts, link)
 
 
 # -- what was asked for -----------------------------------------------------------------------------------------------

@@ -17,9 +17,8 @@ __all__ = ["APPLY_IS_IN_C", "AutogradFunctionBase", "ConvNd", "DYNAMO_MODULE", "
            "FakeTensorMode", "LossModule", "PYTREE_NODES", "TorchDispatchMode", "apply_in_c", "argument_of",
            "bound_fake_cache", "check_version", "compilations", "cpu_attention", "default_store",
            "engine_run_backward", "foreach_norm", "global_module_hooks", "memory_events", "new_process_group",
-           "peek_function_transform"]
-           "pop_saved_tensor_hooks", "profiler_enabled", "push_saved_tensor_hooks", "stop_workers_within",
-           "storage_number", "top_saved_tensor_hooks", "version_of", "wrap_norm_of_clipping"]
+           "peek_function_transform", "pop_saved_tensor_hooks", "profiler_enabled", "push_saved_tensor_hooks",
+           "stop_workers_within", "storage_number", "top_saved_tensor_hooks", "version_of", "wrap_norm_of_clipping"]
 
 _OLDEST, _TOO_NEW = (2, 11), (2, 15)
 

@@ -30,19 +30,19 @@ class Checkpoints:
     - ``keep`` (3): the newest whole checkpoints that stay; None keeps all.
     - ``background`` (True): ``save`` returns once this worker's part is copied; a thread writes it. What goes wrong is
       raised by the next ``save`` that is due, or by ``wait``.
+    - ``signals`` (True): from the first ``save`` on SIGTERM saves after the step and exits with 0, SIGUSR1 saves and
+      goes on, unless the program has handlers of its own for them.
     - ``parts``: objects with ``state_dict`` and ``load_state_dict``. An optimizer's state goes by parameters' names, so
       any number of workers reads it; of others JSON and tensors are written, and never code.
 
     ``folder/step-000100/`` is a Hugging Face folder (``from_pretrained`` reads it) with the optimizer's safetensors,
-    ``state.json`` and ``manifest.json`` beside it. It gets its name once it is whole and on the disk. From the first
-    ``save`` on SIGTERM saves after the step and exits with 0, SIGUSR1 saves and goes on, unless the program has
-    handlers of its own for them.
+    ``state.json`` and ``manifest.json`` beside it. It gets its name once it is whole and on the disk.
 
     Raises ``InputError`` for options of the wrong kind.
     """
 
     def __init__(self, folder: str | Path, pipe: Trained, *, every: int | str | None = None, keep: int | None = 3,
-                 background: bool = True, **parts: Any):
+                 background: bool = True, signals: bool = True, **parts: Any):
         self._folder, self._pipe, self._parts = Path(folder), pipe, dict(parts)
         self._every_steps, self._every_seconds = _interval(every)
         if keep is not None and not (type(keep) is int and keep >= 1):
@@ -57,7 +57,7 @@ class Checkpoints:
         self._constants = Constants.of(pipe.holdings())
         self._buffer = HostBuffer()
         self._writing: Writing | None = None
-        self._signals = SignalWatch(pipe.holdings().workers.wishes)
+        self._signals = SignalWatch(pipe.holdings().workers.wishes) if signals else None
         self._last_step: int | None = None
         self._last_time = time.monotonic()
         self._passed_over: dict[str, str] = {}
@@ -78,7 +78,8 @@ class Checkpoints:
         """
         if type(step) is not int or step < 0:
             raise InputError(f"step is {step!r}; give the number of steps that have been trained")
-        self._signals.watch()
+        if self._signals is not None:
+            self._signals.watch()
         asked = self._asked()
         if not (force or asked & (STOP | AGAIN | DUE) or self._is_due(step)):
             return
@@ -86,7 +87,7 @@ class Checkpoints:
             self._guarded("Checkpoints.save", lambda: self._begin(step))
         if asked & STOP:
             self.wait()
-            self._signals.release()
+            self._release_signals()
             raise SystemExit(0)
 
     def _asked(self) -> int:
@@ -97,7 +98,7 @@ class Checkpoints:
             wishes.ask(DUE)
         if self._pipe.holdings().workers.size == 1:
             wishes.hear(wishes.own())
-        return wishes.take()
+        return wishes.take(-1 if self._signals is not None else DUE)
 
     def _is_due(self, step: int) -> bool:
         if self._every_seconds is not None:
@@ -230,9 +231,13 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait as ``wait`` does, and give the signals back; every worker calls it. The checkpoints stay."""
-        self._signals.release()
+        self._release_signals()
         self.wait()
         atexit.unregister(self._at_exit)
+
+    def _release_signals(self) -> None:
+        if self._signals is not None:
+            self._signals.release()
 
 
 def _leave(reference: weakref.ReferenceType[Checkpoints]) -> None:

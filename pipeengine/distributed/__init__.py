@@ -4,7 +4,7 @@ everybody's."""
 from pipeengine.distributed.activity import Activity, Unwatched
 from pipeengine.distributed.buckets import Copies, deal
 from pipeengine.distributed.connecting import connect
-from pipeengine.distributed.failure import ConnectionLost, headline
+from pipeengine.distributed.failure import ConnectionLost, headline, is_from_a_collective
 from pipeengine.distributed.grad_norm import total_norm
 from pipeengine.distributed.grid import Grid, ranks_of_mesh, ranks_of_world
 from pipeengine.distributed.guard import GuardSettings
@@ -40,6 +40,7 @@ __all__ = [
     "deal",
     "headline",
     "held_elsewhere",
+    "is_from_a_collective",
     "is_sharded",
     "own_part",
     "own_rows",

@@ -107,7 +107,7 @@ class DistributedTransport:
             del self._sent[key]
 
     def recv(self, kind: int, source: int, target: int, microbatch: int, layout: Layout) -> list[torch.Tensor]:
-        """The values of a message; waits until it is here."""
+        """The values of a message, with the shapes and in the order of ``layout``; waits until it is here."""
         sender, receiver = self._ends(kind, source, target)
         if sender == receiver:
             return self._local.recv(kind, source, target, microbatch, layout)

@@ -91,7 +91,7 @@ class Run:
         parameters = parameters_of(self.pipe, self.config)
         write_json(self._files.options, parameters)
         self.pipe.plan.save(self._files.plan)
-        (self.folder / PLAN_PICTURE).write_text(draw(self.pipe.plan), encoding="utf-8")
+        (self.folder / PLAN_PICTURE).write_text(draw(self.pipe.plan, self.pipe.graph), encoding="utf-8")
         recorder = Recorder(self._files.metrics, trackers,
                             TrackerSetting(self.folder.name or "run", self.id, self.folder, self.first_step))
         recorder.configure(parameters)

@@ -31,7 +31,7 @@ class HostClock:
     mark = staticmethod(perf_counter)
 
     def seconds(self, mark: float) -> float:
-        """The mark itself."""
+        """The mark itself, in seconds of ``perf_counter``."""
         return mark
 
 
@@ -60,7 +60,7 @@ class DeviceClock:
         return event
 
     def seconds(self, mark: Any) -> float:
-        """When the device came to ``mark``; waits for it."""
+        """When the device came to ``mark``, in seconds of ``perf_counter``; waits for it."""
         assert self._first is not None, "begin() comes first"
         mark.synchronize()
         return self._start + 1e-3 * self._first.elapsed_time(mark)

@@ -92,7 +92,8 @@ class StepRunner:
         return self.progress.loss
 
     def clip(self, max_norm: float, norm_type: float) -> torch.Tensor:
-        """Scale all gradients to a norm of at most ``max_norm``; returns the norm before, the same on every worker."""
+        """Scale all gradients to a norm of at most ``max_norm``; returns the norm before, 0-dimensional, the same on
+        every worker."""
         total = self.reduction("clip_grad_norm_", lambda: self._gradients.norm(norm_type))
         self._gradients.scale((max_norm / (total + 1e-6)).clamp(max=1.0))
         return total

@@ -77,6 +77,8 @@ def test_a_run_leaves_what_it_promises(tmp_path, capsys):
                                       "pipeline.num_stages": 2}.items() and "plan.gap" in tracker.config
     assert {"report.html", "plan.json", "plan.svg", "timeline.svg"} <= set(tracker.files)
     assert pe.Plan.load(tmp_path / "a" / "plan.json") == run.pipe.plan
+    picture = (tmp_path / "a" / "plan.svg").read_text()
+    assert picture.count("<circle") >= len(run.pipe.graph) > 8, "a dot for each node, as `pipeengine plan` draws them"
     assert "steps: 12 of 12" in run.report() and "step 12 of 12" in capsys.readouterr().err
 
 
