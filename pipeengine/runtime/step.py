@@ -196,13 +196,10 @@ class StepRunner:
         counts = self.counts_memory and not profiler_enabled()       # which cannot run inside itself
         publishes = progress.step < 3 or progress.step % 10 == 0 or counts
         clock = clock_of(self._tasks.reader.device) if publishes else HOST
-        start, counted = clock.begin(), None
-        if counts:
-            self.counts_memory = False
-            counted = count_memory(lambda: self.executor.run(share.actions, tasks, scale, clock),
-                                   self._tasks.reader.device)
-        else:
-            self.executor.run(share.actions, tasks, scale, clock)
+        start = clock.begin()
+        run = partial(self.executor.run, share.actions, tasks, scale, clock)
+        counted = count_memory(run, self._tasks.reader.device) if counts else run()
+        self.counts_memory = self.counts_memory and not counts
         self._tasks.specializations.ran()
         self.ties.reduce()
         if publishes:
