@@ -39,10 +39,12 @@ def partition(graph: nx.DiGraph, num_stages: int | None = None, *, devices: Clus
     adds computing and communication, ``"overlap"`` takes the larger, ``"1f1b"`` is the period of that schedule with
     link latency. With several ``stages_per_worker``, stage ``s`` lives on worker ``s mod workers``, or on
     ``worker_of[s]`` if that is given (a V: ``(0, 1, 1, 0)``), and a worker's load counts.
+    ``memory_model`` says what of a node's bytes a worker holds, under which schedule, with ``num_microbatches`` a step.
     ``recompute`` may compute blocks again in backward where memory would not do. Unless ``allow_empty``, there are
     exactly ``num_stages`` stages and each holds parameters. Among cuts within ``prefer_single_tensor`` of the best, the
     one whose boundaries carry the fewest tensors wins. Stops at ``gap`` above the best (0.01: one per cent) or after
-    ``time_limit`` seconds.
+    ``time_limit`` seconds; ``progress`` is told in words how far it is. Raises ``PartitionError`` for options that
+    cannot be, ``InfeasibleError`` where nothing fits, ``GraphError`` for a graph that says too little.
     """
     if objective not in OBJECTIVES:
         raise PartitionError(f"objective {objective!r} is none of {', '.join(OBJECTIVES)}")

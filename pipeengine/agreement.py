@@ -12,8 +12,7 @@ import torch
 from pipeengine.distributed import Workers
 from pipeengine.errors import InputError
 from pipeengine.options import Options
-from pipeengine.torch_private import DropoutModule
-from pipeengine.tracing import Dataflow
+from pipeengine.tracing import Dataflow, settings_of
 
 _NOTHING = "nothing of that name"
 
@@ -22,7 +21,7 @@ def agree_on_construction(options: Options, layout: Mapping[str, object], flow: 
     """Raise ``InputError`` on every worker unless all were given the same; ``layout`` is what was made of it so far."""
     facts = {**_given(options), **layout, "the model or the example": hashed(_shape(options.model, flow)),
              "what the forward or the loss reads from Python": f"values with hash {flow.recording.python.digest}",
-             **_set(options.model)}
+             **settings_of(options.model)}
     everybody = workers.all_gather_object(facts)
     for name, first in everybody[0].items():
         other = next((rank for rank, theirs in enumerate(everybody) if theirs.get(name, _NOTHING) != first), None)
@@ -73,16 +72,6 @@ def _shape(model: torch.nn.Module, flow: Dataflow) -> str:
     parameters = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
     nodes = [(node.name, [flow.recording.values[v].spec.shape for v in node.results]) for node in flow.recording.nodes]
     return repr((parameters, nodes))
-
-
-def _set(model: torch.nn.Module) -> dict[str, object]:
-    """What modules and parameters are set to, one by one."""
-    modes = {f"the mode of {path or 'the model'}": "train" if module.training else "eval"
-             for path, module in model.named_modules()}
-    dropout = {f"the dropout rate of {path}": module.p for path, module in model.named_modules()
-               if isinstance(module, DropoutModule)}
-    trained = {f"requires_grad of {name}": parameter.requires_grad for name, parameter in model.named_parameters()}
-    return {"autocast": torch.is_autocast_enabled(), **modes, **dropout, **trained}
 
 
 def hashed(text: str) -> str:

@@ -23,11 +23,11 @@ from pipeengine.choosing import choose
 from pipeengine.costs import analytic, cost_graph, made_up_target, measure, price_modules, price_stages
 from pipeengine.data import Batch
 from pipeengine.defaults import count_microbatches, progress, used_microbatches
-from pipeengine.distributed import Grid, NoTies, Transport, Workers
+from pipeengine.distributed import Grid, NoTies, Sharding, Transport, Workers
 from pipeengine.errors import InputError, PlanError, ScheduleError
 from pipeengine.exploration import Choice, Configuration, configuration_in
 from pipeengine.options import Options
-from pipeengine.ownership import Tensors, first_names, share, tensors_of
+from pipeengine.ownership import Tensors, first_names, sharding_of, share, tensors_of
 from pipeengine.rng import RngStreams
 from pipeengine.runtime import BatchReader, ProgramCache, ScheduleChoice, splits_backward
 from pipeengine.simulation import LinkTimes, costs_of, memory_model_of
@@ -88,6 +88,7 @@ class Recorded:
 class Assembly:
     """Everything that was decided and made at construction; nothing in it changes which is not said to."""
 
+    graph: networkx.DiGraph                     # what was planned: nodes with their costs
     plan: Plan
     priced: Plan                                # the plan with what recomputation changes
     layout: Layout
@@ -122,15 +123,15 @@ def assemble(options: Options, workers: Workers, device: torch.device) -> Assemb
     layout = workers.run_synchronized(lambda: with_recomputation(layout, plan, options.model))
     priced = price_stages(plan, layout.recompute.stages)
     programs = ProgramCache(layout.choice, grid.place, costs_of(priced, link), reduces=grid.num_replicas > 1)
-    placement, tensors = workers.run_synchronized(lambda: place(options, recorded, plan, layout, grid))
+    placement, tensors, sharding = workers.run_synchronized(lambda: place(options, recorded, plan, layout, grid))
     fetch_missing(options.model, tensors.held, device, workers)
     rng = RngStreams(device)
     specializations = workers.run_synchronized(
         lambda: settle(options, recorded, layout, programs, placement, tensors, rng, device, grid.place))
     transport = workers.connect_stages(layout.worker_of, device)
-    ties = share(options.model, placement, tensors, layout.worker_of, workers, device)
-    return Assembly(plan, priced, layout, reader, placement, tensors, rng, programs, specializations, transport, ties,
-                    recorded.num_parts, link)
+    ties = share(options.model, placement, tensors, layout.worker_of, workers, device, sharding)
+    return Assembly(graph, plan, priced, layout, reader, placement, tensors, rng, programs, specializations, transport,
+                    ties, recorded.num_parts, link)
 
 
 # -- what was asked for -----------------------------------------------------------------------------------------------
@@ -300,7 +301,7 @@ def with_recomputation(layout: Layout, plan: Plan, model: torch.nn.Module) -> La
 
 
 def place(options: Options, recorded: Recorded, plan: Plan, layout: Layout, grid: Grid
-          ) -> tuple[SettledPlacement, Tensors]:
+          ) -> tuple[SettledPlacement, Tensors, Sharding | None]:
     """Which node runs where, and who holds which tensors; checked against eager execution where the model is real."""
     model, flow = options.model, recorded.flow
     placement = Placement(plan.stage_of, layout.num_stages, flow.recording.leaf_modules)
@@ -310,7 +311,12 @@ def place(options: Options, recorded: Recorded, plan: Plan, layout: Layout, grid
         check_recording(model, flow, stage_of, layout.num_stages, recorded.inputs, options.loss_fn)
         if grid.worker(grid.place) == 0:
             tell_other_loss(options, recorded)
-    return settled, tensors_of(model, flow, settled, layout.worker_of, grid, options.shard is not None)
+    sharding = None
+    if options.shard == "parameters" and grid.num_replicas > 1:
+        sharding = sharding_of(model, flow, settled, layout.worker_of, grid, None)
+        if grid.worker(grid.place) == 0 and sharding.kept:
+            progress(0)(sharding.told({name: p.numel() for name, p in model.named_parameters()}))
+    return settled, tensors_of(model, flow, settled, layout.worker_of, grid, options.shard, sharding), sharding
 
 
 def tell_other_loss(options: Options, recorded: Recorded) -> None:

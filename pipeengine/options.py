@@ -9,9 +9,10 @@ from typing import Any
 
 import networkx
 import torch
+from torch.distributed import DeviceMesh
 
 from partitioners import Plan
-from pipeengine.distributed import Grid
+from pipeengine.distributed import Grid, is_sharded
 from pipeengine.errors import InputError
 from pipeengine.exploration import Choice, Configuration
 from pipeengine.schedules import Schedule
@@ -45,6 +46,10 @@ class Options:
         """Refuse at once what would not be used until later. Raises ``InputError``."""
         if not isinstance(self.model, torch.nn.Module):
             raise InputError(f"model is a {type(self.model).__name__}, not a torch.nn.Module; pass the model itself")
+        sharded = next((name for name, tensor in self.model.named_parameters() if is_sharded(tensor)), None)
+        if sharded is not None:
+            raise InputError(f"{sharded} of the model is a DTensor already (of fully_shard, or of tensor parallelism); "
+                             'pass the plain model, and shard="parameters" with num_replicas= or a "dp_shard" mesh')
         if not isinstance(self.example, (Mapping, tuple, list, torch.Tensor)):
             raise InputError(
                 f"example is a {type(self.example).__name__}; give a dict of keyword arguments or a tuple of "
@@ -58,6 +63,19 @@ class Options:
             value = getattr(self, name)
             if not fits(value):
                 raise InputError(f"{name} is {value!r}; give {wanted}")
+
+    def on(self, mesh: DeviceMesh, grid: Grid) -> Options:
+        """These options, with what ``mesh`` says: how many replicas there are, and whether parameters are in shards.
+
+        Raises ``InputError`` where ``shard`` says otherwise.
+        """
+        shard = self.shard
+        if "dp_shard" in (mesh.mesh_dim_names or ()):
+            if shard not in (None, "parameters"):
+                raise InputError(f'shard is {shard!r}, and the mesh has a dimension "dp_shard", which shards '
+                                 'parameters; call it "dp_replicate", or leave shard out')
+            shard = "parameters"
+        return replace(self, num_replicas=grid.num_replicas, shard=shard)
 
     def pieces(self) -> Pieces | None:
         """What torch compiles, if that was asked for."""
@@ -108,6 +126,6 @@ _WANTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "recompute": (lambda value: isinstance(value, (bool, Collection)), "True, stages or module paths"),
     "compile": (lambda value: isinstance(value, bool) or isinstance(value, Mapping) and set(value) <= _COMPILING,
                 f"True, or a dict of options of torch.compile: {', '.join(sorted(_COMPILING))}"),
-    "shard": (lambda value: value in (None, "optimizer"), 'None or "optimizer"'),
+    "shard": (lambda value: value in (None, "optimizer", "parameters"), 'None, "optimizer" or "parameters"'),
     "seed": (lambda value: isinstance(value, int), "a whole number"),
 }

@@ -6,7 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeengine.distributed import Copies, Grid, NoTies, Tie, Workers, deal
+from pipeengine.checkpoint import tensor_slots
+from pipeengine.distributed import (
+    Copies,
+    Grid,
+    NoTies,
+    Sharding,
+    Tie,
+    Workers,
+    deal,
+    held_elsewhere,
+    reason_to_keep,
+)
 from pipeengine.stages import SettledPlacement
 from pipeengine.tracing import Dataflow, node_refs, refs
 
@@ -18,6 +29,7 @@ class Tensors:
     owner, with shards the worker that updates it.
 
     ``dealt`` says that the parameters are dealt to the replicas; ``writers`` are the workers that write weights.
+    ``sharded`` are parameters of which every replica has rows: each updates its own, and the owner writes the whole.
     """
 
     first_name: Mapping[str, str]
@@ -27,17 +39,22 @@ class Tensors:
     owned: frozenset[str]
     dealt: bool
     writers: tuple[int, ...]
+    sharded: frozenset[str] = frozenset()
 
 
 def tensors_of(model: torch.nn.Module, flow: Dataflow, placement: SettledPlacement, worker_of: Sequence[int],
-               grid: Grid, shards: bool) -> Tensors:
-    """What this worker has, ``worker_of[stage]`` being the place that runs a stage; with ``shards`` each parameter is
-    updated in one replica."""
+               grid: Grid, shard: str | None, sharding: Sharding | None = None) -> Tensors:
+    """What this worker has, ``worker_of[stage]`` being the place that runs a stage; with ``shard="optimizer"`` each
+    parameter is updated in one replica, with ``sharding`` rows of some in each."""
     first_name, here = first_names(model), grid.worker(grid.place)
     held = _held_names(flow, placement, {stage for stage, place in enumerate(worker_of) if place == grid.place})
     owner = {name: min((worker_of[stage] for stage in placement.holders.get(name, ())), default=-1)
              for name in set(first_name.values())}
-    updated, dealt = held, shards and grid.num_replicas > 1
+    updated, dealt = held, shard == "optimizer" and grid.num_replicas > 1
+    sharded = frozenset() if sharding is None else held & frozenset(sharding.slots)
+    if sharding is not None:
+        sizes = {name: p.numel() for name, p in model.named_parameters() if name in sharding.slots}
+        owner |= deal(copies_of(worker_of, placement, sizes, grid), sizes)
     if dealt:
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         updater = deal(copies_of(worker_of, placement, sizes, grid), sizes)
@@ -45,7 +62,29 @@ def tensors_of(model: torch.nn.Module, flow: Dataflow, placement: SettledPlaceme
         updated = frozenset(name for name in held if updater.get(name, here) == here)
     owned = frozenset(name for name in held if owner[name] == here)
     writers = tuple(sorted({*range(grid.width), *owner.values()} - {-1}))
-    return Tensors(first_name, held, updated, owner, owned, dealt, writers)
+    return Tensors(first_name, held, updated, owner, owned, dealt, writers, sharded)
+
+
+def sharding_of(model: torch.nn.Module, flow: Dataflow, placement: SettledPlacement, worker_of: Sequence[int],
+                grid: Grid, policy: object) -> Sharding:
+    """Which parameters every replica holds rows of: those of one worker of the pipeline that nothing but stages reads
+    and FSDP2 can shard."""
+    parameters, slots = dict(model.named_parameters()), tensor_slots(model)
+    elsewhere = held_elsewhere(model.modules(), {id(tensor): name for name, tensor in parameters.items()})
+    followed = _followed(flow)
+    sharded, kept = {}, {}
+    for one in copies_of(worker_of, placement, parameters, grid):
+        if not placement.holders.get(one.name):
+            continue                    # nothing reads it
+        reason = "several workers of a pipeline hold them" if len(one.workers) > grid.num_replicas else \
+            "inputs are followed with them" if one.name in followed else \
+            "attributes of modules hold them too" if one.name in elsewhere else \
+            reason_to_keep(parameters[one.name], slots[one.name])
+        if reason is None:
+            sharded[one.name] = tuple(slots[one.name])
+        else:
+            kept[one.name] = reason
+    return Sharding(sharded, kept, policy)
 
 
 def copies_of(worker_of: Sequence[int], placement: SettledPlacement, names: Collection[str], grid: Grid
@@ -60,8 +99,9 @@ def copies_of(worker_of: Sequence[int], placement: SettledPlacement, names: Coll
 
 
 def share(model: torch.nn.Module, placement: SettledPlacement, tensors: Tensors, worker_of: Sequence[int],
-          workers: Workers, device: torch.device) -> NoTies:
-    """What keeps equal the tensors that several workers hold: in several stages, or in all replicas."""
+          workers: Workers, device: torch.device, sharding: Sharding | None = None) -> NoTies:
+    """What keeps equal the tensors that several workers hold, in several stages or in all replicas, and what holds the
+    rows of those in ``sharding``."""
     grid = workers.grid
     values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if grid.num_replicas == 1:
@@ -71,7 +111,7 @@ def share(model: torch.nn.Module, placement: SettledPlacement, tensors: Tensors,
     here = grid.everywhere([grid.place])
     copies += [Copies(one.name, here, -1) for one in copies if one.name in tensors.held and
                grid.worker(grid.place) not in one.workers]
-    return workers.replicate(copies, values, tensors.owner if tensors.dealt else None)
+    return workers.replicate(copies, values, tensors.owner if tensors.dealt else None, sharding)
 
 
 def shared_tensors(model: torch.nn.Module, placement: SettledPlacement, tensors: Tensors, worker_of: Sequence[int]
@@ -88,13 +128,17 @@ def shared_tensors(model: torch.nn.Module, placement: SettledPlacement, tensors:
 
 def _held_names(flow: Dataflow, placement: SettledPlacement, own: set[int]) -> frozenset[str]:
     """Parameters of the own stages, and the small buffers that every worker needs to follow the inputs."""
-    held = {name for name, stages in placement.holders.items() if stages & own}
+    return frozenset({name for name, stages in placement.holders.items() if stages & own} | _followed(flow))
+
+
+def _followed(flow: Dataflow) -> set[str]:
+    """What every worker needs to follow the inputs."""
     values = flow.recording.values
-    held |= {values[v].name for n in flow.replicated for v in node_refs(flow.recording.nodes[n])
+    held = {values[v].name for n in flow.replicated for v in node_refs(flow.recording.nodes[n])
              if values[v].kind == "attribute"}
     held |= {values[v].name for guard in flow.recording.guards for v in (*refs(guard.args), *refs(guard.kwargs))
              if values[v].kind == "attribute"}
-    return frozenset(held)
+    return held
 
 
 def updated_parameters(model: torch.nn.Module, updated: Collection[str]

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import networkx
@@ -55,9 +54,11 @@ class Pipeline(Standing):
     - ``weights`` (the model's own): a Hugging Face checkpoint folder, read for the own stages only.
     - ``device`` (where the model is, else the accelerator).
     - ``mesh`` (all processes in one pipeline): a ``DeviceMesh`` whose dimension "pp" holds the workers of a pipeline,
-      and "dp_replicate" (or "dp"), if there is one, the replicas. ``num_replicas`` without a mesh: so many pipelines,
-      the workers of each next to each other. Each replica passes its own batch; together they are one.
-    - ``shard`` (None): "optimizer" deals the parameters to the replicas, and each updates its own.
+      and "dp_replicate" (or "dp"), if there is one, the replicas ("dp_shard": with ``shard="parameters"``).
+      ``num_replicas`` without a mesh: so many pipelines, the workers of each next to each other. Each replica passes
+      its own batch; together they are one.
+    - ``shard`` (None): "optimizer" deals the parameters to the replicas, and each updates its own; "parameters" leaves
+      each replica its rows of them between steps, and updates those.
     - ``seed`` (0): of dropout and of initial values that are made here.
     - ``check`` (True): compare the recording with eager execution once, where parameters are real.
     - ``recompute`` (False): True, stages (by number) or modules (by path) that keep only their inputs and run their
@@ -83,9 +84,9 @@ class Pipeline(Standing):
                           recompute, shard, num_replicas, compile)
         self._model, self._device = model, _device(model, device)
         self._workers = connect(mesh, self._device, _launched(), num_replicas, environment=os.environ)
-        if mesh is not None:            # it has said where the replicas are
-            options = replace(options, num_replicas=self._workers.grid.num_replicas)
         try:
+            if mesh is not None:        # it has said where the replicas are
+                options = options.on(mesh, self._workers.grid)
             with self._workers.activity.section("construction", takes_long=True):
                 self._assembly: Assembly = assemble(options, self._workers, self._device)
         except BaseException:
@@ -94,9 +95,11 @@ class Pipeline(Standing):
         assembly = self._assembly
         tasks = TaskMaker(assembly.reader, assembly.specializations, assembly.programs, seed, loss_weight)
         executor = Executor(assembly.transport, assembly.rng, self._workers.activity, assembly.ties.start)
-        gradients = Gradients(lambda: updated_parameters(model, assembly.tensors.updated), assembly.tensors.owned,
-                              self._workers, self._device)
-        if set(assembly.tensors.updated) != {name for name, _ in model.named_parameters()}:
+        gradients = Gradients(lambda: updated_parameters(model, assembly.tensors.updated),
+                              assembly.tensors.owned | assembly.tensors.sharded, self._workers, self._device,
+                              _precision(model))
+        if assembly.tensors.sharded or \
+                set(assembly.tensors.updated) != {name for name, _ in model.named_parameters()}:
             refuse_local_clipping(gradients)
         self._runner = StepRunner(tasks, assembly.programs, executor, assembly.transport, assembly.ties, self._workers,
                                   assembly.layout.worker_of, assembly.num_parts, gradients)
@@ -149,7 +152,7 @@ class Pipeline(Standing):
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """This worker's share of the state: parameters that it updates and persistent buffers that it holds, under
-        their original names."""
+        their original names; of sharded ones its rows, as a ``DTensor``."""
         return self._held_state(self._assembly.tensors.updated)
 
     def _held_state(self, among: Collection[str]) -> dict[str, torch.Tensor]:
@@ -164,7 +167,8 @@ class Pipeline(Standing):
         """
         tensors = self._assembly.tensors
         return self._runner.collective(
-            "full_state_dict", lambda: collect_state(self._model, tensors.first_name, tensors.owner, self._workers))
+            "full_state_dict", lambda: collect_state(self._model, tensors.first_name, tensors.owner, self._workers,
+                                                     self._assembly.ties.collect))
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor], strict: bool = True) -> None:
         """Put ``state`` (original names, of the whole model or of this worker's share) into the held tensors.
@@ -207,7 +211,8 @@ class Pipeline(Standing):
         """
         tensors = self._assembly.tensors
         self._runner.collective(f"save_weights({str(folder)!r})", lambda: save_weights(
-            self._model, tensors.owned, Path(folder), self._workers, tensors.writers))
+            self._model, tensors.owned, Path(folder), self._workers, tensors.writers, tensors.owner,
+            self._assembly.ties.collect))
 
     def holdings(self) -> Holdings:
         """What checkpoints need to know of this worker's share; see ``Checkpoints``."""
@@ -215,7 +220,8 @@ class Pipeline(Standing):
         tensors = made.tensors
         return Holdings(self._model, tensors.first_name, tensors.held, tensors.owned, self._workers,
                         made.programs.name, self.num_stages, lambda: made.plan.to_json(), progress.counters,
-                        progress.set_counters, self._runner.check_open, self._runner.guarded, tensors.writers)
+                        progress.set_counters, self._runner.check_open, self._runner.guarded, tensors.writers,
+                        tensors.owner, made.ties.collect)
 
     # -- what happened ----------------------------------------------------------------------------------------------
 
@@ -279,6 +285,12 @@ class Pipeline(Standing):
 def _launched() -> bool:
     """Whether torchrun, or something like it, has started this process as one of several."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def _precision(model: torch.nn.Module) -> torch.dtype:
+    """Of a number that is made of all parameters: float32, unless some are wider."""
+    wide = any(parameter.dtype in (torch.float64, torch.complex128) for parameter in model.parameters())
+    return torch.float64 if wide else torch.float32
 
 
 def _device(model: torch.nn.Module, device: torch.device | str | None) -> torch.device:

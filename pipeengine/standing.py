@@ -1,6 +1,7 @@
 """Where a worker of a pipeline stands, and how far it has come: what the user may read, and nothing that acts."""
 from __future__ import annotations
 
+import networkx
 import torch
 
 from partitioners import Plan
@@ -26,6 +27,12 @@ class Standing:
     def plan(self) -> Plan:
         """The plan that this pipeline runs."""
         return self._assembly.plan
+
+    @property
+    def graph(self) -> networkx.DiGraph:
+        """The cost graph that was planned: nodes with seconds and bytes of one micro-batch, as ``pe.profile`` has
+        them. Measured seconds are those of this worker; worker 0 plans with its own."""
+        return self._assembly.graph
 
     @property
     def num_stages(self) -> int:

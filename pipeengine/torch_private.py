@@ -7,18 +7,18 @@ torch 2.11 to 2.14; importing this file with another version raises ``ImportErro
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
 import torch
 
-__all__ = ["APPLY_IS_IN_C", "AutogradFunctionBase", "ConvNd", "DYNAMO_MODULE",
-           "DataDependentOutputException", "DisableTorchFunction", "DropoutModule", "DynamicOutputShapeException",
-           "FAKE_TENSOR_LOGGER", "FakeTensor", "FakeTensorMode", "LossModule", "PYTREE_NODES", "TorchDispatchMode",
-           "apply_in_c", "check_version", "compilations", "cpu_attention", "default_store", "engine_run_backward",
-           "foreach_norm", "memory_events", "new_process_group", "peek_function_transform", "pop_saved_tensor_hooks",
-           "profiler_enabled", "push_saved_tensor_hooks", "stop_workers_within", "storage_number",
-           "top_saved_tensor_hooks", "version_of", "wrap_norm_of_clipping"]
+__all__ = ["APPLY_IS_IN_C", "AutogradFunctionBase", "ConvNd", "DYNAMO_MODULE", "DataDependentOutputException",
+           "DisableTorchFunction", "DropoutModule", "DynamicOutputShapeException", "FAKE_TENSOR_LOGGER", "FakeTensor",
+           "FakeTensorMode", "LossModule", "PYTREE_NODES", "TorchDispatchMode", "apply_in_c", "argument_of",
+           "bound_fake_cache", "check_version", "compilations", "cpu_attention", "default_store",
+           "engine_run_backward", "foreach_norm", "global_module_hooks", "memory_events", "new_process_group",
+           "peek_function_transform", "pop_saved_tensor_hooks", "profiler_enabled", "push_saved_tensor_hooks",
+           "stop_workers_within", "storage_number", "top_saved_tensor_hooks", "version_of", "wrap_norm_of_clipping"]
 
 _OLDEST, _TOO_NEW = (2, 11), (2, 15)
 
@@ -87,6 +87,10 @@ APPLY_IS_IN_C = AutogradFunctionBase is torch.autograd.Function
 # The ``apply`` in C that does the work in all these versions.
 apply_in_c = torch._C._FunctionBase.__dict__["apply"]
 
+# Hooks on all modules, by kind; public are only functions that put them on.
+global_module_hooks = tuple(getattr(torch.nn.modules.module, f"_global_{kind}_hooks")
+                            for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+
 # The class above all convolutions of torch.nn; the six public ones in a tuple would replace it.
 ConvNd = torch.nn.modules.conv._ConvNd
 
@@ -98,12 +102,18 @@ foreach_norm = torch._foreach_norm
 
 
 def wrap_norm_of_clipping(wrap: Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]) -> None:
-    """Put ``wrap(norm)`` in the place of the function that clip_grad_norm_, whoever has imported it, takes a norm with.
+    """Put ``wrap(norm)`` in the place of what ``get_total_norm`` and ``clip_grad_norm_``, whoever has imported them,
+    take a norm with.
 
     Missing, clipping by one worker's gradients is not noticed; a hook on clipping would replace it.
     """
     import torch.nn.utils.clip_grad as clipping
-    clipping._get_total_norm = wrap(clipping._get_total_norm)
+    norm = clipping._get_total_norm
+    cells = dict(zip(norm.__code__.co_freevars, norm.__closure__ or ()))
+    if "func" in cells:         # of the decorator that torch puts around it: the function itself stays
+        cells["func"].cell_contents = wrap(cells["func"].cell_contents)
+    else:
+        clipping._get_total_norm = wrap(norm)
 
 
 def compilations() -> tuple[int, dict[str, int]]:
@@ -157,6 +167,17 @@ def version_of(tensor: torch.Tensor) -> int:
     return tensor._version
 
 
+def argument_of(operator: torch._ops.OpOverload, name: str, args: Sequence[object], kwargs: Mapping[str, object]
+                ) -> object:
+    """What a call passes to ``operator`` as ``name``, its default included; None where it takes no such argument. A
+    public schema of operators would replace this.
+    """
+    for place, argument in enumerate(operator._schema.arguments):
+        if argument.name == name:
+            return args[place] if place < len(args) else kwargs.get(name, argument.default_value)
+    return None
+
+
 def storage_number(tensor: torch.Tensor) -> int:
     """A number that tensors share while they share memory, fakes and meta tensors included (``data_ptr`` is 0 for
     those).
@@ -193,3 +214,10 @@ def memory_events(seen: torch.profiler.profile, device: torch.device) -> tuple[
         else:
             ranges.append((event.name, event.start_time_ns, event.end_time_ns))
     return memory, ranges
+
+
+def bound_fake_cache(most: int) -> None:
+    """Forget what torch keeps of calls on fake tensors, where it is more than ``most`` calls: each new shape adds some,
+    and nothing else removes them."""
+    if FakeTensorMode.cache_info().size > most:
+        FakeTensorMode.cache_clear()

@@ -75,12 +75,12 @@ from torch.utils.data import DistributedSampler
 dataset = list(range(10))
 """ + SMALL, "1": LOSS},
     "docs/search.md": {"": SMALL},
-    "README.md": {"1": LLAMA, "2": PIPE, "3": PIPE},
+    "README.md": {"1": LLAMA, "2": PIPE, "3": PIPE + "data = [dict(x=row, y=row) for row in inputs] * 4\n"},
 }
 # Where a block would need more machines than a test has.
 INSTEAD = {("docs/search.md", 0): [("num_devices=64", "num_devices=1"), ("rows=512", "rows=8")],
            ("docs/precision.md", 0): [('"cuda"', '"cpu"'), ("torch.float16", "torch.bfloat16")],
-           ("README.md", 3): [("10_000", "2")]}
+           ("README.md", 3): [("10_000", "3")]}
 NEEDS_WORKERS = {("docs/replicas.md", 0): 4}
 
 

@@ -194,7 +194,8 @@ def test_errors_are_one_tree():
     assert issubclass(pipeengine.InputError, ValueError) and issubclass(pipeengine.WorkerError, RuntimeError)
 
 
-DOOR = tuple(ROOT / "pipeengine" / name for name in ("cli/main.py", "pipeline.py", "launch/worker.py"))
+DOOR = tuple(ROOT / "pipeengine" / name for name in ("cli/main.py", "pipeline.py", "launch/worker.py",
+                                                       "integrations/huggingface.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

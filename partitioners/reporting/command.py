@@ -65,8 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--master-weights", action="store_true",
                         help="the optimizer works on copies of 4 bytes of lower-precision weights")
     parser.add_argument("--replicas", type=_count, default=1, help="pipelines side by side that sum their gradients")
-    parser.add_argument("--shard", choices=("none", "optimizer"), default="none",
-                        help="optimizer: each replica keeps its part of the state")
+    parser.add_argument("--shard", choices=("none", "optimizer", "parameters"), default="none",
+                        help="optimizer: each replica keeps its part of the state; parameters: and of the weights, "
+                        "which are whole during a step besides")
     parser.add_argument("--parameter-factor", type=_fraction, default=None,
                         help="weights, gradients and optimizer state in units of the weights (default: by --optimizer)")
     parser.add_argument("--stages-per-worker", type=_count, default=1)
@@ -132,7 +133,10 @@ def _factor(graph: nx.DiGraph, args: argparse.Namespace) -> float:
         raise GraphError("the graph does not say how many bytes a weight has, which --master-weights needs; give "
                          "--parameter-factor (8 for AdamW on bf16 weights with fp32 copies)")
     whole = parameter_factor(args.optimizer, bytes_per_weight=size or 4.0, master_weights=args.master_weights)
-    return 2.0 + (whole - 2.0) / (args.replicas if args.shard == "optimizer" else 1)
+    if args.replicas == 1 or args.shard == "none":
+        return whole
+    # Weights and gradients are whole during a step; with sharded parameters the replica's own part is there besides.
+    return 2.0 + (whole - (1.0 if args.shard == "parameters" else 2.0)) / args.replicas
 
 
 def replica_line(plan: Plan, args: argparse.Namespace) -> str:
@@ -144,6 +148,10 @@ def replica_line(plan: Plan, args: argparse.Namespace) -> str:
                for stage in plan.stages]
     step = plan.bottleneck * (plan.setting.num_microbatches + plan.num_stages - 1)
     text = f"{args.replicas} replicas: to sum gradients takes {format_seconds(max(seconds))} behind the last backward"
+    if args.shard == "parameters":
+        half = format_seconds(max(seconds) / 2)
+        text = (f"{args.replicas} replicas: to make parameters whole takes {half} before the first forward, to sum "
+                f"gradients {half} behind the last backward")
     return text + (f", beside {format_seconds(step)} for a step of equal stages" if step else "")
 
 

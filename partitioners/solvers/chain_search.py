@@ -72,7 +72,8 @@ class ChainSearch:
         self.room = REMEMBERED if len(self.order) > 3 else 0
 
     def capacity(self, state: tuple[int, ...], rest: bool) -> float:
-        """Reference work that the devices used in ``state`` (or the ``rest``) can do below the target."""
+        """Reference work, in seconds of the reference device, that the devices used in ``state`` (or the ``rest``) can
+        do below the target."""
         total = 0.0
         if not np.isfinite(self.target):
             return np.inf

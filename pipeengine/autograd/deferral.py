@@ -31,11 +31,11 @@ class Deferral:
         return self.queue
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """``torch.nn.functional.linear``; ``weight`` is (out, in)."""
+        """``torch.nn.functional.linear``: ``x`` (..., in), ``weight`` (out, in), ``bias`` (out,) give (..., out)."""
         return _Linear.apply(x, self._anchor, _trained(weight, bias), self.queue)
 
     def addmm(self, bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """``torch.addmm``; ``weight`` is (in, out)."""
+        """``torch.addmm``: ``bias`` (out,), ``x`` (rows, in) and ``weight`` (in, out) give (rows, out)."""
         return _Addmm.apply(x, self._anchor, (weight, bias), self.queue)
 
     def convolution(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,

@@ -30,19 +30,19 @@ class Checkpoints:
     - ``keep`` (3): the newest whole checkpoints that stay; None keeps all.
     - ``background`` (True): ``save`` returns once this worker's part is copied; a thread writes it. What goes wrong is
       raised by the next ``save`` that is due, or by ``wait``.
+    - ``signals`` (True): from the first ``save`` on SIGTERM saves after the step and exits with 0, SIGUSR1 saves and
+      goes on, unless the program has handlers of its own for them.
     - ``parts``: objects with ``state_dict`` and ``load_state_dict``. An optimizer's state goes by parameters' names, so
       any number of workers reads it; of others JSON and tensors are written, and never code.
 
     ``folder/step-000100/`` is a Hugging Face folder (``from_pretrained`` reads it) with the optimizer's safetensors,
-    ``state.json`` and ``manifest.json`` beside it. It gets its name once it is whole and on the disk. From the first
-    ``save`` on SIGTERM saves after the step and exits with 0, SIGUSR1 saves and goes on, unless the program has
-    handlers of its own for them.
+    ``state.json`` and ``manifest.json`` beside it. It gets its name once it is whole and on the disk.
 
     Raises ``InputError`` for options of the wrong kind.
     """
 
     def __init__(self, folder: str | Path, pipe: Trained, *, every: int | str | None = None, keep: int | None = 3,
-                 background: bool = True, **parts: Any):
+                 background: bool = True, signals: bool = True, **parts: Any):
         self._folder, self._pipe, self._parts = Path(folder), pipe, dict(parts)
         self._every_steps, self._every_seconds = _interval(every)
         if keep is not None and not (type(keep) is int and keep >= 1):
@@ -57,7 +57,7 @@ class Checkpoints:
         self._constants = Constants.of(pipe.holdings())
         self._buffer = HostBuffer()
         self._writing: Writing | None = None
-        self._signals = SignalWatch(pipe.holdings().workers.wishes)
+        self._signals = SignalWatch(pipe.holdings().workers.wishes) if signals else None
         self._last_step: int | None = None
         self._last_time = time.monotonic()
         self._passed_over: dict[str, str] = {}
@@ -78,15 +78,16 @@ class Checkpoints:
         """
         if type(step) is not int or step < 0:
             raise InputError(f"step is {step!r}; give the number of steps that have been trained")
-        self._signals.watch()
+        if self._signals is not None:
+            self._signals.watch()
         asked = self._asked()
         if not (force or asked & (STOP | AGAIN | DUE) or self._is_due(step)):
             return
         if force or asked & (STOP | AGAIN) or step != self._last_step:
-            self._guarded(lambda: self._begin(step))
+            self._guarded("Checkpoints.save", lambda: self._begin(step))
         if asked & STOP:
             self.wait()
-            self._signals.release()
+            self._release_signals()
             raise SystemExit(0)
 
     def _asked(self) -> int:
@@ -97,7 +98,7 @@ class Checkpoints:
             wishes.ask(DUE)
         if self._pipe.holdings().workers.size == 1:
             wishes.hear(wishes.own())
-        return wishes.take()
+        return wishes.take(-1 if self._signals is not None else DUE)
 
     def _is_due(self, step: int) -> bool:
         if self._every_seconds is not None:
@@ -113,6 +114,7 @@ class Checkpoints:
         everybody = workers.all_gather_object({**share.claims(), "step": step, "folder": str(self._folder),
                                                "attempt": uuid.uuid4().hex[:12]})
         check_claims(everybody)
+        share = share.whole(holdings)
         attempt = everybody[0]["attempt"]
         tensors = files_to_write(share, everybody, workers.rank, holdings.writers)
 
@@ -136,7 +138,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Return when what was saved is on the disk under its name. Raises ``InputError`` on every worker where it
         could not be written."""
-        self._guarded(self._settle)
+        self._guarded("Checkpoints.wait", self._settle)
 
     def _settle(self) -> None:
         """The end of the save that is being written, if there is one."""
@@ -161,7 +163,7 @@ class Checkpoints:
         ``passed_over``. Raises ``InputError``, the same on every worker, where checkpoints are there and none is whole,
         or where the newest whole one is of another model or of other parts.
         """
-        return int(self._guarded(self._load))       # type: ignore[call-overload]
+        return int(self._guarded("Checkpoints.load", self._load))       # type: ignore[call-overload]
 
     @property
     def is_writing(self) -> bool:
@@ -215,18 +217,27 @@ class Checkpoints:
             return str(error)
         return None
 
-    def _guarded(self, what: Any) -> Any:
+    def _guarded(self, call: str, what: Any) -> Any:
+        """``what()`` once all workers are in the same ``call``: one that steps meanwhile is an error on all, where
+        collectives of two kinds would meet and abort the process."""
         holdings = self._pipe.holdings()
         holdings.check_open()
-        return holdings.guarded(what, harmless=(InputError, SystemExit))
+        harmless = InputError, SystemExit
+        with holdings.workers.activity.section(call, takes_long=True):
+            holdings.guarded(lambda: holdings.workers.agree((), None, ()), harmless=harmless)
+            return holdings.guarded(what, harmless=harmless)
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Wait as ``wait`` does, and give the signals back; every worker calls it. The checkpoints stay."""
-        self._signals.release()
+        self._release_signals()
         self.wait()
         atexit.unregister(self._at_exit)
+
+    def _release_signals(self) -> None:
+        if self._signals is not None:
+            self._signals.release()
 
 
 def _leave(reference: weakref.ReferenceType[Checkpoints]) -> None:

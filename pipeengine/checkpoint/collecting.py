@@ -19,6 +19,8 @@ from pipeengine.checkpoint.hugging_face import SINGLE
 from pipeengine.checkpoint.optimizer_state import OptimizerShare, is_optimizer, parameter_names, share_of
 from pipeengine.checkpoint.plain import Packer
 from pipeengine.checkpoint.tensor_file import bytes_of
+from pipeengine.checkpoint.whole_tensors import check_state, make_whole
+from pipeengine.distributed import is_sharded
 from pipeengine.errors import InputError
 
 PLAN = "plan.json"
@@ -36,27 +38,55 @@ class PlainShare:
 
 @dataclass(frozen=True)
 class Share:
-    """All that one worker has: ``weights`` that it owns, and the state of every part."""
+    """All that one worker has: ``weights`` that it owns, and the state of every part. Of what is sharded it has rows,
+    until they are ``whole``; ``foreign`` are sharded parameters that another worker writes."""
 
     weights: dict[str, torch.Tensor]
     parts: dict[str, OptimizerShare | PlainShare]
     counters: dict[str, int]
+    foreign: frozenset[str] = frozenset()
 
     def claims(self) -> dict[str, Any]:
-        """What the workers compare before they write, as JSON: of optimizers the parameters, of other parts digests."""
-        return {"parts": {name: sorted(part.parameters) if isinstance(part, OptimizerShare) else part.digest
-                          for name, part in self.parts.items()}}
+        """What the workers compare before they write, as JSON: of optimizers the parameters, of other parts digests;
+        and what is sharded of which parameter's state."""
+        optimizers = self._optimizers()
+        return {"parts": {name: sorted(set(part.parameters) - self.foreign) if isinstance(part, OptimizerShare)
+                          else part.digest for name, part in self.parts.items()},
+                "sharded": {f"{name} of {parameter}": sorted(key for key, one in tensors.items() if is_sharded(one))
+                            for name, part in optimizers.items() for parameter, tensors in part.tensors.items()
+                            if any(map(is_sharded, tensors.values()))}}
+
+    def _optimizers(self) -> dict[str, OptimizerShare]:
+        return {name: part for name, part in self.parts.items() if isinstance(part, OptimizerShare)}
+
+    def whole(self, holdings: Holdings) -> Share:
+        """What this worker writes, put together from everybody's rows; every worker calls it."""
+        def owner(name: str) -> int:
+            return holdings.owner[name]
+        parts = dict(self.parts)
+        for name, part in sorted(self._optimizers().items()):
+            tensors = {parameter: make_whole(own, lambda key, of=parameter: owner(of), holdings.collect)  # type: ignore
+                       for parameter, own in sorted(part.tensors.items())}
+            parts[name] = part._replace(tensors={one: own for one, own in tensors.items() if one not in self.foreign})
+        return Share(make_whole(self.weights, owner, holdings.collect), parts, self.counters, self.foreign)
 
 
 def collect(holdings: Holdings, parts: Mapping[str, Any]) -> Share:
     """This worker's share; tensors are not copied. Raises ``InputError`` that names the part and the key of what cannot
     be written."""
     names = parameter_names(holdings.named_parameters())
-    weights = {name: tensor.detach() for name, tensor in holdings.persistent().items() if name in holdings.owned}
+    weights = {name: tensor.detach() for name, tensor in holdings.persistent().items()
+               if name in holdings.owned or is_sharded(tensor)}
+    sharded = {name for name, parameter in holdings.named_parameters() if is_sharded(parameter)}
     states: dict[str, OptimizerShare | PlainShare] = {}
     for name, part in parts.items():
-        states[name] = share_of(name, part, names) if is_optimizer(part) else plain_share(name, part)
-    return Share(weights, states, holdings.counters())
+        if not is_optimizer(part):
+            states[name] = plain_share(name, part)
+            continue
+        states[name] = state = share_of(name, part, names)
+        for parameter in sharded & set(state.tensors):
+            check_state(name, parameter, state.tensors[parameter])
+    return Share(weights, states, holdings.counters(), frozenset(sharded - holdings.owned))
 
 
 def plain_share(name: str, part: Any) -> PlainShare:
@@ -82,6 +112,12 @@ def check_claims(everybody: Sequence[Mapping[str, Any]]) -> None:
             raise InputError("workers disagree on the parts of a checkpoint: worker 0 has "
                              f"{sorted(everybody[0]['parts'])}, worker {rank} {sorted(claim['parts'])}; give every "
                              "worker the same")
+    sharded: dict[str, list[str]] = {}
+    for rank, claim in enumerate(everybody):
+        for what, keys in claim.get("sharded", {}).items():
+            if sharded.setdefault(what, keys) != keys:
+                raise InputError(f"the replicas have different state in {what}: {sharded[what]} and, on worker {rank}, "
+                                 f"{keys}; make the same steps on all workers before a save")
 
 
 def files_to_write(share: Share, everybody: Sequence[Mapping[str, Any]], rank: int,

@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from pipeengine.checkpoint.slots import get_tensor, tensor_slots
+from pipeengine.checkpoint.whole_tensors import Collect, as_it_is
 from pipeengine.distributed import Workers
 
 
@@ -19,6 +20,7 @@ class Holdings:
     ``counters`` gives the numbers that steps are keyed by (dropout follows them), ``set_counters`` puts them back.
     ``guarded`` runs what talks to other workers, so that a failure is the same on all. ``plan`` gives the plan as JSON.
     ``writers`` are the workers that write weights, ascending: all, unless some own none because others have copies.
+    ``owner`` is the worker that writes each tensor, on which ``collect`` makes it whole where it is sharded.
     """
 
     model: torch.nn.Module
@@ -34,6 +36,8 @@ class Holdings:
     check_open: Callable[[], None]
     guarded: Callable[..., object]
     writers: Sequence[int] | None = None
+    owner: Mapping[str, int] = field(default_factory=dict)
+    collect: Collect = as_it_is
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Held parameters under their first names."""

@@ -55,7 +55,7 @@ def share_of(part: str, optimizer: Any, name_of: Mapping[int, str]) -> Optimizer
                     f"{part} has state for a parameter of shape {tuple(parameter.shape)} in its group {place} that "
                     "this worker's stages do not hold; make it of pipe.parameters()")
             if name is not None:
-                packer = Packer(part)
+                packer = Packer(part, sharded=True)
                 parameters[name] = {"group": str(place), "state": None if state is None else packer.pack(state, name)}
                 tensors[name] = packer.tensors
     rest = {key: value for key, value in whole.items() if key not in ("state", "param_groups")}

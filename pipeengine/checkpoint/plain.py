@@ -14,16 +14,18 @@ import numpy
 import torch
 
 from pipeengine.checkpoint.tensor_file import dtype_name
+from pipeengine.distributed import own_part
 from pipeengine.errors import InputError
 
 _DEEPEST = 64           # levels of nesting; a state dict that goes deeper holds itself
 
 
 class Packer:
-    """Packs the values of one part; ``tensors`` are those that it has met, by the name that their place gives them."""
+    """Packs the values of one part; ``tensors`` are those that it has met, by the name that their place gives them.
+    With ``sharded`` they may be rows of tensors that are put together before they are written."""
 
-    def __init__(self, part: str) -> None:
-        self._part = part
+    def __init__(self, part: str, sharded: bool = False) -> None:
+        self._part, self._sharded = part, sharded
         self.tensors: dict[str, torch.Tensor] = {}
 
     def pack(self, value: object, path: str) -> object:
@@ -70,7 +72,7 @@ class Packer:
 
     def _set_aside(self, tensor: torch.Tensor, path: str) -> str:
         try:
-            dtype_name(path, tensor)
+            dtype_name(path, own_part(tensor) if self._sharded else tensor)
         except InputError as error:
             raise InputError(f"the state of {self._part} cannot be written: {error}") from error
         name = path if path not in self.tensors else f"{path}#{len(self.tensors)}"

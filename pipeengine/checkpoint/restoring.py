@@ -14,6 +14,8 @@ from pipeengine.checkpoint.manifest import MOST_JSON_BYTES, STATE, Manifest, par
 from pipeengine.checkpoint.optimizer_state import is_optimizer, parameter_names, put_state, state_for
 from pipeengine.checkpoint.plain import unpack
 from pipeengine.checkpoint.tensor_file import DTYPES
+from pipeengine.checkpoint.whole_tensors import rows_for
+from pipeengine.distributed import put_whole
 from pipeengine.errors import InputError
 
 
@@ -66,7 +68,7 @@ def prepare_restore(holdings: Holdings, parts: Mapping[str, Any], manifest: Mani
     def put() -> None:
         with torch.no_grad():
             for name, (file, tensor) in weights.items():
-                tensor.copy_(reader.read(file, name))
+                put_whole(tensor, reader.read(file, name))
         for put_part in puts:
             put_part()
         holdings.set_counters(counters)
@@ -117,8 +119,10 @@ def _prepare_optimizer(name: str, optimizer: Any, record: Mapping[str, Any], hol
                        reader: TensorReader) -> Callable[[], None]:
     files = manifest.tensor_files(f"{name}-")
 
+    held = dict(holdings.named_parameters())
+
     def tensor(parameter: str, key: str) -> torch.Tensor:
-        return reader.read(files.get(key, f"{name}-*"), key)
+        return rows_for(held[parameter], reader.read(files.get(key, f"{name}-*"), key), key)
     whole = state_for(name, optimizer, parameter_names(holdings.named_parameters()), record, tensor)
 
     def put() -> None:

@@ -14,7 +14,8 @@ from pipeengine.checkpoint.collecting import config_files, index_text, weights_f
 from pipeengine.checkpoint.hugging_face import INDEX, SINGLE
 from pipeengine.checkpoint.slots import get_tensor, tensor_slots
 from pipeengine.checkpoint.tensor_file import TensorFile, stream, write_tensors
-from pipeengine.distributed import Workers
+from pipeengine.checkpoint.whole_tensors import Collect, as_it_is, make_whole
+from pipeengine.distributed import Workers, is_sharded
 from pipeengine.errors import InputError
 
 _SHARD = re.compile(r"model-(?:[0-9a-f]{8}-)?\d{5}-of-\d{5}\.safetensors")
@@ -22,15 +23,16 @@ _LEFTOVER = re.compile(r"\.saving-[0-9a-f]{8}")
 
 
 def save_weights(model: torch.nn.Module, owned: Collection[str], folder: Path, workers: Workers,
-                 writers: Sequence[int] | None = None) -> None:
+                 writers: Sequence[int] | None = None, owner: Mapping[str, int] | None = None,
+                 collect: Collect = as_it_is) -> None:
     """Every worker, or those of ``writers``, writes the tensors it owns, then worker 0 puts them in the place of what
     was there.
 
     Files are written beside the old ones, flushed, and renamed; the index is replaced last (of one worker's weights the
     one file), and only then what was there before goes. Raises ``InputError`` on every worker where the folder cannot
-    be written; what it held is as it was.
+    be written; what it held is as it was. Sharded tensors are written by their ``owner``, put together by ``collect``.
     """
-    tensors = _persistent(model, owned)
+    tensors = make_whole(_persistent(model, owned), lambda name: (owner or {})[name], collect)
     writers = range(workers.size) if writers is None else writers
     attempt = workers.broadcast_object(uuid.uuid4().hex[:8])
     part = folder / f".saving-{attempt}"
@@ -64,9 +66,10 @@ def save_weights(model: torch.nn.Module, owned: Collection[str], folder: Path, w
 
 
 def _persistent(model: torch.nn.Module, owned: Collection[str]) -> dict[str, torch.Tensor]:
-    """The owned parameters and persistent buffers, by first name."""
+    """The owned parameters and persistent buffers, and those that are sharded, by first name."""
     state = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
-    tensors = {name: get_tensor(*places[0]) for name, places in tensor_slots(model).items() if name in owned}
+    tensors = {name: get_tensor(*places[0]) for name, places in tensor_slots(model).items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if name in owned or is_sharded(tensor)}
     return {name: tensor.detach() for name, tensor in tensors.items() if id(tensor) in state}
 
 

@@ -5,24 +5,29 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from pipeengine.distributed import Workers
+from pipeengine.checkpoint.whole_tensors import Collect, as_it_is
+from pipeengine.distributed import Workers, is_sharded, put_whole
 from pipeengine.errors import InputError
 
 
 def collect_state(model: torch.nn.Module, first_name: Mapping[str, str], owner: Mapping[str, int],
-                  workers: Workers) -> dict[str, torch.Tensor] | None:
+                  workers: Workers, collect: Collect = as_it_is) -> dict[str, torch.Tensor] | None:
     """Every entry of the model's state dict, from the worker that owns it, on worker 0's CPU; None on the others.
 
     ``first_name`` is that of every alias, ``owner`` the worker by first name. Aliases are one tensor in the result, as
-    they are in the model's. Each tensor travels once, straight to worker 0.
+    they are in the model's. Each tensor travels once, straight to worker 0; a sharded one first to its owner, by
+    ``collect``.
     """
     state, arrived = model.state_dict(), dict[str, torch.Tensor]()
     names = {name: first_name.get(name, name) for name in state}
     # Aliases once, on both sides: what is sent twice and taken once leaves the sender waiting.
     for first, name in {first: name for name, first in reversed(names.items())}.items():
         source = max(0, owner.get(first, 0))
+        own = state[name].detach()
+        if is_sharded(own):
+            whole = collect(own, source)
+            own = torch.empty(own.shape, dtype=own.dtype, device="meta") if whole is None else whole
         if workers.rank in (0, source):
-            own = state[name].detach()
             own = own if own.device.type != "meta" else torch.empty_like(own, device="cpu")
             value = workers.send_to_first(own, source)
             arrived[first] = value.clone() if workers.rank == source else value
@@ -55,4 +60,4 @@ def load_state(own: Mapping[str, torch.Tensor], known: Mapping[str, str], state:
             )
     with torch.no_grad():
         for name in set(own) & set(state):
-            own[name].copy_(state[name])
+            put_whole(own[name], state[name])

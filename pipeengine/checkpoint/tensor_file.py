@@ -114,8 +114,9 @@ def stream(file: TensorFile, tensors: Mapping[str, torch.Tensor]) -> Source:
 
 
 def bytes_of(flat: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor of one dimension on the CPU."""
-    return flat.resolve_conj().resolve_neg().view(torch.uint8).numpy().data
+    """The bytes of a tensor of one dimension on the CPU: its memory, or a copy where its elements lie apart, as
+    those of a column do."""
+    return flat.resolve_conj().resolve_neg().contiguous().view(torch.uint8).numpy().data
 
 
 class HostBuffer:

@@ -28,6 +28,7 @@ from pipeengine.cli import launch as launch_command
 from pipeengine.cli import search as search_command
 from pipeengine.cli import simulate as simulate_command
 from pipeengine.cli.parsing import Parser, add_completion, finish, set_logging
+from pipeengine.cli.terminal import show
 from pipeengine.device_cards import DeviceCard
 from pipeengine.errors import InputError, PipeEngineError, exit_status
 
@@ -38,11 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the command."""
     parser = _parser()
     args = parser.parse_args(arguments)
-    set_logging(args)
+    told = set_logging(args)
     try:
-        return _run(args)
+        status, text = _COMMANDS[args.command](args)
+        told.done()
+        _print(text, is_for_people=getattr(args, "format", "text") == "text")
+        return status
     except KeyboardInterrupt:
         return 130          # as a shell says of Ctrl-C
+    finally:
+        told.done()
 
 
 def _parser() -> Parser:
@@ -59,13 +65,11 @@ def _parser() -> Parser:
     return parser
 
 
-def _run(args: argparse.Namespace) -> int:
-    status, text = _COMMANDS[args.command](args)
+def _print(text: str, is_for_people: bool) -> None:
     try:
-        print(text, end="\n" if text else "", flush=True)
+        show(text, is_for_people)
     except BrokenPipeError:     # such as `| head`; what is left in the buffer must not complain at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return status
 
 
 def _answer(args: argparse.Namespace, make: Callable[[], str]) -> tuple[int, str]:

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from pipeengine.cli.terminal import ToStderr
+
 EXAMPLES = {
     "plan": ("graph.json --stages 4 --bandwidth 16GB/s", "model.py:make --stages 2 --costs measured -o plan.json",
              "config.json --stages 16 --flops 400T --memory-bandwidth 2TB/s --rows 64 --length 4096"),
@@ -73,16 +75,13 @@ def add_completion(parser: argparse.ArgumentParser) -> None:
     shtab.add_argument_to(parser, ["--print-completion"], help="print what makes a shell complete this command")
 
 
-def set_logging(args: argparse.Namespace) -> None:
-    """What the package logs goes to stderr, as lines without decoration."""
+def set_logging(args: argparse.Namespace) -> ToStderr:
+    """What the package logs goes to stderr, as lines without decoration; returns where it goes."""
     logger = logging.getLogger("pipeengine")
     logger.setLevel(logging.DEBUG if args.verbose else logging.WARNING if args.quiet else logging.INFO)
-    if not any(isinstance(handler, _ToStderr) for handler in logger.handlers):
-        logger.addHandler(_ToStderr())
-        logger.propagate = False
-
-
-class _ToStderr(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write to what is stderr now."""
-        print(record.getMessage(), file=sys.stderr, flush=True)
+    known = next((handler for handler in logger.handlers if isinstance(handler, ToStderr)), None)
+    if known is not None:
+        return known
+    logger.addHandler(handler := ToStderr())
+    logger.propagate = False
+    return handler

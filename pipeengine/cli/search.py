@@ -35,7 +35,7 @@ _DIMENSIONS = {
     "microbatch-rows": (_numbers, "rows of a micro-batch; default those of 1,2,4,8,16 that divide the rows"),
     "schedule": (_names, "by name"),
     "recompute": (_names, "none, stages, blocks; default stages,blocks: as many as must"),
-    "shard": (_words, "none, optimizer"),
+    "shard": (_words, "none, optimizer, parameters"),
     "near": (_names, "stages, replicas: which are numbered next to each other"),
 }
 

@@ -23,9 +23,14 @@ def profile(model: torch.nn.Module, example: object, *, num_microbatches: int = 
             progress: Callable[[str], None] | None = None) -> networkx.DiGraph:
     """The cost graph of one micro-batch of ``example`` (the inputs of a whole batch), for ``partition``.
 
-    ``costs`` is ``"measured"`` (on ``device``, each distinct piece once, results kept in the JSON file ``cache`` if
-    given), ``"analytic"``, or a ``DeviceDescription`` to reckon with. The model may be on meta. Seconds and bytes per
-    micro-batch.
+    - ``num_microbatches`` (1): the batch is cut into so many; the graph's seconds and bytes are those of one of them.
+    - ``costs`` ("measured"): "measured" (on ``device``, each distinct piece once), "analytic", or a
+      ``DeviceDescription`` to compute with. The model may be on meta.
+    - ``loss_fn`` (the model's own loss), ``target`` (made up): as ``Pipeline`` takes them.
+    - ``device`` (where the model is, else the accelerator), ``cache`` (None): a JSON file that keeps measurements.
+    - ``progress`` (None): is told in words how far measuring is.
+
+    Raises ``InputError`` for other costs, and ``CaptureError`` where the model cannot be recorded.
     """
     if costs not in ("measured", "analytic") and not isinstance(costs, DeviceDescription):
         raise InputError(f'costs is {costs!r}; give "measured", "analytic" or a DeviceDescription')

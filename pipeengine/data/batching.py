@@ -45,7 +45,15 @@ class Batch:
 
     def on(self, device: torch.device) -> Callable[[], list[torch.Tensor]]:
         """What gives the whole tensors on ``device``, once somebody needs them: most losses are weighed without."""
-        return cache(lambda: [tensor.to(device) for tensor in self.tensors])
+        return cache(lambda: self._moved(device))
+
+    def _moved(self, device: torch.device) -> list[torch.Tensor]:
+        """The tensors on ``device``. The host does not wait for copies out of pinned memory, as a DataLoader makes
+        it."""
+        if device.type == "cpu":
+            return [tensor.to(device) for tensor in self.tensors]
+        return [tensor.to(device, non_blocking=tensor.device.type == "cpu" and tensor.is_pinned())
+                for tensor in self.tensors]
 
     def join(self, parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
         """The tensors of the batch that such micro-batches make up: what ``split`` takes apart."""
@@ -55,7 +63,7 @@ class Batch:
     def split(self, num_microbatches: int, device: torch.device) -> list[list[torch.Tensor]]:
         """For each micro-batch its tensors, in the order of ``tensors``, on ``device``."""
         count = min(num_microbatches, self.rows)
-        moved = [tensor.to(device) for tensor in self.tensors]
+        moved = self._moved(device)
         entries = list(zip(*self.packed_sizes(num_microbatches)))
         cut = dict(zip(self.packed, entries))
         parts = [torch.split(tensor, cut[index]) if index in cut else

@@ -74,7 +74,7 @@ def make_buckets(copies: Sequence[Copies], tensors: Mapping[str, torch.Tensor], 
         alike.setdefault((one.stage, one.workers, str(tensors[one.name].dtype)), []).append(one.name)
     buckets = []
     for (stage, workers, _), names in sorted(alike.items()):
-        for together in _within(names, tensors, most):
+        for together in within(names, tensors, most):
             if owner is not None:
                 together = sorted(together, key=lambda name: workers.index(owner[name]))
             lengths = [tensors[name].numel() for name in together]
@@ -84,7 +84,7 @@ def make_buckets(copies: Sequence[Copies], tensors: Mapping[str, torch.Tensor], 
     return tuple(buckets)
 
 
-def _within(names: Sequence[str], tensors: Mapping[str, torch.Tensor], most: int) -> Iterable[list[str]]:
+def within(names: Sequence[str], tensors: Mapping[str, torch.Tensor], most: int) -> Iterable[list[str]]:
     """``names`` in runs of at most ``most`` bytes, in their order."""
     run: list[str] = []
     size = 0

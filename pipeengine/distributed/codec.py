@@ -49,7 +49,8 @@ def decode(data: torch.Tensor) -> object:
 
 
 def encode_or_tell(value: object) -> torch.Tensor:
-    """``value`` for ``decode_or_raise``; what cannot travel becomes its error, so that nobody waits for the value."""
+    """``value`` as bytes (uint8, 1-dimensional) for ``decode_or_raise``; what cannot travel becomes its error, so that
+    nobody waits for the value."""
     try:
         return encode([True, value])
     except InputError as error:

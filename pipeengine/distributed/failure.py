@@ -25,6 +25,14 @@ def start(operation: Callable[..., T], *args: object, **options: object) -> T:
         raise ConnectionLost(str(error)) from error
 
 
+def is_from_a_collective(error: BaseException) -> bool:
+    """Whether torch.distributed raised ``error``, in a call that may not be ours: its type and text tell too little."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).startswith("torch.distributed.")
+
+
 class Description(NamedTuple):
     """An error as three texts, so that it can travel without running anybody's code."""
     kind: str

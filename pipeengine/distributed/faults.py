@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import random
 import signal
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from pipeengine.distributed.activity import Activity
 
@@ -29,6 +32,17 @@ def _raise(seconds: float) -> None:
     raise RuntimeError("a fault on purpose")
 
 
+def _fill(seconds: float) -> None:
+    """From now on the disk is full for this process: what is written through ``os.write`` to a file fails."""
+    write = os.write
+
+    def full(file: int, data: Any) -> int:
+        if stat.S_ISREG(os.fstat(file).st_mode):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, data)
+    os.write = full
+
+
 FAULTS: dict[str, Callable[[float], None]] = {
     "kill": lambda seconds: os.kill(os.getpid(), signal.SIGKILL),
     "terminate": lambda seconds: os.kill(os.getpid(), signal.SIGTERM),
@@ -39,6 +53,7 @@ FAULTS: dict[str, Callable[[float], None]] = {
     "sleep": time.sleep,
     "hold": _hold,
     "deadlock": _deadlock,
+    "fill": _fill,
 }
 
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from pipeengine.errors import InputError
 
-PIPELINE, REPLICAS = "pp", ("dp_replicate", "dp")
+PIPELINE, SHARDS = "pp", "dp_shard"
+REPLICAS = ("dp_replicate", "dp", SHARDS)
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ class Grid:
 def ranks_of_mesh(mesh: dist.DeviceMesh, num_replicas: int | None) -> tuple[tuple[int, ...], int]:
     """The ranks of all workers, numbered through the replicas, and the number of replicas.
 
-    The mesh has a dimension "pp", and may have one "dp_replicate" (or "dp"), in any order; a mesh of one dimension is a
-    pipeline whatever its name. Raises ``InputError`` for other dimensions, and in a process outside the mesh.
+    The mesh has a dimension "pp", and may have one "dp_replicate" (or "dp", or "dp_shard"), in any order; a mesh of one
+    dimension is a pipeline whatever its name. Raises ``InputError`` for other dimensions, and in a process outside the
+    mesh.
     """
     names, ranks = tuple(mesh.mesh_dim_names or ()), mesh.mesh
     if mesh.get_coordinate() is None:
@@ -59,9 +61,12 @@ def ranks_of_mesh(mesh: dist.DeviceMesh, num_replicas: int | None) -> tuple[tupl
     if ranks.dim() == 1 and not set(names) & set(REPLICAS):
         names = (PIPELINE,)
     strange = [name for name in names if name not in (PIPELINE, *REPLICAS)]
+    if SHARDS in names and len(set(names) & set(REPLICAS)) > 1:
+        raise InputError(f"the mesh has the dimensions {names}; parameters are sharded over all replicas: give them "
+                         'one dimension, "dp_shard"')
     if strange or len(names) != ranks.dim() or len(set(names) & set(REPLICAS)) > 1:
         raise InputError(f'the mesh has the dimensions {names or ranks.dim()}; give "pp" and, for several pipelines, '
-                         f'"dp_replicate" (or "dp"), such as mesh["pp", "dp_replicate"] or mesh["pp"]')
+                         f'"dp_replicate" (or "dp") or "dp_shard", such as mesh["pp", "dp_replicate"] or mesh["pp"]')
     across = next((names.index(name) for name in names if name in REPLICAS), None)
     rows = ranks.reshape(1, -1) if across is None else ranks.movedim(across, 0).reshape(ranks.shape[across], -1)
     if num_replicas not in (None, len(rows)):

@@ -50,6 +50,7 @@ class GuardSettings:
       computing; ten times the longest pause seen so far, where that is more.
     - ``long``: the first calls, and what is known to take long. ``join``: until every worker has come.
     - ``judges``: False for a debugger: only deaths and errors are told. ``kills``: a frozen process is killed.
+    - ``error_file``: where torchrun looks for what ended this worker.
     """
 
     beat: float = 0.5
@@ -62,12 +63,14 @@ class GuardSettings:
     kills: bool = True
     agent: int = 0
     interface: str = ""
+    error_file: str = ""
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> GuardSettings:
         """As the environment says: ``PIPEENGINE_GUARD`` is ``debug``, or settings such as ``stall=10,long=1800``."""
         values: dict[str, object] = {"agent": os.getppid() if "TORCHELASTIC_RUN_ID" in environment else 0,
-                                     "interface": environment.get("GLOO_SOCKET_IFNAME", "").split(",")[0]}
+                                     "interface": environment.get("GLOO_SOCKET_IFNAME", "").split(",")[0],
+                                     "error_file": environment.get("TORCHELASTIC_ERROR_FILE", "")}
         for part in filter(None, environment.get("PIPEENGINE_GUARD", "").split(",")):
             name, _, value = part.partition("=")
             if name == "debug" and not value:
@@ -132,7 +135,8 @@ class Guard:
         if not self.rank:
             bind = self._address(store, call)
         self._lines.send({"rank": self.rank, "size": self.size, "token": token, "hub": hub, "bind": bind,
-                          "pid": os.getpid(), "agent": settings.pop("agent"), "settings": settings})
+                          "pid": os.getpid(), "agent": settings.pop("agent"), "error_file": settings.pop("error_file"),
+                          "settings": settings})
         if not self.rank:
             port = self._receive(self._settings.join, "port")
             store.set("hub", json.dumps({"address": [bind, port], "token": token}))

@@ -16,6 +16,20 @@ def silence_limit(settings: dict) -> float:
     return float(settings["frozen"] + 2 * settings["beat"])
 
 
+def how_ended(code: int | None, where: str) -> str:
+    """Of a worker that ended with exit ``code`` (None where that is not known) while it was ``where``."""
+    if code is not None and code < 0:
+        how = f"was killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "")
+    else:
+        how = "died" if code is None else f"died with exit code {code}"
+    return how + placed(where)
+
+
+def placed(where: str) -> str:
+    """Where something happened, to follow what it was."""
+    return f" {where}" if where.startswith("outside") else f" in {where}" if where else ""
+
+
 class Judge:
     """Worker 0's: hears of all workers, and says once who is to blame. ``tell`` sends its verdict to every worker."""
 
@@ -51,16 +65,12 @@ class Judge:
             told = {"kind": "left", "rank": rank, "what": "has left: its script has ended"}
             self._gone.setdefault(rank, (time.monotonic(), told))
             return
-        if code is not None and code < 0:
-            how = f"was killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "")
-        else:
-            how = "died" if code is None else f"died with exit code {code}"
         self._gone.setdefault(rank, (time.monotonic(), {}))
-        self._decide({"kind": "died", "rank": rank, "what": how + self._at(rank, ending["where"])})
+        where = ending["where"] or self._state.get(rank, {}).get("where", "")
+        self._decide({"kind": "died", "rank": rank, "what": how_ended(code, where)})
 
-    def _at(self, rank: int, where: str = "") -> str:
-        where = where or self._state.get(rank, {}).get("where", "")
-        return f" {where}" if where.startswith("outside") else f" in {where}" if where else ""
+    def _at(self, rank: int) -> str:
+        return placed(self._state.get(rank, {}).get("where", ""))
 
     def judge(self) -> None:
         """Look at what is known; called several times a second."""

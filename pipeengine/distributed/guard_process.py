@@ -19,7 +19,7 @@ import sys
 import time
 from contextlib import suppress
 
-from pipeengine.distributed.guard_judge import Judge, silence_limit
+from pipeengine.distributed.guard_judge import Judge, how_ended, silence_limit
 from pipeengine.distributed.guard_watch import RECORD_BYTES, TICK, Watch
 
 _LINGER = 2.0                               # seconds that the one that judges outlives its worker at most
@@ -92,6 +92,21 @@ class Lines:
         if not all(isinstance(message, dict) for message in messages):
             raise ValueError("a line that is no message")
         return messages, alive
+
+
+def write_cause(path: str, what: str, traceback: str = "") -> None:
+    """Say in torchrun's error file what ended a worker, unless the worker has done so.
+
+    torchrun blames who has failed first, by whole seconds. The date is a second back, so that workers which end as a
+    consequence, in the same second and with or without files of their own, have failed later.
+    """
+    told = {"message": what, "extraInfo": {"py_callstack": f"{what}\n{traceback}".strip(),
+                                           "timestamp": str(int(time.time()) - 1)}}
+    with suppress(OSError):
+        if path and not os.path.exists(path):
+            with open(f"{path}.part", "w") as file:
+                json.dump({"message": told}, file)
+            os.replace(f"{path}.part", path)            # nobody reads half of it
 
 
 class Guard:
@@ -198,11 +213,18 @@ class Guard:
             # without an agent it is left to its user.
             ends = ("frozen", "stalled") if self._agent is not None else ("frozen",)
             if verdict["kind"] in ends and verdict["rank"] == self._rank and self._setup["settings"]["kills"]:
+                self._blame(verdict["what"])
                 self._kill(signal.SIGKILL)
+
+    def _blame(self, what: str, traceback: str = "") -> None:
+        """This worker is the cause, for whoever started it."""
+        write_cause(self._setup["error_file"], f"worker {self._rank} {what}", traceback)
 
     def _from_worker(self) -> None:
         messages, alive = self._worker.receive()
         for message in messages:
+            if "failed" in message and self._told is None:
+                self._blame(message["failed"]["what"], message["failed"].get("traceback", ""))
             self._tell_judge(message)
         closed = any("closed" in message for message in messages)
         if closed or not alive:         # without good-bye it is dying: the kernel tells how
@@ -254,7 +276,10 @@ class Guard:
     def _worker_ended(self) -> None:
         self._selector.unregister(self._process)
         code, left = self._watch.ending()
-        self._tell_judge({"ended": {"code": code, "left": left, "where": self._watch.look()["where"]}})
+        where = self._watch.look()["where"]
+        if self._told is None and not left:
+            self._blame(how_ended(code, where))
+        self._tell_judge({"ended": {"code": code, "left": left, "where": where}})
         self._end()
 
     def _agent_ended(self) -> None:

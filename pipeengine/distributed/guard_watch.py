@@ -44,9 +44,10 @@ class Patience:
 class Watch:
     """Looks at one worker process: what it says it does, and what the kernel says of it."""
 
-    def __init__(self, pid: int, memory: mmap.mmap, settings: dict):
+    def __init__(self, pid: int, memory: mmap.mmap, settings: dict, proc: str = "/proc"):
+        self._proc = f"{proc}/{pid}"
         self.process = os.pidfd_open(pid)
-        self.pid, self._memory, self._frozen_after = pid, memory, settings["frozen"]
+        self._memory, self._frozen_after = memory, settings["frozen"]
         self._judges = settings["judges"]
         self._patience = Patience(settings["stall"], settings["outside"], settings["long"])
         self._key: tuple = ()
@@ -86,17 +87,29 @@ class Watch:
                 "frozen": self._judges and now - self._stopped > self._frozen_after}
 
     def _kernel(self) -> tuple[str, float]:
-        """The process's state (R, S, D, T, ...) and the seconds of CPU time it has used."""
+        """The process's state (R, S, D, T, ...) and the seconds of CPU time that it has used or waited for.
+
+        On a machine with much to do a worker that computes may get less of a CPU than one that sleeps now and then.
+        """
         try:
-            with open(f"/proc/{self.pid}/stat") as file:
+            with open(f"{self._proc}/stat") as file:
                 fields = file.read().rpartition(")")[2].split()
-            return fields[0], sum(map(int, fields[11:13])) / _TICKS_PER_SECOND
+            return fields[0], sum(map(int, fields[11:13])) / _TICKS_PER_SECOND + self._starved()
         except (OSError, IndexError, ValueError):
             return "S", 0.0
 
+    def _starved(self) -> float:
+        """Seconds that the threads of the process could have run and had no CPU; 0 where the kernel does not say."""
+        seconds = 0.0
+        with suppress(OSError):
+            for thread in os.listdir(f"{self._proc}/task"):
+                with suppress(OSError, IndexError, ValueError), open(f"{self._proc}/task/{thread}/schedstat") as file:
+                    seconds += int(file.read().split()[1]) / 1e9
+        return seconds
+
     def _traced(self) -> bool:
         try:
-            with open(f"/proc/{self.pid}/status") as file:
+            with open(f"{self._proc}/status") as file:
                 return "TracerPid:\t0\n" not in file.read()
         except OSError:
             return False
@@ -113,7 +126,7 @@ class Watch:
         return code, bool(self._memory[LEAVING_AT])
 
     def _exit_code(self) -> int | None:
-        with suppress(OSError, IndexError, ValueError), open(f"/proc/{self.pid}/stat") as file:
+        with suppress(OSError, IndexError, ValueError), open(f"{self._proc}/stat") as file:
             fields = file.read().rpartition(")")[2].split()
             if fields[0] == "Z" and fields[49] != "0":      # 0 also stands for what we may not see
                 return os.waitstatus_to_exitcode(int(fields[49]))

@@ -1,11 +1,15 @@
 """Hand values over inside one process, or nowhere (to measure the engine alone)."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 
+from pipeengine.program import Message
 from pipeengine.stages import Layout, unpack
+
+Receipts = Mapping[Message, tuple[Message, ...]]
 
 
 class Transport(Protocol):
@@ -17,8 +21,8 @@ class Transport(Protocol):
     messages: int
     bytes: int
 
-    def begin(self, step: int, digest: int) -> None:
-        """A new step: everything sent from now on belongs to it."""
+    def begin(self, step: int, digest: int, receipts: Receipts) -> None:
+        """A new step: everything sent from now on belongs to it. ``receipts``: what each message to come proves."""
 
     def irecv(self, kind: int, source: int, target: int, microbatch: int, layout: Layout) -> None:
         """Make room for a message, so that it can arrive while this worker computes."""
@@ -45,7 +49,7 @@ class LocalTransport:
         self.messages = 0
         self.bytes = 0
 
-    def begin(self, step: int, digest: int) -> None:
+    def begin(self, step: int, digest: int, receipts: Receipts) -> None:
         """A new step: what an earlier one left behind is dropped."""
         self._held.clear()
 

@@ -164,7 +164,7 @@ class ReplicatedParameters(NoTies):
         count = len(one.bucket.names)
         own = one.shares.shape[1] - count
         one.used = one.shares[:, own:].ne(0).any(0).tolist()
-        total = one.shares[0, :own].to(_sum_dtype(one.bucket.dtype), copy=True)
+        total = one.shares[0, :own].to(sum_dtype(one.bucket.dtype), copy=True)
         for more in one.shares[1:, :own]:
             total += more
         one.kept = total = total.to(one.bucket.dtype)
@@ -269,7 +269,7 @@ class ReplicatedParameters(NoTies):
         give_up(groups)
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """Half precision is added up in float32 and rounded once."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 

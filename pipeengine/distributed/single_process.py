@@ -11,6 +11,7 @@ from pipeengine.distributed.board import LocalBoard
 from pipeengine.distributed.buckets import Copies
 from pipeengine.distributed.grid import Grid
 from pipeengine.distributed.local import LocalTransport, Transport
+from pipeengine.distributed.sharding import Sharding
 from pipeengine.distributed.tied_parameters import NoTies, Tie
 from pipeengine.distributed.wishes import Wishes
 from pipeengine.errors import PipeEngineError
@@ -38,7 +39,8 @@ class SingleProcess:
         return what()
 
     def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str],
-              told: Sequence[int] = ()) -> Sequence[Sequence[int]]:
+              told: Sequence[int] = (), explain: Callable[[str], Mapping[str, str]] | None = None
+              ) -> Sequence[Sequence[int]]:
         """Raise the ``problem``, if there is one."""
         self.wishes.hear(self.wishes.own())
         if problem is not None:
@@ -74,7 +76,7 @@ class SingleProcess:
         return NoTies()
 
     def replicate(self, copies: Sequence[Copies], tensors: Mapping[str, torch.Tensor],
-                  owner: Mapping[str, int] | None) -> NoTies:
+                  owner: Mapping[str, int] | None, sharding: Sharding | None = None) -> NoTies:
         """One process has no replicas."""
         return NoTies()
 

@@ -1,7 +1,8 @@
 """Parameters that several workers hold: one initial value, one gradient sum per step."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,21 @@ class NoTies:
 
     def reduce(self) -> None:
         """Nothing to sum."""
+
+    def gather(self) -> None:
+        """Nothing to make whole."""
+
+    def release(self) -> None:
+        """Nothing to leave in shards."""
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Inside, the model's tensors have their whole shapes, as they have anyway."""
+        yield
+
+    def collect(self, tensor: torch.Tensor, owner: int) -> torch.Tensor | None:
+        """``tensor`` whole on the worker ``owner``, as it is anyway."""
+        return tensor.detach()
 
     def restore(self) -> None:
         """Nothing was set aside."""

@@ -2,16 +2,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 import torch.distributed as dist
 
 from pipeengine.distributed.failure import start
 from pipeengine.distributed.groups import GroupMaker
-from pipeengine.distributed.local import LocalTransport
+from pipeengine.distributed.local import LocalTransport, Receipts
 from pipeengine.distributed.waiting import Waiter, give_up
 from pipeengine.errors import WorkerError
-from pipeengine.program import UNDERWAY
+from pipeengine.program import UNDERWAY, Message
 from pipeengine.stages import ACTIVATION, Layout, allocate, check_header, has_arrived, header, pack, unpack
 
 
@@ -40,13 +41,14 @@ class DistributedTransport:
                        for pair, group in self._groups.items()}
         self._local = LocalTransport()
         self._posted: dict[tuple, tuple[torch.Tensor, dist.Work]] = {}
-        self._sent: list[tuple[dist.Work, torch.Tensor]] = []
+        self._sent: dict[Message, tuple[dist.Work, torch.Tensor]] = {}
         self._step, self._digest = 0, 0
+        self._receipts: Receipts = {}
         self.messages, self.bytes = 0, 0
 
-    def begin(self, step: int, digest: int) -> None:
-        """A new step: everything sent from now on belongs to it."""
-        self._step, self._digest = step, digest
+    def begin(self, step: int, digest: int, receipts: Receipts) -> None:
+        """A new step: everything sent from now on belongs to it. ``receipts``: what each message to come proves."""
+        self._step, self._digest, self._receipts = step, digest, receipts
 
     def _ends(self, kind: int, source: int, target: int) -> tuple[int, int]:
         ends = self._worker_of[source], self._worker_of[target]
@@ -71,8 +73,9 @@ class DistributedTransport:
     def send(self, kind: int, source: int, target: int, microbatch: int, tensors: list, layout: Layout) -> None:
         """Start sending; the buffer lives until the receiver has it.
 
-        Gloo does not say which sends are done, so the oldest are waited for, two at a time. That is safe: programs
-        complete even when every send waits for its receiver.
+        Gloo does not say which sends are done. What the receiver sends later does (``recv``); without that the oldest
+        are waited for, two at a time, which takes two changes of threads. That is safe: programs complete even when
+        every send waits for its receiver.
         """
         ends = self._ends(kind, source, target)
         if ends[0] == ends[1]:
@@ -85,21 +88,26 @@ class DistributedTransport:
         tag = self._tag(kind, source, target, microbatch) if self._tagged else 0
         if len(self._sent) >= UNDERWAY:
             self._forget(2)
-        self._sent.append((start(self._groups[ends].send, [buffer], self._place[ends][1], tag), buffer))
+        self._sent[kind, source, target, microbatch] = (
+            start(self._groups[ends].send, [buffer], self._place[ends][1], tag),
+            buffer,
+        )
         self.messages += 1
         self.bytes += layout.payload_bytes
 
     def _forget(self, count: int) -> None:
         """Wait until the oldest ``count`` messages have been received."""
-        work = [pair[0] for pair in self._sent[:count]]
+        oldest = list(islice(self._sent, count))
+        work = [self._sent[key][0] for key in oldest]
         try:
             self._waiter.wait(*work)
         finally:
             del work
-        del self._sent[:count]
+        for key in oldest:
+            del self._sent[key]
 
     def recv(self, kind: int, source: int, target: int, microbatch: int, layout: Layout) -> list[torch.Tensor]:
-        """The values of a message; waits until it is here."""
+        """The values of a message, with the shapes and in the order of ``layout``; waits until it is here."""
         sender, receiver = self._ends(kind, source, target)
         if sender == receiver:
             return self._local.recv(kind, source, target, microbatch, layout)
@@ -107,10 +115,12 @@ class DistributedTransport:
         if key not in self._posted:
             self.irecv(*key, layout)
         buffer, work = self._posted.pop(key)
-        if self._tagged and has_arrived(buffer):
-            start(work.wait)
-        else:
+        if self._tagged and not has_arrived(buffer):
             self._waiter.wait(work)
+        else:
+            start(work.wait)        # NCCL: this thread's stream waits, and so not on the helper thread
+        for arrived in self._receipts.get(key, ()):
+            self._sent.pop(arrived, None)
         orders = None
         if self._tagged:
             head = header(self._step, microbatch, kind, source, target, layout.bytes, self._digest)

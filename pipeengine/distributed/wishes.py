@@ -24,9 +24,10 @@ class Wishes:
         """Note what some worker asks for; called at the same place on all of them."""
         self._heard |= bits
 
-    def take(self) -> int:
-        """What has been heard since the last ``take``; it is not asked for any more."""
-        heard, self._heard = self._heard, 0
+    def take(self, among: int = -1) -> int:
+        """What has been heard since it was last taken, of the bits ``among``; it is not asked for any more."""
+        heard = self._heard & among
+        self._heard &= ~heard
         for bit in tuple(self._asked):
             if bit & heard:
                 self._asked.discard(bit)

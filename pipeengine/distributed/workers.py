@@ -25,6 +25,8 @@ from pipeengine.distributed.groups import GroupMaker
 from pipeengine.distributed.guard import Guard, GuardSettings, Told
 from pipeengine.distributed.local import Transport
 from pipeengine.distributed.replicas import ReplicatedParameters
+from pipeengine.distributed.sharded_parameters import ShardedParameters
+from pipeengine.distributed.sharding import Sharding
 from pipeengine.distributed.tied_parameters import NoTies, Tie, TiedParameters
 from pipeengine.distributed.transport import DistributedTransport
 from pipeengine.distributed.waiting import Waiter, give_up
@@ -32,9 +34,12 @@ from pipeengine.distributed.wishes import Wishes
 from pipeengine.errors import InputError, PipeEngineError, WorkerError
 from pipeengine.torch_private import default_store
 
-SLOTS = 12          # of eight bytes, in the record that every call begins with
+SLOTS = 13          # of eight bytes, in the record that every call begins with
 _VERDICT_SECONDS = 2.0      # until the guard has said who is to blame
+EVERYWHERE = 2      # of the facts that are agreed on: alike in all replicas, the others inside each
 T = TypeVar("T")
+Explain = Callable[[str], Mapping[str, str]]
+"""What a worker tells about a fact, by name, so that an error can say what is behind it."""
 
 
 class Workers(Protocol):
@@ -67,9 +72,10 @@ class Workers(Protocol):
         """Do something that needs no other worker, on all of them; if it fails on one, raise its error on all."""
 
     def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str],
-              told: Sequence[int] = ()) -> Sequence[Sequence[int]]:
-        """The same ``facts`` everywhere (the first) and in each replica (the others), and nobody has a ``problem``;
-        else the same error everywhere. Returns what each worker has ``told`` where there are replicas."""
+              told: Sequence[int] = (), explain: Explain | None = None) -> Sequence[Sequence[int]]:
+        """The same ``facts`` everywhere (the first two) and in each replica (the others), and nobody has a ``problem``;
+        else the same error everywhere, which names the first entry of ``explain(name)`` that differs, where one does.
+        Returns what each worker has ``told`` where there are replicas."""
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
         """``source``'s ``value`` on every worker."""
@@ -94,8 +100,9 @@ class Workers(Protocol):
         """What keeps copies of shared parameters equal; they have the owner's value afterwards."""
 
     def replicate(self, copies: Sequence[Copies], tensors: Mapping[str, torch.Tensor],
-                  owner: Mapping[str, int] | None) -> NoTies:
-        """The same where there are replicas; with ``owner`` each parameter is updated by one worker."""
+                  owner: Mapping[str, int] | None, sharding: Sharding | None = None) -> NoTies:
+        """The same where there are replicas; with ``owner`` each parameter is updated by one worker, with ``sharding``
+        each worker holds and updates rows of those that it names."""
 
     def fail(self, error: BaseException, where: str) -> BaseException:
         """Tell the others of ``error``, and return what this worker is to raise."""
@@ -160,13 +167,19 @@ class ProcessGroupWorkers:
         return tied
 
     def replicate(self, copies: Sequence[Copies], tensors: Mapping[str, torch.Tensor],
-                  owner: Mapping[str, int] | None) -> ReplicatedParameters:
+                  owner: Mapping[str, int] | None, sharding: Sharding | None = None
+                  ) -> ReplicatedParameters | ShardedParameters:
         """The copies of tensors in all replicas, on groups of their own, equal from the start; every worker calls
         it."""
-        replicated = ReplicatedParameters(copies, tensors, self.rank, self.ranks, self.backend, self._groups,
-                                          self.waiter, owner)
+        dealt = {} if sharding is None else sharding.slots
+        replicated = ReplicatedParameters([one for one in copies if one.name not in dealt], tensors, self.rank,
+                                          self.ranks, self.backend, self._groups, self.waiter, owner)
         replicated.equalise()
-        return replicated
+        own = [one for one in copies if one.name in dealt and self.rank in one.workers]
+        if sharding is None or not own:
+            return replicated
+        return ShardedParameters(own, tensors, sharding, replicated, self.rank, self.ranks, self.backend, self._groups,
+                                 self.waiter)
 
     # -- collectives ------------------------------------------------------------------------------------------------
 
@@ -271,9 +284,10 @@ class ProcessGroupWorkers:
         return result
 
     def agree(self, facts: Sequence[int], problem: PipeEngineError | None, names: Sequence[str],
-              told: Sequence[int] = ()) -> Sequence[Sequence[int]]:
-        """One small gather: the same first of ``facts`` everywhere, the same others in each replica, and nobody has a
-        ``problem``; else the same error everywhere. Returns what each worker has ``told`` where there are replicas."""
+              told: Sequence[int] = (), explain: Explain | None = None) -> Sequence[Sequence[int]]:
+        """One small gather: the same first two of ``facts`` everywhere, the same others in each replica, and nobody has
+        a ``problem``; else the same error everywhere. Returns what each worker has ``told`` where there are
+        replicas."""
         mine = self._record(problem is not None, *facts)
         if told:
             mine[2 + len(facts):2 + len(facts) + len(told)] = torch.tensor(told)
@@ -289,21 +303,30 @@ class ProcessGroupWorkers:
         if any(row[0] for row in rows):
             self._raise_first(problem)
         for number, name in enumerate(names, 1):
-            alike = self.size if number == 1 else self.grid.width
+            alike = self.size if number <= EVERYWHERE else self.grid.width
             for first in range(0, self.size, alike):
-                self._compare(name, first, [row[number] for row in rows[first:first + alike]])
+                self._compare(name, first, [row[number] for row in rows[first:first + alike]], explain)
         return [row[1 + len(facts):] for row in rows] if replicas > 1 else ()
 
-    @staticmethod
-    def _compare(name: str, first: int, values: Sequence[int]) -> None:
+    def _compare(self, name: str, first: int, values: Sequence[int], explain: Explain | None) -> None:
         """Raise ``InputError`` unless the workers from ``first`` on have one value."""
         other = next((number for number, value in enumerate(values) if value != values[0]), None)
         if other is not None:
+            if explain is not None:
+                self._name_difference(first, first + other, self.all_gather_object(explain(name)))
             raise InputError(f"workers disagree on {name}: worker {first} has {values[0]}, worker {first + other} has "
                              f"{values[other]}; every worker of a pipeline must make the same calls with the same "
                              "batch (a DistributedSampler, or a loader that accelerate has prepared, gives each worker "
                              "another part of it, and so does a shuffle without a common seed; give it the number of "
                              "replicas and pipe.replica)")
+
+    @staticmethod
+    def _name_difference(first: int, other: int, told: Sequence[Mapping[str, str]]) -> None:
+        """Raise ``InputError`` for the first entry that workers ``first`` and ``other`` have told otherwise."""
+        for name, value in told[first].items():
+            if told[other].get(name, value) != value:
+                raise InputError(f"workers disagree on {name}: worker {first} has {value}, worker {other} has "
+                                 f"{told[other][name]}; set it on every worker, at the same step")
 
     def _raise_first(self, problem: Exception | None) -> None:
         """Raise the problem of the first worker that has one, on every worker."""

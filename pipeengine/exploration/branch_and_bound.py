@@ -14,7 +14,7 @@ from pipeengine.exploration.judge import Scene
 from pipeengine.exploration.point_search import CLOSE, ROUNDS, Candidate, PointSearch, Verdict
 from pipeengine.exploration.space import Point, Space, Training
 
-_PREFERENCE = {None: 0, "none": 0, "stages": 1, "blocks": 2, "optimizer": 1, "replicas": 1}
+_PREFERENCE = {None: 0, "none": 0, "stages": 1, "blocks": 2, "optimizer": 1, "replicas": 1, "parameters": -1}
 _PHASES = (("tried", 0, 0.1), ("bounded", None, 0.5), ("looked at", 0, 0.75), ("searched", ROUNDS, 1.0),
            ("narrowed", 4 * ROUNDS, 1.0))
 """What is done with every point that may still be the best: rounds of pricing, up to so much of the effort. A few that
@@ -93,7 +93,7 @@ def _merged(before: Verdict, now: Verdict) -> Verdict:
 
 def _at_least_as_good(point: Point) -> Point | None:
     """A point that is never slower and never needs more memory: its optimizer is sharded, or more may recompute."""
-    if point.shard is None and point.replicas > 1:
+    if point.shard != "optimizer" and point.replicas > 1:
         return replace(point, shard="optimizer")
     return replace(point, recompute="stages") if point.recompute == "none" else None
 

@@ -56,8 +56,9 @@ class Point:
 class Space:
     """What each dimension may be; an empty tuple leaves it open.
 
-    ``rows`` of a micro-batch, ``stages`` of one pipeline. ``shard``: ``None`` or ``"optimizer"``. ``near``: which
-    workers are numbered next to each other, a pipeline's ``"stages"`` or the ``"replicas"`` of a stage.
+    ``rows`` of a micro-batch, ``stages`` of one pipeline. ``shard``: ``None``, ``"optimizer"``, and where
+    asked ``"parameters"``, which needs a part of the weights more. ``near``: which workers are numbered next to each
+    other, a pipeline's ``"stages"`` or the ``"replicas"`` of a stage.
     """
 
     replicas: tuple[int, ...] = ()
@@ -85,27 +86,23 @@ class Space:
             if self.stages and workers * several not in self.stages:
                 continue
             for recompute in self.recompute:
-                for shard in self.shard if replicas > 1 else _without(self.shard, "optimizer"):
+                for shard in self.shard if replicas > 1 else (None,):
                     for near in self.near if replicas > 1 and workers > 1 else self.near[:1]:
                         yield Point(replicas, workers, several, rows, num_microbatches, name, recompute, shard, near)
 
     def validate(self, num_devices: int, global_rows: int) -> None:
         """Refuse what is in no dimension. Raises ``InputError``."""
-        known = {"schedule": KNOWN, "recompute": RECOMPUTE, "shard": (None, "optimizer"),
+        known = {"schedule": KNOWN, "recompute": RECOMPUTE, "shard": (None, "optimizer", "parameters"),
                  "near": ("stages", "replicas")}
         for field in fields(self):
             for value in getattr(self, field.name):
                 if field.name in known and value not in known[field.name]:
-                    raise InputError(f"{field.name} {value!r} is none of {', '.join(map(str, known[field.name]))}"
-                                     + _NOT_YET.get((field.name, value), ""))
+                    raise InputError(f"{field.name} {value!r} is none of {', '.join(map(str, known[field.name]))}")
                 if field.name not in known and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                     raise InputError(f"{field.name} is {value!r}; give whole numbers of at least 1")
         if next(self.points(num_devices, global_rows), None) is None:
             raise InputError(f"no configuration uses {num_devices} devices for {global_rows} rows within {self}; leave "
                              "a dimension open")
-
-
-_NOT_YET = {("shard", "parameters"): "; sharded parameters are not searched"}
 
 
 def divisors(number: int) -> tuple[int, ...]:
@@ -115,11 +112,6 @@ def divisors(number: int) -> tuple[int, ...]:
 
 def _chosen(asked: Sequence[int], possible: Sequence[int]) -> Sequence[int]:
     return asked or possible
-
-
-def _without(values: tuple, value: object) -> tuple:
-    """``values`` without ``value``, which changes nothing here; (None,) where nothing is left."""
-    return tuple(each for each in values if each != value) or (None,)
 
 
 def _orders(names: tuple[str, ...], workers: int, stages_per_worker: int) -> tuple[str, ...]:

@@ -9,12 +9,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy
 import torch
@@ -22,10 +24,12 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from pipeengine.checkpoint import Checkpoints, Holdings
-from pipeengine.errors import InputError
+from pipeengine.distributed import ConnectionLost, is_from_a_collective
+from pipeengine.errors import InputError, PipeEngineError
 from pipeengine.integrations.one_batch import PipelineAccelerator
 from pipeengine.integrations.pretrained import load_pretrained, save_pretrained
 from pipeengine.integrations.refusals import refuse_unsupported
+from pipeengine.integrations.restarts import continued_experiments, save_experiments, save_together_on_signals
 from pipeengine.pipeline import Pipeline
 from pipeengine.tracing import tensors
 
@@ -57,6 +61,7 @@ class PipelineMixin:
         self._pipeline_options = dict(pipeline or {})
         self._pipe: Pipeline | None = None
         super().__init__(*args, **kwargs)
+        save_together_on_signals(self)
 
     # -- construction -----------------------------------------------------------------------------------------------
 
@@ -208,10 +213,17 @@ class PipelineMixin:
     # -- folders ----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as ``Trainer.train``; ``resume_from_checkpoint=True`` takes the newest checkpoint that is whole."""
+        """Train as ``Trainer.train``; ``resume_from_checkpoint=True`` takes the newest checkpoint that is whole,
+        and the trackers go on with its experiments."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_whole(Path(self.args.output_dir))
-        return super().train(resume_from_checkpoint, *args, **kwargs)   # type: ignore[misc]
+        with continued_experiments(self, resume_from_checkpoint or None, os.environ):
+            try:
+                return super().train(resume_from_checkpoint, *args, **kwargs)   # type: ignore[misc]
+            except RuntimeError as error:
+                if self._pipe is None or isinstance(error, PipeEngineError) or not is_from_a_collective(error):
+                    raise
+                raise_lost(self._pipe, error)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -235,7 +247,7 @@ class PipelineMixin:
         """Optimizer, scheduler and counters in a checkpoint's folder; its weights stand beside it."""
         trainer: Any = self
         checkpoints = Checkpoints(Path(folder) / STATE, _WithoutWeights(self.pipe), keep=1, background=False,
-                                  optimizer=getattr(self.optimizer, "optimizer", self.optimizer),
+                                  signals=False, optimizer=getattr(self.optimizer, "optimizer", self.optimizer),
                                   scheduler=trainer.lr_scheduler)
         try:
             yield checkpoints
@@ -246,6 +258,12 @@ class PipelineMixin:
         trainer: Any = self
         with self._training_state(output_dir) as checkpoints:
             checkpoints.save(trainer.state.global_step, force=True)
+        save_experiments(trainer, Path(output_dir))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Worker 0 writes trainer_state.json next, which says that the checkpoint is whole: all must be done.
+        save = super()._save_rng_state                                  # type: ignore[misc]
+        self.pipe.holdings().workers.run_synchronized(lambda: save(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -263,6 +281,15 @@ class PipelineTrainer(PipelineMixin, Trainer):
     Everything else is the Trainer's: evaluation and metrics, accumulation, clipping, schedulers, callbacks,
     ``report_to``, ``save_strategy``, ``load_best_model_at_end``, ``resume_from_checkpoint``. See ``PipelineMixin``.
     """
+
+
+def raise_lost(pipe: Pipeline, error: BaseException) -> NoReturn:
+    """Raise ``WorkerError`` for a collective of the Trainer's own that broke: it says of a dead worker only that a
+    connection was reset, and the guard knows whose."""
+    def lost() -> NoReturn:
+        raise ConnectionLost(str(error)) from error
+    pipe.holdings().guarded(lost)
+    raise error
 
 
 class _Held:
@@ -300,14 +327,17 @@ def _within_replica(pipe: Pipeline, logits: Any) -> Any:
 
 
 def newest_whole(folder: Path) -> str:
-    """The newest ``checkpoint-N`` whose last file, ``trainer_state.json``, was written. Raises ``InputError``."""
+    """The newest ``checkpoint-N`` whose last file, ``trainer_state.json``, is whole. Raises ``InputError``."""
     suffixes = (path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*"))
     numbers = sorted((int(suffix) for suffix in suffixes if suffix.isdigit()), reverse=True)
     for number in numbers:
         path = folder / f"checkpoint-{number}"
-        if (path / "trainer_state.json").is_file():
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            logger.warning(f"passing over {path}: it has no whole trainer_state.json, so its save was interrupted")
+        else:
             return str(path)
-        logger.warning(f"passing over {path}: it has no trainer_state.json, so its save was interrupted")
     raise InputError(f"{folder} holds {len(numbers)} checkpoints and none is whole; train without "
                      "resume_from_checkpoint, or copy one back")
 

@@ -15,7 +15,7 @@ def refuse_unsupported(trainer: Any, pipeline: Mapping[str, Any]) -> None:
     has_replicas = (pipeline.get("num_replicas") or 1) > 1 or pipeline.get("mesh") is not None
     refusals: dict[str, tuple[bool, str]] = {
         "fp16=True": (args.fp16, "use bf16=True"),
-        "fsdp": (bool(args.fsdp), 'pass pipeline=dict(shard="parameters") where it is offered, or leave it out'),
+        "fsdp": (bool(args.fsdp), 'pass pipeline=dict(num_replicas=2, shard="parameters"), or leave it out'),
         "deepspeed": (args.deepspeed is not None, "leave it out: the pipeline shares the memory"),
         "torch_compile=True": (args.torch_compile, "compile blocks of the model before"),
         "parallelism_config": (getattr(args, "parallelism_config", None) is not None, "leave it out"),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 from pipeengine.errors import InputError
@@ -126,6 +127,7 @@ def interface_of(address: str) -> str:
 _BACKEND = "pipeengine-loopback"
 
 
+@cache
 def _register() -> None:
     """Make the rendezvous of one machine known to torch: its store is on the loopback, and new for every attempt."""
     import torch.distributed as dist

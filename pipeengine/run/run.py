@@ -20,6 +20,7 @@ from pipeengine.run.own_values import PREFIX, parameters_of, timeline_values, wo
 from pipeengine.run.recorder import Recorder
 from pipeengine.tracking import Progress, TrackerSetting, plain_values
 
+_COUNTED = 4        # the step whose memory is counted, once: caches are warm by then, and the first three are timed
 _OFTEN = 10         # steps between two looks at timelines and memory: those that the pipeline publishes
 
 
@@ -90,7 +91,7 @@ class Run:
         parameters = parameters_of(self.pipe, self.config)
         write_json(self._files.options, parameters)
         self.pipe.plan.save(self._files.plan)
-        (self.folder / PLAN_PICTURE).write_text(draw(self.pipe.plan), encoding="utf-8")
+        (self.folder / PLAN_PICTURE).write_text(draw(self.pipe.plan, self.pipe.graph), encoding="utf-8")
         recorder = Recorder(self._files.metrics, trackers,
                             TrackerSetting(self.folder.name or "run", self.id, self.folder, self.first_step))
         recorder.configure(parameters)
@@ -158,6 +159,8 @@ class Run:
         loss = values.get("loss", self.pipe.loss)
         amount, unit = self.pipe.amount
         number = self.pipe.num_steps - 1
+        if number == _COUNTED - 1:
+            self.pipe.count_memory()
         if number < 3 or number % _OFTEN == 0:
             values |= worker_values(self.pipe, sent_bytes)
         if self._recorder is not None:

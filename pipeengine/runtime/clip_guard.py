@@ -15,11 +15,11 @@ _PARTIAL: weakref.WeakSet[Gradients] = weakref.WeakSet()
 
 
 def refuse_local_clipping(gradients: Gradients) -> None:
-    """From now on, as long as ``gradients`` lives, ``torch.nn.utils.clip_grad_norm_`` of any of them is an
-    ``InputError``.
+    """From now on, as long as ``gradients`` lives, ``clip_grad_norm_`` and ``get_total_norm`` of ``torch.nn.utils`` are
+    an ``InputError`` for any of them, and for their parameters.
 
     They are those of a worker that has a part of the parameters. ``clip_grad_value_`` looks at each entry alone, and
-    stays.
+    ``clip_grads_with_norm_`` is given a norm: they stay.
     """
     _PARTIAL.add(gradients)
     _guard_once()
@@ -36,8 +36,9 @@ def _guarded(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         given = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
         numbers = {id(tensor) for tensor in given}
         if any(gradients.holds(numbers) for gradients in _PARTIAL):
-            raise InputError("torch.nn.utils.clip_grad_norm_ sees the gradients of this worker alone, and would clip "
-                             "by another norm on every worker; call pipe.clip_grad_norm_(max_norm), which takes the "
-                             "norm over all of them")
+            raise InputError("clip_grad_norm_ and get_total_norm of torch.nn.utils see what this worker holds alone: "
+                             "the norm would be another one on every worker; call pipe.clip_grad_norm_(max_norm), "
+                             "which clips by the norm over all of them and returns it (with max_norm=float('inf') it "
+                             "changes nothing)")
         return norm(given, *args, **kwargs)
     return guarded

@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import perf_counter
+from typing import Any
 
 import torch
 from torch.autograd.graph import get_gradient_edge
@@ -15,6 +15,7 @@ from pipeengine.autograd import Queue
 from pipeengine.autograd import run as run_deferred
 from pipeengine.distributed import Transport, Unwatched
 from pipeengine.rng import RngStreams
+from pipeengine.runtime.clock import HOST, Clock
 from pipeengine.stages import ACTIVATION, GRADIENT, Runnable
 from pipeengine.torch_private import engine_run_backward, profiler_enabled
 
@@ -34,7 +35,7 @@ class Task:
 class Executor:
     """Runs the actions of one worker; ``start_sum(stage)`` begins to sum a stage's gradients among replicas.
 
-    ``records`` holds (op, stage, microbatch, start, end) of the last step, in seconds.
+    ``records`` holds (op, stage, microbatch, start, end) of the last step, as marks of its clock.
     """
 
     def __init__(self, transport: Transport, rng: RngStreams, activity: Unwatched | None = None,
@@ -44,13 +45,15 @@ class Executor:
         self._do = {"F": self._forward, "B": self._backward, "I": self._input_gradient, "W": self._weight_gradient,
                     "SA": self._send_activation, "RA": self._post_activation,
                     "SG": self._send_gradient, "RG": self._post_gradient, "R": self._reduce}
-        self.records: list[tuple[str, int, int, float, float]] = []
+        self.records: list[tuple[str, int, int, Any, Any]] = []
         self.position: tuple = ()
+        self._mark = HOST.mark
 
-    def run(self, actions: Sequence[tuple], tasks: Sequence[Task], scale: torch.Tensor | None = None) -> None:
+    def run(self, actions: Sequence[tuple], tasks: Sequence[Task], scale: torch.Tensor | None = None,
+            clock: Clock = HOST) -> None:
         """Do ``actions`` in order for the micro-batches ``tasks``; gradients are those of the loss times ``scale``.
         Afterwards ``loss`` (as it is) and ``outputs`` are set."""
-        self._tasks, self._scale = tasks, scale
+        self._tasks, self._scale, self._mark = tasks, scale, clock.mark
         self._ready: dict[tuple, list] = {}         # what a send will carry
         self._saved: dict[tuple[int, int], tuple] = {}
         self._waiting: dict[tuple[int, int], Queue] = {}     # weight gradients that were put off
@@ -96,7 +99,7 @@ class Executor:
                 received += self._transport.recv(
                     ACTIVATION, boundary.source, boundary.target, microbatch, boundary.layout
                 )
-        start = perf_counter()
+        start = self._mark()
         if self._training:
             for tensor, wants in zip(received, runnable.wants):
                 if wants:
@@ -122,7 +125,7 @@ class Executor:
             self._saved[stage, microbatch] = edges, leaves, loss
         if runnable.keeps:
             self.outputs[microbatch] = [results[i] for i in runnable.keeps]
-        self.records.append(("F", stage, microbatch, start, perf_counter()))
+        self.records.append(("F", stage, microbatch, start, self._mark()))
         if len(task.stages) > 1:
             self._hand_over(runnable, microbatch)
 
@@ -147,9 +150,9 @@ class Executor:
         self._input_gradient(stage, microbatch, peer, "B")
 
     def _weight_gradient(self, stage: int, microbatch: int, peer: int) -> None:
-        start = perf_counter()
+        start = self._mark()
         run_deferred(self._waiting.pop((stage, microbatch), deque()))
-        self.records.append(("W", stage, microbatch, start, perf_counter()))
+        self.records.append(("W", stage, microbatch, start, self._mark()))
 
     def _input_gradient(self, stage: int, microbatch: int, peer: int, op: str = "I") -> None:
         task = self._tasks[microbatch]
@@ -164,7 +167,7 @@ class Executor:
                 for position, gradient in zip(boundary.gradient_positions, arrived):
                     held = gradients[position]
                     gradients[position] = gradient if held is None else held + gradient
-        start = perf_counter()
+        start = self._mark()
         if runnable.loss_root is not None:
             gradients[runnable.loss_root] = self._seed(loss, task.weight)
         if edges:
@@ -176,7 +179,7 @@ class Executor:
             if boundary.received:
                 self._ready[GRADIENT, boundary.source, boundary.target, microbatch] = \
                     [_take_gradient(leaves[i]) for i in boundary.received], boundary
-        self.records.append((op, stage, microbatch, start, perf_counter()))
+        self.records.append((op, stage, microbatch, start, self._mark()))
         if len(task.stages) > 1:
             self._hand_back(runnable, microbatch)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from pipeengine.distributed import Workers, total_norm
+from pipeengine.distributed import Workers, own_part, total_norm
 from pipeengine.errors import InputError
 from pipeengine.torch_private import foreach_norm
 
@@ -18,23 +18,25 @@ _NOTHING = 1 << 20          # told by a worker without any gradient; more than t
 
 
 class Gradients:
-    """Those of the parameters that ``named()`` yields here; each parameter of the model is in the ``owned`` names of
-    one worker."""
+    """Those of the parameters that ``named()`` yields here; each gradient, or each part of a sharded one, is in the
+    ``counted`` names of one worker. ``precision`` is that of the norm, on all workers alike."""
 
-    def __init__(self, named: Named, owned: frozenset[str], workers: Workers, device: torch.device):
-        self._named, self._owned, self._workers, self._device = named, owned, workers, device
+    def __init__(self, named: Named, counted: frozenset[str], workers: Workers, device: torch.device,
+                 precision: torch.dtype = torch.float32):
+        self._named, self._counted, self._workers, self._device = named, counted, workers, device
+        self._precision = precision
 
     def _present(self) -> list[torch.Tensor]:
-        return [parameter.grad for _, parameter in self._named() if parameter.grad is not None]
+        return [own_part(parameter.grad) for _, parameter in self._named() if parameter.grad is not None]
 
     def holds(self, numbers: set[int]) -> bool:
-        """Whether one of these gradients has one of these ``id``s."""
-        return any(id(gradient) in numbers for gradient in self._present())
+        """Whether one of these gradients, or a parameter of theirs, has one of these ``id``s."""
+        return any(id(parameter) in numbers or id(parameter.grad) in numbers for _, parameter in self._named())
 
     def norm(self, norm_type: float) -> torch.Tensor:
         """Of the gradients of all workers, 0-dimensional, the same on each of them; every worker calls it."""
-        counted = [p.grad for name, p in self._named() if p.grad is not None and name in self._owned]
-        return total_norm(counted, norm_type, self._workers, self._device)
+        counted = [own_part(p.grad) for name, p in self._named() if p.grad is not None and name in self._counted]
+        return total_norm(counted, norm_type, self._workers, self._device).to(self._precision)
 
     def scale(self, factor: torch.Tensor) -> None:
         """Multiply all of this worker's by ``factor``."""
@@ -49,7 +51,8 @@ class Gradients:
         """
         own = self._present()
         values = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in own]
-        bad = not all(bool(norm.isfinite()) for norm in foreach_norm(values, float("inf"))) if own else False
+        values = [value for value in values if value.numel()]
+        bad = not all(bool(norm.isfinite()) for norm in foreach_norm(values, float("inf"))) if values else False
         told = torch.tensor(float(bad if own else _NOTHING), dtype=torch.float64)
         without, found = divmod(int(self._workers.all_reduce(told)), _NOTHING)
         if without:

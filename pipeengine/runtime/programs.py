@@ -2,10 +2,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeengine.errors import ScheduleError
-from pipeengine.program import WINDOW, lower, with_reductions
+from pipeengine.program import WINDOW, Message, lower, receipts, with_reductions
 from pipeengine.schedules import Edge, I, Schedule, forward_schedule
 from pipeengine.simulation import OPS, Costs, simulate
 from pipeengine.synthesis import SCHEDULES, build, find
@@ -63,6 +63,14 @@ class ScheduleChoice:
         return schedule.topology.worker_of if self.num_workers > 1 else (0,) * self.num_stages
 
 
+@dataclass(frozen=True)
+class Share:
+    """One process's part of a program: its actions in order, and what each message to it proves (``receipts``)."""
+
+    actions: list[tuple]
+    receipts: dict[Message, tuple[Message, ...]] = field(default_factory=dict)
+
+
 class ProgramCache:
     """The programs of process ``worker``, each made once: for a number of micro-batches and a set of boundaries.
 
@@ -75,7 +83,7 @@ class ProgramCache:
         self._built = choice.build(costs)
         self._schedules: dict[int, Schedule] = {}
         self._split: dict[int, tuple[frozenset[int], ...]] = {}
-        self._actions: dict[tuple[int, frozenset[Edge], bool], list[tuple]] = {}
+        self._shares: dict[tuple[int, frozenset[Edge], bool], Share] = {}
 
     @property
     def name(self) -> str:
@@ -113,26 +121,26 @@ class ProgramCache:
             self._split[num_microbatches] = tuple(map(frozenset, stages))
         return self._split[num_microbatches]
 
-    def actions(self, num_microbatches: int, edges: frozenset[Edge], *, training: bool) -> list[tuple]:
-        """This process's actions for a batch of so many micro-batches, whose values cross ``edges``."""
+    def share(self, num_microbatches: int, edges: frozenset[Edge], *, training: bool) -> Share:
+        """This process's part in a batch of so many micro-batches, whose values cross ``edges``."""
         key = num_microbatches, edges, training
-        if key not in self._actions:
+        if key not in self._shares:
             schedule = self.schedule(num_microbatches) if training else self._forward(num_microbatches)
-            self._actions[key] = self._listed(schedule, _merged(edges, training))
-        return self._actions[key]
+            self._shares[key] = self._made(schedule, _merged(edges, training))
+        return self._shares[key]
 
     def _forward(self, num_microbatches: int) -> Schedule:
         shape = self._built.topology
         return forward_schedule(shape.num_workers, num_microbatches, shape)
 
-    def _listed(self, schedule: Schedule, edges: tuple[Edge, ...]) -> list[tuple]:
+    def _made(self, schedule: Schedule, edges: tuple[Edge, ...]) -> Share:
         if self._choice.num_workers > 1:
             program = lower(schedule, edges, self._costs, window=WINDOW)
-            return [tuple(action) for action in
-                    (with_reductions(program) if self._reduces else program).actions(self._worker)]
+            actions = (with_reductions(program) if self._reduces else program).actions(self._worker)
+            return Share([tuple(action) for action in actions], receipts(program, self._worker))
         timeline = simulate(schedule, None, edges)      # in one process any order that respects the schedule will do
         order = sorted(range(len(timeline.start)), key=lambda i: (timeline.start[i], timeline.stage[i]))
-        return [(OPS[timeline.op[i]], int(timeline.stage[i]), int(timeline.microbatch[i]), -1) for i in order]
+        return Share([(OPS[timeline.op[i]], int(timeline.stage[i]), int(timeline.microbatch[i]), -1) for i in order])
 
 
 def splits_backward(schedule: Schedule) -> bool:

@@ -6,21 +6,22 @@ the pipeline is still open.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from time import perf_counter
 from typing import TypeVar
 
 import torch
 
 from pipeengine.distributed import ConnectionLost, NoTies, Transport, Workers, headline
 from pipeengine.errors import InputError, WorkerError, told
+from pipeengine.runtime.clock import HOST, Clock, clock_of
 from pipeengine.runtime.executor import Executor
 from pipeengine.runtime.gradients import Gradients, scale_of
 from pipeengine.runtime.memory_count import MemoryCount, count_memory
 from pipeengine.runtime.outputs import merge_outputs
+from pipeengine.runtime.parameter_hooks import once_per_batch
 from pipeengine.runtime.programs import ProgramCache
 from pipeengine.runtime.replica_batches import ReplicaBatches
 from pipeengine.runtime.tasks import Look, Prepared, TaskMaker
@@ -32,9 +33,10 @@ _ACTIONS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight
             "SA": "sending an activation", "RA": "receiving an activation",
             "SG": "sending a gradient", "RG": "receiving a gradient", "R": "summing gradients"}
 T = TypeVar("T")
-_FACTS = ("the number of calls", "the batch",
+_FACTS = ("the number of calls", "the modes of the model, autocast or requires_grad", "the batch",
           "what the forward or the loss reads from Python (attributes, configs, globals, closures), which every worker "
           "must set alike", "the recorded model")
+_OF_THE_BATCH = _FACTS[0], _FACTS[2]        # the others follow from what is set in Python, and names can be told
 
 
 @dataclass
@@ -84,13 +86,14 @@ class StepRunner:
         with self._call("step" if scale is None else f"step with a scale of {float(scale)}"):
             prepared = self._prepare(inputs, True, problem)
             with torch.enable_grad(), self._run("step", prepared):
-                self.guarded(lambda: self._train(prepared, scale))
+                self.guarded(lambda: self._train_hooked(prepared, scale))
             if scale is not None:
                 self.guarded(self._gradients.spread_overflow, harmless=InputError)
         return self.progress.loss
 
     def clip(self, max_norm: float, norm_type: float) -> torch.Tensor:
-        """Scale all gradients to a norm of at most ``max_norm``; returns the norm before, the same on every worker."""
+        """Scale all gradients to a norm of at most ``max_norm``; returns the norm before, 0-dimensional, the same on
+        every worker."""
         total = self.reduction("clip_grad_norm_", lambda: self._gradients.norm(norm_type))
         self._gradients.scale((max_norm / (total + 1e-6)).clamp(max=1.0))
         return total
@@ -140,63 +143,80 @@ class StepRunner:
             progress.calls = call
             return whole
         prepared, problem = attempt(lambda: self._ready(inputs, training, call))
-        facts = (call, *prepared.facts) if prepared else (call, 0, 0, 0)
-        self.guarded(lambda: self._workers.agree(facts, problem, _FACTS), harmless=InputError)
+        facts = (call, *prepared.facts) if prepared else (call, 0, 0, 0, 0)
+        explain = partial(self._explain, prepared.specializations) if prepared else None
+        self.guarded(lambda: self._workers.agree(facts, problem, _FACTS, (), explain), harmless=InputError)
         progress.calls = call           # one that was refused everywhere has not happened
         assert prepared is not None, "a problem of one worker is raised on all"
         return prepared
 
     def _look(self, inputs: Inputs, training: bool, call: int, first: int = 0) -> Look:
-        return self._tasks.look(inputs, training=training, step=self.progress.step, call=call, first=first,
-                                joined=self._replicas is not None)
+        with self.ties.recording():
+            return self._tasks.look(inputs, training=training, step=self.progress.step, call=call, first=first,
+                                    joined=self._replicas is not None)
 
     def _ready(self, inputs: Inputs, training: bool, call: int) -> Prepared:
         look = self._look(inputs, training, call)
         return self._tasks.prepare(look, self._tasks.weigh(look))
+
+    def _explain(self, chosen: Sequence[Specialization], fact: str) -> dict[str, str]:
+        return {} if fact in _OF_THE_BATCH else self._tasks.set_and_read(chosen)
 
     def _prepare_in_replicas(self, replicas: ReplicaBatches, inputs: Inputs, training: bool, call: int) -> Prepared:
         """The same for one replica's batch, which is a part of the whole: numbered and weighed in that."""
         firsts = replicas.usual_firsts()
         while True:
             seen, problem = attempt(lambda: replicas.see(self._look(inputs, training, call, firsts[replicas.replica])))
-            facts = (call, *seen.look.facts) if seen else (call, 0, 0, 0)
+            facts = (call, *seen.look.facts) if seen else (call, 0, 0, 0, 0)
             told = replicas.tell(seen, self.ties.is_stale()) if seen else ()
-            everybody = self.guarded(partial(self._workers.agree, facts, problem, _FACTS, told), harmless=InputError)
+            explain = partial(self._explain, seen.look.chosen) if seen else None
+            everybody = self.guarded(partial(self._workers.agree, facts, problem, _FACTS, told, explain),
+                                     harmless=InputError)
             assert seen is not None, "a problem of one worker is raised on all"
             known = replicas.read(everybody)
             if known.firsts == firsts:
                 break
             firsts = known.firsts           # a short batch: the numbers of its micro-batches were a guess
-        weights = self.guarded(lambda: replicas.weigh(seen, known), harmless=InputError)
+        with self.ties.recording():
+            weights = self.guarded(lambda: replicas.weigh(seen, known), harmless=InputError)
+            prepared = self._tasks.prepare(seen.look, weights)
         if known.is_stale:
             self.guarded(self.ties.refresh)
-        prepared = self._tasks.prepare(seen.look, weights)
         return replace(prepared, amount=(known.amount, prepared.amount[1]))
+
+    def _train_hooked(self, prepared: Prepared, scale: torch.Tensor | None) -> None:
+        with once_per_batch(self._tasks.specializations.parameters()):
+            self._train(prepared, scale)
 
     def _train(self, prepared: Prepared, scale: torch.Tensor | None) -> None:
         progress, tasks = self.progress, prepared.tasks
-        actions = self._programs.actions(len(tasks), prepared.edges, training=True)
+        share = self._programs.share(len(tasks), prepared.edges, training=True)
         self.ties.begin()
-        self.transport.begin(progress.calls, prepared.digest)
-        start = perf_counter()
-        counted = None
-        if self.counts_memory and not profiler_enabled():       # which cannot run inside itself
-            self.counts_memory = False
-            counted = count_memory(lambda: self.executor.run(actions, tasks, scale), self._tasks.reader.device)
-        else:
-            self.executor.run(actions, tasks, scale)
+        self.transport.begin(progress.calls, prepared.digest, share.receipts)
+        counts = self.counts_memory and not profiler_enabled()       # which cannot run inside itself
+        publishes = progress.step < 3 or progress.step % 10 == 0 or counts
+        clock = clock_of(self._tasks.reader.device) if publishes else HOST
+        start = clock.begin()
+        run = partial(self.executor.run, share.actions, tasks, scale, clock)
+        counted = count_memory(run, self._tasks.reader.device) if counts else run()
+        self.counts_memory = self.counts_memory and not counts
         self._tasks.specializations.ran()
         self.ties.reduce()
-        if progress.step < 3 or progress.step % 10 == 0 or counted is not None:
-            self._publish(start, counted)
+        if publishes:
+            self._publish(start, clock, counted)
         progress.amount = prepared.amount
         progress.loss = progress.trained_loss = self._spread_loss(prepared.specializations[0], self.executor.loss)
         progress.step += 1
 
     def _evaluate(self, prepared: Prepared, gather: bool) -> object:
         tasks, first = prepared.tasks, prepared.specializations[0]
-        self.transport.begin(self.progress.calls, prepared.digest)
-        self.executor.run(self._programs.actions(len(tasks), prepared.edges, training=False), tasks)
+        share = self._programs.share(len(tasks), prepared.edges, training=False)
+        self.transport.begin(self.progress.calls, prepared.digest, share.receipts)
+        self.ties.gather()
+        try:
+            self.executor.run(share.actions, tasks)
+        finally:
+            self.ties.release()
         self._tasks.specializations.ran()
         loss = self.progress.loss = self._spread_loss(first, self.executor.loss)
         last = self._workers.grid.worker(self._worker_of[first.split.output_stage])
@@ -233,13 +253,15 @@ class StepRunner:
             return self._workers.all_reduce(loss)
         return self._workers.broadcast(loss, self._worker_of[specialization.split.loss_stage])
 
-    def _publish(self, start: float, counted: MemoryCount | None) -> None:
+    def _publish(self, start: float, clock: Clock, counted: MemoryCount | None) -> None:
         """Leave for all to find when this step's actions ran, and what was counted in the last step that was."""
         if counted is not None:
             self._published["added"] = {"peak": counted.peak, "stages": list(counted.stages.items())}
         if counted is None or "records" not in self._published:         # counting takes time: better an earlier step's
+            ran = [(op, stage, microbatch, clock.seconds(begin), clock.seconds(end))
+                   for op, stage, microbatch, begin, end in self.executor.records]
             records = [(op, stage, microbatch, round(begin - start, 7), round(end - start, 7))
-                       for op, stage, microbatch, begin, end in (*self.executor.records, *self._sums())]
+                       for op, stage, microbatch, begin, end in (*ran, *self._sums())]
             self.progress.microbatches = 1 + max((record[2] for record in records),
                                                  default=self.progress.microbatches - 1)
             self._published |= {"step": self.progress.step, "records": records}

@@ -18,7 +18,7 @@ from pipeengine.runtime.executor import Task
 from pipeengine.runtime.programs import ProgramCache
 from pipeengine.schedules import Edge
 from pipeengine.stages import Join, Shares, Specialization, SpecializationCache, Weights, check_lookups, even_weights
-from pipeengine.tracing import Inputs, current_modes, needs_target
+from pipeengine.tracing import Inputs, current_modes, needs_target, settings_digest, settings_of
 
 _EVALUATION = 1 << 40       # random numbers of evaluations are not those of any step
 
@@ -74,19 +74,19 @@ class Prepared:
 
     tasks: tuple[Task, ...]
     specializations: tuple[Specialization, ...]
-    facts: tuple[int, int, int]
+    facts: tuple[int, int, int, int]
     amount: tuple[int, str]
     joins: tuple[Join, ...] = ()
 
     @property
     def digest(self) -> int:
         """The digest of the batch."""
-        return self.facts[0]
+        return self.facts[1]
 
     @property
     def recorded(self) -> int:
         """The digest of what was recorded for it."""
-        return self.facts[2]
+        return self.facts[3]
 
     @property
     def edges(self) -> frozenset[Edge]:
@@ -98,8 +98,8 @@ class Prepared:
 class Look:
     """A batch, looked at: its micro-batches' tensors ``parts``, rows ``sizes``, random keys and what runs each of them.
 
-    ``kind`` is everything besides the numbers that eager execution would depend on. ``facts`` are the digests of the
-    batch, of what its recordings read from Python, and of the recordings.
+    ``kind`` is everything besides the numbers that eager execution would depend on. ``facts`` are the digests of what
+    is set on the model and around it, of the batch, of what its recordings read from Python, and of the recordings.
     """
 
     batch: Batch
@@ -109,7 +109,7 @@ class Look:
     keys: tuple[int, ...]
     chosen: tuple[Specialization, ...]
     training: bool
-    facts: tuple[int, int, int]
+    facts: tuple[int, int, int, int]
     joins: tuple[Join, ...] = ()
 
 
@@ -133,7 +133,8 @@ class TaskMaker:
         parts = batch.split(self.reader.num_microbatches, self.reader.device)
         sizes = batch.sizes(self.reader.num_microbatches)
         keys = tuple(mix(self.seed, step if training else _EVALUATION + call, first + i) for i in range(len(parts)))
-        kind = batch.key, (training, *self.specializations.look(), current_modes().autocast), batch.dims
+        flags, autocast = self.specializations.look(), current_modes().autocast
+        kind = batch.key, (training, *flags, autocast), batch.dims
         chosen = self._specialize(batch, kind, parts, sizes, keys, training)
         check_lookups(chosen[0].lookups, batch.tensors)
         recorded = python = 0
@@ -142,7 +143,14 @@ class TaskMaker:
         for specialization in {id(one): one for one in chosen}.values():
             python = mix(python, specialization.recording.python.digest)
         joins = self.specializations.merge(chosen, parts, batch) if not training and (joined or len(parts) > 1) else ()
-        return Look(batch, kind, parts, sizes, keys, chosen, training, (batch.digest(), python, recorded), joins)
+        facts = settings_digest(flags, autocast), batch.digest(), python, recorded
+        return Look(batch, kind, parts, sizes, keys, chosen, training, facts, joins)
+
+    def set_and_read(self, chosen: Sequence[Specialization]) -> dict[str, str]:
+        """By name, as text, what is set on the model and around it, and what those recordings read from Python: what
+        to compare where workers disagree."""
+        settings = {name: str(value) for name, value in settings_of(self.reader.model).items()}
+        return settings | {label: value for one in chosen for label, value in one.recording.python.told().items()}
 
     def prepare(self, look: Look, weights: Weights) -> Prepared:
         """The tasks of a batch whose micro-batches count for ``weights``."""
@@ -205,7 +213,7 @@ class TaskMaker:
         kind = batch.key, look.kind[1], batch.dims
         keys = tuple(range(first, first + len(parts)))
         chosen = self._specialize(batch, kind, parts, sizes, keys, look.training)
-        return Look(batch, kind, parts, sizes, keys, chosen, look.training, (0, 0, 0))
+        return Look(batch, kind, parts, sizes, keys, chosen, look.training, (0, 0, 0, 0))
 
     def _own_weights(self, look: Look) -> list[float]:
         assert self.loss_weight is not None, "asked for only where there is one"

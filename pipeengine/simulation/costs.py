@@ -76,7 +76,8 @@ class Costs:
     @classmethod
     def uniform(cls, topology: Topology, *, forward: float = 1.0, input_grad: float = 1.0, weight_grad: float = 1.0,
                 hop: float = 0.0, weight_activation: float = 1.0) -> Costs:
-        """Equal workers: times are those of one micro-batch on one worker, shared by its stages.
+        """Equal workers: times are seconds of one micro-batch on one worker, shared by its stages; ``hop`` those of one
+        message.
 
         Activations are in micro-batches of a whole worker, ``weight_activation`` of which stays between I and W.
         """

@@ -116,19 +116,28 @@ class SpecializationCache:
         self.recorded = 0
         self._watch, self._python_version, self._fresh = PythonWatch(), 0, False
         self._flags = ModelFlags(model)
-        self._names = frozenset(_parameter_names(model))
+        self._first_names = _first_names(model)
         self._weights = LossWeights(model, loss_fn, device, rng)
         self._merging = Merging(model, loss_fn, device)
 
-    def look(self) -> tuple[bytes, bytes]:
+    def look(self) -> tuple[bytes, bytes, tuple]:
         """Look once, before the micro-batches of a batch are found, at what the recordings read from Python.
 
-        Returns which modules train and which parameters want a gradient.
+        Returns which modules train, which parameters want a gradient, and what else a loop changes. Raises
+        ``InputError`` where parameters that were one are no longer, or the other way round.
         """
         version = self._watch.look()
-        if version != self._python_version:
+        changed = version != self._python_version
+        if changed:
             self._python_version, self._flags = version, ModelFlags(self._model)
-        return self._flags.now()
+        flags = self._flags.now()
+        if changed or self._flags.replaced:
+            self._refuse_retied()
+        return flags
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The model's parameters at the last ``look``, in one pass."""
+        return self._flags.parameters()
 
     def ran(self) -> None:
         """The micro-batches have run. What a first run has changed in Python is its own, and not watched."""
@@ -179,10 +188,26 @@ class SpecializationCache:
 
     def _refuse_grown(self) -> None:
         """A parameter that was not there at construction is on no stage."""
-        grown = [name for name in _parameter_names(self._model) if name not in self._names]
+        grown = [name for name in _first_names(self._model) if name not in self._first_names]
         if grown:
-            raise InputError(f"the model has {len(grown)} parameters more than the {len(self._names)} that the "
+            raise InputError(f"the model has {len(grown)} parameters more than the {len(self._first_names)} that the "
                              f"pipeline was made with, such as {grown[0]}, and no stage holds them; make a new one")
+
+    def _refuse_retied(self) -> None:
+        """Which stages share a tensor was settled at construction."""
+        number_of: dict[str, tuple[int, str]] = {}
+        first_of: dict[int, tuple[str, str]] = {}
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            first = self._first_names.get(name)
+            if first is None:
+                continue
+            number, other = number_of.setdefault(first, (id(parameter), name))
+            shared, one = first_of.setdefault(id(parameter), (first, name))
+            if number != id(parameter) or shared != first:
+                were, now = ("one", "two") if number != id(parameter) else ("two", "one")
+                raise InputError(f"{other if were == 'one' else one} and {name} were {were} when the pipeline was "
+                                 f"made, and now are {now}; which stages share a parameter is settled then: make a new "
+                                 "pipeline")
 
     def make(self, recording: Recording, *, outputs: bool) -> Specialization:
         """Cut and compile a recording; with ``outputs`` for an evaluation, which keeps the model's output.
@@ -242,8 +267,11 @@ class SpecializationCache:
                                    self._placement.leaf_modules)
 
 
-def _parameter_names(model: torch.nn.Module) -> list[str]:
-    return [name for name, _ in model.named_parameters(remove_duplicate=False)]
+def _first_names(model: torch.nn.Module) -> dict[str, str]:
+    """Every name of a parameter -> the first one it has."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(parameter), name)
+            for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 def _digest(cut: Split) -> int:

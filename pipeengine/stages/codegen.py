@@ -278,6 +278,15 @@ class _PieceWriter(_Writer):
             self.tensors.append(value)
         return f"p{self.tensors.index(value)}"
 
+    def _call(self, node: Node) -> str:
+        call, name = super()._call(node), getattr(node.target, "__name__", "")
+        if node.is_module or not name.isidentifier() or not node.args or not isinstance(node.args[0], Ref) \
+                or getattr(torch.Tensor, name, None) is not node.target:
+            return call
+        # torch.compile follows methods that are called on a tensor, but not all when they are called as functions.
+        first, _, rest = call.partition("(")[2].partition(", ")
+        return f"{first}.{name}({rest}" if rest else f"{first.removesuffix(')')}.{name}()"
+
     def _name(self, thing: object, kind: str) -> str:
         if not isinstance(thing, torch.nn.Module):
             return super()._name(thing, kind)

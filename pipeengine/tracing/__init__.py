@@ -6,7 +6,7 @@ modules.
 from pipeengine.tracing.capturing import capture
 from pipeengine.tracing.dataflow import Dataflow, analyse
 from pipeengine.tracing.inputs import WHOLE_LOSS, Inputs, find_loss, loss_of, needs_target, usable_loss
-from pipeengine.tracing.modes import ModelFlags, Modes, current_modes, switch
+from pipeengine.tracing.modes import ModelFlags, Modes, current_modes, settings_digest, settings_of, switch
 from pipeengine.tracing.module_state import undisturbed
 from pipeengine.tracing.python_reads import PythonReads, PythonWatch
 from pipeengine.tracing.pytree import leaves, tensors, tree_encode, tree_map
@@ -54,6 +54,8 @@ __all__ = [
     "node_refs",
     "picks",
     "refs",
+    "settings_digest",
+    "settings_of",
     "switch",
     "tensors",
     "tree_encode",

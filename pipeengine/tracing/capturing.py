@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 
 from pipeengine.errors import CaptureError
 from pipeengine.rng import keyed
-from pipeengine.torch_private import DisableTorchFunction, FakeTensor
+from pipeengine.torch_private import DisableTorchFunction, FakeTensor, bound_fake_cache
 from pipeengine.tracing.dataflow import unstable_guard
 from pipeengine.tracing.fake_model import FakedModel
 from pipeengine.tracing.inputs import WHOLE_LOSS, Inputs, loss_of
@@ -30,6 +30,7 @@ from pipeengine.tracing.recorder import Recorder
 from pipeengine.tracing.recording import Recording
 
 _MAX_ATTEMPTS = 200
+_MOST_FAKE_CALLS = 4096     # that torch keeps the results of: some hundred recordings of a small model
 
 
 def capture(model: torch.nn.Module, example: object, *, loss_fn: Callable | None = None, target: object = None,
@@ -53,6 +54,7 @@ def capture(model: torch.nn.Module, example: object, *, loss_fn: Callable | None
         return keyed(random_key or 0, place, device)
     with FakedModel(model, device) as faked_model:
         recording, log = _record_until_faithful(model, inputs, loss_fn, faked_model, leaf_modules, rng_of_place)
+    bound_fake_cache(_MOST_FAKE_CALLS)
     # What is not what it was when it was read, now that the model is as before, was written by the forward itself.
     return replace(recording, python=PythonReads.of(log.entries()), reshaped=faked_model.reshaped)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import flop_registry
 
-from pipeengine.torch_private import TorchDispatchMode, cpu_attention, storage_number
+from pipeengine.torch_private import TorchDispatchMode, argument_of, cpu_attention, storage_number
 
 
 class Meter(TorchDispatchMode):
@@ -22,7 +22,9 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        # Attention has the tag for its dropout; without any it draws nothing.
+        if torch.Tag.nondeterministic_seeded in func.tags and \
+                argument_of(func, "dropout_p", args, kwargs or {}) != 0.0:
             self.random = True
         count = flop_registry.get(func.overloadpacket) or _CPU_ATTENTION.get(func.overloadpacket)
         if count is not None:

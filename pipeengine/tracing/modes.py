@@ -2,10 +2,16 @@
 from __future__ import annotations
 
 import contextlib
-from operator import attrgetter, getitem, itemgetter
+import zlib
+from operator import attrgetter, getitem, is_not, itemgetter
 from typing import NamedTuple
 
 import torch
+from torch.utils.hooks import RemovableHandle
+
+from pipeengine.torch_private import DropoutModule, global_module_hooks
+
+_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Modes(NamedTuple):
@@ -24,25 +30,70 @@ def current_modes() -> Modes:
 
 
 class ModelFlags:
-    """Whether each module trains and each parameter wants a gradient, told in one pass over what the model holds now.
+    """What a loop may switch on modules and parameters, told in one pass over what the model holds now.
+
+    ``replaced``: whether at the last ``now`` other parameters stood in the places of the call before.
     """
 
     def __init__(self, model: torch.nn.Module):
+        self._model, self.replaced = model, False
+        self._find()
+
+    def _find(self) -> None:
+        model = self._model
         self._modules = [vars(module) for module in model.modules()]
         self._trained = all("training" in attributes for attributes in self._modules)   # elsewhere in TorchScript
-        self._model = model
-        places = {id(parameter): (module._parameters, name) for module in model.modules()
-                  for name, parameter in module._parameters.items() if parameter is not None}
-        self._tables, self._names = [table for table, _ in places.values()], [name for _, name in places.values()]
+        # Every name of a shared parameter: where it is not held its names are not one object, and workers compare this.
+        places = [(module._parameters, name) for module in model.modules()
+                  for name, parameter in module._parameters.items() if parameter is not None]
+        self._tables, self._names = [table for table, _ in places], [name for _, name in places]
+        self._parameters = list(map(getitem, self._tables, self._names))
+        self._last_hook, self._hooked = -1, b""         # nothing is known of these modules
 
-    def now(self) -> tuple[bytes, bytes]:
-        """One byte for each module, and one for each parameter."""
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Those of the last ``now``, each once."""
+        return list(dict.fromkeys(self._parameters))
+
+    def now(self) -> tuple[bytes, bytes, tuple]:
+        """One byte for each module that says whether it trains, one for each parameter that says whether it wants a
+        gradient, and the rest: of which type parameters are, and which modules have hooks."""
         training = map(itemgetter("training"), self._modules) if self._trained else \
             (module.training for module in self._model.modules())
         try:
-            return bytes(training), bytes(map(attrgetter("requires_grad"), map(getitem, self._tables, self._names)))
+            parameters = list(map(getitem, self._tables, self._names))
+            self.replaced = any(map(is_not, parameters, self._parameters))
+            self._parameters = parameters
+            return (bytes(training), bytes(map(attrgetter("requires_grad"), parameters)),
+                    (tuple(map(attrgetter("dtype"), parameters)), self._with_hooks()))
         except (LookupError, AttributeError):       # a parameter was taken out
-            return ModelFlags(self._model).now()
+            self._find()
+            found = self.now()
+            self.replaced = True
+            return found
+
+    def _with_hooks(self) -> bytes:
+        """Looked at again where any hook was put on anything since; a recording without one that is taken off holds."""
+        if RemovableHandle.next_id != self._last_hook:
+            self._last_hook = RemovableHandle.next_id
+            self._hooked = bytes([*map(_has_hooks, self._modules), any(global_module_hooks)])
+        return self._hooked
+
+
+def settings_digest(flags: tuple[bytes, bytes, tuple], autocast: tuple) -> int:
+    """32 bits of what ``ModelFlags`` and ``Modes`` tell, equal on two workers where ``settings_of`` is."""
+    return zlib.crc32(repr(autocast).encode(), zlib.crc32(flags[1], zlib.crc32(flags[0])))
+
+
+def settings_of(model: torch.nn.Module) -> dict[str, object]:
+    """What a training loop sets on a model and around it, by names for people: it must be alike on every worker."""
+    autocast = ", ".join(f"{kind} in {dtype}" for kind, dtype in current_modes().autocast) or "off"
+    modes = {f"the mode of {path or 'the model'}": "train" if module.training else "eval"
+             for path, module in model.named_modules()}
+    dropout = {f"the dropout rate of {path or 'the model'}": module.p for path, module in model.named_modules()
+               if isinstance(module, DropoutModule)}
+    trained = {f"requires_grad of {name}": parameter.requires_grad
+               for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return {"autocast": autocast, **modes, **dropout, **trained}
 
 
 class switch:
@@ -63,6 +114,10 @@ class switch:
 
     def __exit__(self, *exc) -> None:
         self._stacks.pop().close()
+
+
+def _has_hooks(attributes: dict) -> bool:
+    return any(_HOOKS(attributes)) if "_forward_hooks" in attributes else False
 
 
 def _accelerators() -> tuple[str, ...]:

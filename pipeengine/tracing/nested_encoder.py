@@ -35,7 +35,7 @@ def with_zeroed_padding(original: Callable, ask: Ask, encoder: torch.nn.Transfor
 
 
 def left_aligned(padding: torch.Tensor) -> bool:
-    """Whether every row of a padding mask (true, or minus infinity, where padded) has its padding at the end."""
+    """Whether every row of a padding mask (rows, tokens), true or minus infinity where padded, has its padding last."""
     padded = padding.bool()
     return bool((padded[:, 1:] >= padded[:, :-1]).all())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Sized
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import compress
 from operator import getitem, is_not
@@ -50,6 +51,16 @@ class Cell:
 
     def __getitem__(self, key: object) -> object:
         return self.of.cell_contents
+
+
+@dataclass(frozen=True)
+class InContext:
+    """What a context variable is in the present context, under any key."""
+
+    of: ContextVar
+
+    def __getitem__(self, key: object) -> object:
+        return self.of.get(MISSING)
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,10 @@ class PythonReads:
         plain = [(entry.label, type(entry.value).__name__, entry.value) for entry in kept
                  if isinstance(entry.value, _PLAIN)]
         return cls(kept, zlib.crc32(repr(plain).encode()))
+
+    def told(self) -> dict[str, str]:
+        """The plain values by their labels, as text that two processes can compare: what ``digest`` is of."""
+        return {entry.label: repr(entry.value) for entry in self.entries if isinstance(entry.value, _PLAIN)}
 
     def hold(self, ignored: frozenset[Identity] = frozenset()) -> bool:
         """Whether everything is as it was, besides what is ``ignored`` (by ``Entry.identity``)."""

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipeengine.tracing.python_reads import (
     Cell,
     Entry,
     Identity,
+    InContext,
     Length,
     OfClass,
     Place,
@@ -138,6 +140,8 @@ class ReadLog:
                 self._add(label, module._modules, name, module._modules[name], 0)
             elif name not in module._parameters and name not in module._buffers:
                 self._add(label, Absent(own), name, MISSING, 0)
+            elif module not in self._names and name in module._buffers:     # of a loss: no stage takes it by name
+                self._add(label, module._buffers, name, module._buffers[name], 0)
         elif name in own:
             self._add(label, own, name, value, 0)
         else:
@@ -180,6 +184,8 @@ class ReadLog:
             return
         if isinstance(value, (list, tuple, dict)):
             self._follow_container(label, value, depth)
+        elif isinstance(value, ContextVar):
+            self._add(f"{label}.get()", InContext(value), None, value.get(MISSING), depth + 1)
         elif isinstance(value, (FunctionType, MethodType, functools.partial, staticmethod, classmethod, property)):
             self._scan(label, value, depth)
         elif not isinstance(value, (torch.nn.Module, ModuleType)):

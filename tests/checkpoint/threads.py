@@ -7,6 +7,7 @@ from torch import nn
 
 from pipeengine.checkpoint import Holdings
 from pipeengine.distributed import Wishes
+from pipeengine.distributed.activity import Unwatched
 
 
 class ThreadWorkers:
@@ -15,6 +16,10 @@ class ThreadWorkers:
     def __init__(self, rank: int, size: int, barrier: threading.Barrier, slots: dict):
         self.rank, self.size, self.backend, self.wishes = rank, size, None, Wishes()
         self._barrier, self._slots = barrier, slots
+        self.activity = Unwatched()
+
+    def agree(self, facts, problem, names):
+        self.all_gather_object(None)
 
     def all_gather_object(self, value):
         self._slots[self.rank] = value

@@ -9,9 +9,11 @@ import networkx as nx
 import pytest
 
 from partitioners import Device, Plan, draw, partition
+from partitioners.graph import to_json
 from partitioners.reporting.command import main, render
 from partitioners.reporting.drawing import ends
 from partitioners.units import parse_flops, parse_memory, parse_rate, parse_seconds, parse_size
+from pipeengine.cli.main import main as pipeengine
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -158,3 +160,22 @@ def test_picture_names_stages_by_their_modules_and_explains_itself():
     assert {"a node that takes no time", "one of 3 ms, forward and backward", "used in its own stage",
             "needed by another stage (cut short: in another row)"} <= set(texts)
     assert any(text.startswith("1 ") and text.endswith("layers.3") for text in texts)
+
+
+@pytest.mark.parametrize(("shard", "factor"), [("none", 4.0), ("optimizer", 2.5), ("parameters", 2.75)])
+def test_shards_and_replicas_count_as_memory(tmp_path, capsys, shard, factor):
+    """AdamW on four replicas: weights and gradients whole, moments; with sharded parameters the own part besides."""
+    graph = nx.DiGraph()
+    for name in range(4):
+        graph.add_node(f"n{name}", forward=1e-3, backward=2e-3, param_bytes=1_000_000, output_bytes=8)
+    nx.add_path(graph, graph)
+    path = tmp_path / "graph.json"
+    path.write_text(json.dumps(to_json(graph)))
+    arguments = [str(path), "--stages", "2", "--replicas", "4", "--shard", shard, "--bandwidth", "1e9"]
+    assert main([*arguments, "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["assumptions"]["parameter_factor"] == factor
+    assert pipeengine(["plan", *arguments]) == 0
+    text = capsys.readouterr().out
+    # 3/4 of 2 MB each way at 1 GB/s
+    assert ("to make parameters whole takes 1.5 ms" in text) == (shard == "parameters")
+    assert ("takes 3 ms behind the last backward" in text) == (shard != "parameters")

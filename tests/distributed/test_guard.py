@@ -1,4 +1,5 @@
 """Whatever happens to one worker, the others raise soon and name it; what only looks like a fault is left alone."""
+import json
 import os
 import signal
 import time
@@ -7,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from workers import Workers
 
 import pipeengine as pe
-from pipeengine.distributed import GuardSettings
+from pipeengine.distributed import GuardSettings, guard_watch
+from pipeengine.distributed.activity import Activity
 from pipeengine.distributed.faults import Fault, inject
 from pipeengine.distributed.guard_judge import Judge
-from pipeengine.distributed.guard_watch import Patience
+from pipeengine.distributed.guard_process import write_cause
+from pipeengine.distributed.guard_watch import Patience, Watch
 from pipeengine.distributed.waiting import give_up
 from pipeengine.errors import InputError
 
@@ -29,8 +33,10 @@ def pipeline(**options) -> pe.Pipeline:
 
 # ------------------------------------------------------------------------------------------------ a fault in a step
 
-def faulty(report, fault: Fault) -> None:
+def faulty(report, fault: Fault, folder: str = "") -> None:
     """Steps until the fault has had its effect; tells when it happened, and what this worker raised and when."""
+    if folder:
+        os.environ["TORCHELASTIC_ERROR_FILE"] = f"{folder}/{torch.distributed.get_rank()}"
     pipe = pipeline()
     inject(pipe._workers.activity, pipe.rank, fault, lambda: report("fault", time.monotonic()))
     report("files", len(os.listdir("/proc/self/fd")))
@@ -57,9 +63,10 @@ KILLS = {
 
 
 @pytest.mark.parametrize("name", KILLS)
-def test_the_others_raise_and_name_the_culprit(name):
+def test_the_others_raise_and_name_the_culprit(name, tmp_path):
+    """Nobody but the culprit has a file for torchrun, whose summary blamed survivors that had ended first."""
     fault, words = KILLS[name]
-    running = Workers(NUM_WORKERS, faulty, fault, limit=LIMIT)
+    running = Workers(NUM_WORKERS, faulty, fault, str(tmp_path), limit=LIMIT)
     for rank in set(range(NUM_WORKERS)) - {fault.worker}:
         running.wait_for_one(rank, "raised")
     if fault.kind == "sleep":           # it lives, but sleeps for an hour: whoever started it ends it
@@ -72,6 +79,10 @@ def test_the_others_raise_and_name_the_culprit(name):
         # Seconds, generous so that a loaded machine does not fail: benchmarks/faults.py measures.
         assert when - reports[fault.worker]["fault"] < 30
     assert running.exit_codes[fault.worker] not in (0, None), "a frozen worker has been killed"
+    if fault.kind != "sleep":           # without torchrun it is left to its user
+        assert [path.name for path in tmp_path.iterdir()] == [str(fault.worker)]
+        failure = ProcessFailure(fault.worker, 1, 1, str(tmp_path / str(fault.worker)))
+        assert words in failure.message["message"] and failure.timestamp < time.time() - 1, failure
 
 
 def test_a_long_call_that_holds_the_interpreter_is_no_fault():
@@ -187,6 +198,58 @@ def test_patience_is_learnt():
     assert patience.limit(step, 9, False, False) == 3 and patience.limit(step, 9, False, True) == 60
     patience.learn(step, 2.0)
     assert patience.limit(step, 9, False, False) == 20 and patience.limit(("", 0), 9, False, False) == 60
+
+
+@pytest.mark.parametrize("state, used, waited, overdue_after", [
+    ("R", 0.9, 0.0, None), ("R", 0.05, 0.9, None), ("D", 0.0, 0.0, None), ("S", 0.0, 0.0, 3.0), ("S", 0.05, 0.05, 3.0),
+    ("T", 0.0, 0.0, None)])
+def test_a_worker_without_a_cpu_is_not_stalled(state, used, waited, overdue_after, tmp_path, monkeypatch):
+    """A worker that computes on a machine with twenty others gets less than a fifth of a CPU: it was called stalled.
+
+    ``used`` and ``waited``: seconds of CPU time per second, had and wanted. Seconds pass by hand.
+    """
+    clock = [100.0]
+    monkeypatch.setattr(guard_watch.time, "monotonic", lambda: clock[0])
+    activity = Activity()
+    for _ in range(8):
+        with activity.section("step"):
+            pass
+    own, start = tmp_path / str(os.getpid()), clock[0]
+    for thread in "12":
+        (own / "task" / thread).mkdir(parents=True)
+    with activity.section("step", 9):
+        activity.at("B", 1, 2)
+        watch = Watch(os.getpid(), activity._memory, vars(GuardSettings()), proc=str(tmp_path))
+        overdue = None
+        while clock[0] < start + 20 and overdue is None:
+            seconds = clock[0] - start
+            ticks = [int(seconds * used * os.sysconf("SC_CLK_TCK")), 0]
+            (own / "stat").write_text(f"1 (a (b) c) {state} {' '.join(['0'] * 10)} {ticks[0]} {ticks[1]} 0")
+            (own / "status").write_text("TracerPid:\t0\n")
+            for thread in "12":
+                (own / "task" / thread / "schedstat").write_text(f"0 {int(seconds * waited / 2 * 1e9)} 7\n")
+            seen = watch.look()
+            overdue = seconds if seen["overdue"] else None
+            clock[0] += 0.25
+    assert "step 9, stage 1, backward of micro-batch 2" == seen["where"]
+    assert overdue == (None if overdue_after is None else overdue_after + 0.25)
+    assert seen["frozen"] == (state == "T")
+
+
+def test_what_ended_a_worker_is_written_once(tmp_path):
+    """What the worker has written itself (``record``) has more to say; no path, or none that can be written, is fine.
+    """
+    path = tmp_path / "error.json"
+    write_cause(str(path), "worker 1 failed in step 3", "Traceback ...")
+    failure = ProcessFailure(1, 7, 1, str(path))
+    assert failure.message["message"] == "worker 1 failed in step 3"
+    assert failure.message["extraInfo"]["py_callstack"] == "worker 1 failed in step 3\nTraceback ..."
+    assert failure.timestamp < ProcessFailure(0, 6, 1, "").timestamp, "one without a file is later"
+    write_cause(str(path), "another")
+    write_cause("", "nowhere")
+    write_cause(str(tmp_path / "no" / "folder"), "nowhere")
+    assert json.loads(path.read_text())["message"]["message"] == "worker 1 failed in step 3"
+    assert [found.name for found in tmp_path.iterdir()] == ["error.json"]
 
 
 def test_settings_come_from_the_environment():

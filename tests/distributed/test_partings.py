@@ -28,6 +28,7 @@ CALLS = {
     "load_state_dict": lambda pipe: pipe.load_state_dict(pipe.state_dict()),
     "verify_shared": lambda pipe: pipe.verify_shared(),
     "close": lambda pipe: pipe.close(),
+    "Checkpoints.wait": lambda pipe: pe.Checkpoints("/tmp/nowhere", pipe).wait(),
     "evaluate(gather=True)": lambda pipe: pipe.evaluate(**BATCH, gather=True),
     "step": lambda pipe: pipe.step(**BATCH),
 }

@@ -14,7 +14,7 @@ from workers import launch
 import pipeengine as pe
 from pipeengine.tracking import read_metrics, series
 
-SHARDS = (None, "optimizer")
+SHARDS = (None, "optimizer", "parameters")
 BEFORE, AFTER = 2, 2
 BATCH = zoo.regression()[0]
 
@@ -91,7 +91,7 @@ def work(report, root: str) -> None:
     report("one", (train(pipe, optimizer, AFTER), pipe.full_state_dict()))
     checkpoints.close()
     pipe.close()
-    pipe, optimizer = make(1, "optimizer")
+    pipe, optimizer = make(1, "parameters")
     with pe.Run(Path(root) / "run", pipe, optimizer=optimizer) as run:
         for _ in run.steps(5):
             run.log(loss=train(pipe, optimizer, 1)[0])
@@ -101,6 +101,7 @@ def work(report, root: str) -> None:
         train(pipe, optimizer, 1)
     except pe.WorkerError as error:
         report("failure", str(error))
+    report("in shards", all(hasattr(parameter, "to_local") for parameter in pipe.parameters()))
     try:
         train(pipe, optimizer, 1)
     except pe.WorkerError as error:
@@ -161,3 +162,4 @@ def test_one_failure_in_one_replica_is_everybodys():
     for report in reports:
         assert "worker 3" in report["failure"] and "boom" in report["failure"], report["failure"]
         assert "closed" in report["closed"]
+        assert report["in shards"], "parameters that were whole when the step failed are shards again"

@@ -16,6 +16,7 @@ from pipeengine.cli.main import main
 from pipeengine.errors import InputError
 from pipeengine.exploration import Configuration
 from pipeengine.exploration.chain import Chain
+from pipeengine.exploration.training_state import state_factor, update_bytes
 from pipeengine.report import step_bytes
 from pipeengine.synthesis import build
 
@@ -223,7 +224,8 @@ def test_a_cost_graph_is_searched_without_torch(made, tmp_path, capsys):
 @pytest.mark.parametrize("options, says", (
     (dict(num_devices=0), "num_devices is 0"), (dict(num_devices=2, schedule="fast"), "schedule 'fast' is none of"),
     (dict(num_devices=3, replicas=2), "no configuration uses 3"), (dict(num_devices=2, optimizer="x"), "none of"),
-    (dict(num_devices=2, shard="parameters"), "not searched"), (dict(num_devices=2, device="h1000"), "did you mean")))
+    (dict(num_devices=2, shard="everything"), "none of None,"),
+    (dict(num_devices=2, device="h1000"), "did you mean")))
 def test_what_makes_no_space_is_refused(made, options, says):
     with pytest.raises(InputError, match=says):
         pe.search(*made, **options)
@@ -266,3 +268,11 @@ def test_master_weights_have_one_meaning(made):
     one = pe.search(model, example, **ALONE, optimizer="adamw-master")
     assert one.to_json() == pe.search(model, example, **ALONE, optimizer="adamw", master_weights=True).to_json()
     assert max(one.best.peak_bytes) > max(pe.search(model, example, **ALONE).best.peak_bytes)
+
+
+@pytest.mark.parametrize(("shard", "replicas", "kept", "moved"), [
+    (None, 4, 3.0, 7.0), ("optimizer", 4, 1.5, 7 / 4), ("parameters", 4, 1.75, 7 / 4), ("parameters", 1, 3.0, 7.0)])
+def test_a_shard_keeps_its_part(shard, replicas, kept, moved):
+    """AdamW: weights, and two moments; sharded weights are whole besides while a step runs."""
+    assert state_factor("adamw", replicas, shard) == kept
+    assert update_bytes("adamw", replicas, shard) == moved

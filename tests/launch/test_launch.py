@@ -1,4 +1,5 @@
 """Workers that are lost are started again, and nothing is left of them."""
+import json
 import os
 import signal
 import subprocess
@@ -7,11 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from pipeengine.distributed.rendezvous import agree_on_attempt
 from pipeengine.errors import InputError, WorkerError
-from pipeengine.launch import LaunchSettings, launch, parse_workers
+from pipeengine.launch import LaunchSettings, agent, launch, parse_workers
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -30,6 +34,46 @@ for step in range(6):
     loss = pipe.step(x, target=x)
 pipe.close()
 (folder / f"done-{pipe.rank}-{os.environ['TORCHELASTIC_RESTART_COUNT']}").write_text(str(float(loss)))
+"""
+# Its last worker dies in every attempt that has more than two, so three attempts with 4, 3 and 2 workers make one run.
+SHRINKS = """
+import json, os, signal, sys, torch, pipeengine as pe
+from torch import nn
+from pathlib import Path
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.2), nn.Tanh()) for _ in range(6)))
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        return nn.functional.cross_entropy(self.head(self.blocks(self.embedding(ids))).flatten(0, 1), ids.flatten())
+
+def train(folder, size):
+    torch.manual_seed(0)
+    batches = torch.randint(0, 11, (12, 8, 5))
+    pipe = pe.Pipeline(Tied(), {"ids": batches[0]}, num_microbatches=4, num_stages=size, costs="analytic")
+    optimizer = torch.optim.AdamW(pipe.parameters(), lr=1e-2)
+    saves = pe.Checkpoints(folder / "saved", pipe, every=2, keep=None, optimizer=optimizer)
+    start = saves.load()
+    losses = {}
+    for step in range(start, 12):
+        if size > 2 and step == 12 - 2 * size and pipe.rank == size - 1:      # in step 4 of 4 workers, 6 of 3
+            os.kill(os.getpid(), signal.SIGKILL)
+        losses[step] = float(pipe.step(ids=batches[step]))
+        optimizer.step()
+        optimizer.zero_grad()
+        saves.save(step + 1)
+        saves.wait()
+        (folder / f"losses-{size}-{pipe.rank}").write_text(json.dumps(losses))
+    saves.close()
+    pipe.close()
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), int(os.environ["WORLD_SIZE"]))
 """
 SLEEPS = "import sys, os, time; open(f'{sys.argv[1]}/{os.getpid()}', 'w').close(); time.sleep(1000)"
 LAUNCHERS = {"launch": ["-m", "pipeengine", "launch", "--workers", "2", "--max-restarts", "2"],
@@ -51,6 +95,74 @@ def test_a_killed_worker_is_started_again(launcher, tmp_path):
     assert {path.name for path in tmp_path.glob("done*")} == {"done-0-1", "done-1-1"}, output
     # The agent may end the survivor before it has said so itself.
     assert "worker 1 was killed by SIGKILL" in output or "failed (exitcode: -9) local_rank: 1" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault, words", [("os.kill(os.getpid(), signal.SIGKILL)", "was killed by SIGKILL"),
+                                          ("raise ValueError('no such row')", "ValueError: no such row"),
+                                          ("os.kill(os.getpid(), signal.SIGSTOP)", "is frozen (stopped by a signal)")])
+def test_the_summary_blames_the_culprit(fault, words, tmp_path):
+    """Survivors end first where the culprit unwinds, and torchrun blamed worker 0 in 12 of 17 runs."""
+    code = SCRIPT.replace("os.kill(os.getpid(), signal.SIGKILL)", fault)
+    (tmp_path / "script.py").write_text(code)
+    ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                          str(tmp_path / "script.py"), str(tmp_path)], capture_output=True, text=True, timeout=300,
+                         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    cause = ran.stderr.partition("Root Cause")[2]
+    assert ran.returncode == 1 and "rank      : 1" in cause and words in cause, ran.stderr
+    assert "worker 1 " in cause, cause
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_fewer_workers(tmp_path):
+    """Planned anew for 4, 3 and 2 workers, over a tied parameter and dropout, as if one process had done it all."""
+    from safetensors.torch import load_file
+    (tmp_path / "script.py").write_text(SHRINKS)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, "-m", "pipeengine", "launch", "--workers", "2:4", "--max-restarts", "0",
+                          str(tmp_path / "script.py"), str(tmp_path)], env=environment, capture_output=True, text=True,
+                         timeout=300)
+    assert ran.returncode == 0 and "going on with 2 workers" in ran.stderr, ran.stderr
+    losses = {size: json.loads((tmp_path / f"losses-{size}-0").read_text()) for size in (4, 3, 2)}
+    assert {size: list(map(int, own)) for size, own in losses.items()} == {
+        4: [0, 1, 2, 3], 3: [4, 5], 2: [6, 7, 8, 9, 10, 11]}
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    names: dict = {"__name__": "script"}
+    exec(compile(SHRINKS, "script", "exec"), names)
+    names["train"](plain, 2)
+    undisturbed = json.loads((plain / "losses-2-0").read_text())
+    for own in losses.values():
+        assert own == pytest.approx({step: undisturbed[step] for step in own}, rel=1e-6)
+    tensors, truth = ({f"{path.name.startswith('model')} {name}": tensor
+                       for path in (folder / "saved" / "step-000012").glob("*.safetensors")
+                       for name, tensor in load_file(path).items()} for folder in (tmp_path, plain))
+    assert set(tensors) == set(truth) and len(truth) > 30       # weights, and two moments for each
+    for name, tensor in truth.items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.parametrize("workers, fails, ran, status", [
+    ((2, 4), {4, 3}, [4, 3, 2], 0), ((2, 4), {4, 3, 2}, [4, 3, 2], 1), ((3, 3), {3}, [3], 1), ((1, 4), set(), [4], 0),
+    ((2, 4), {4, -3}, [4, 3], 128 + signal.SIGTERM)])
+def test_one_worker_fewer_until_it_goes(workers, fails, ran, status, tmp_path, monkeypatch, capfd):
+    """A negative number in ``fails``: somebody ends the launcher then, which is no reason to go on with fewer."""
+    tried = []
+
+    def attempts(script, arguments, settings, number):
+        tried.append(number)
+        if -number in fails:
+            raise SignalException("ended", signal.SIGTERM)
+        if number in fails:
+            raise ChildFailedError("script", {number - 1: ProcessFailure(number - 1, 7, -9, "")})
+    monkeypatch.setattr(agent, "_run", attempts)
+    (tmp_path / "script.py").touch()
+    assert launch(str(tmp_path / "script.py"), [], LaunchSettings(workers, max_restarts=5)) == status
+    assert tried == ran
+    said = capfd.readouterr().err
+    assert all(f"worker {number - 1} of {number} ended with exit code -9 and has used up 5 restarts" in said
+               for number in fails if number > 0)
+    assert [f"going on with {number} workers" in said for number in (3, 2)] == [number in ran[1:] for number in (3, 2)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

@@ -31,7 +31,7 @@ def run():
         StageRow(
             0,
             0,
-            "embed, blocks.0",
+            "embed",
             1_500_000,
             predicted_bytes=2e9,
             measured_bytes=2.1e9,
@@ -41,7 +41,7 @@ def run():
         StageRow(
             1,
             1,
-            "blocks.1, <head>",
+            "<head>",
             2_500_000,
             predicted_bytes=1e9,
             measured_bytes=9e8,
@@ -62,9 +62,9 @@ loss: 2.5
 
                              busy, s per step           idle             peak memory        sent per step
 stage  worker  parameters  predicted  measured  predicted  measured  predicted  measured     bytes  messages  modules
------  ------  ----------  ---------  --------  ---------  --------  ---------  --------  --------  --------  ----------------
-    0       0       1.5 M       12.0      12.0     20.0 %    43.4 %       2 GB    2.1 GB  4.096 kB         4  embed, blocks.0
-    1       1       2.5 M       12.0      18.0     20.0 %    15.1 %       1 GB    900 MB  4.096 kB         4  blocks.1, <head>
+-----  ------  ----------  ---------  --------  ---------  --------  ---------  --------  --------  --------  -------
+    0       0       1.5 M       12.0      12.0     20.0 %    43.4 %       2 GB    2.1 GB  4.096 kB         4  embed
+    1       1       2.5 M       12.0      18.0     20.0 %    15.1 %       1 GB    900 MB  4.096 kB         4  <head>
 
 busiest: worker 1 with 18 s of the measured 21.2 s; least busy: worker 0 with 12 s
 worker 1 has 1.20 times the mean work: plan again with measured costs, or open the modules of its stage
@@ -84,9 +84,9 @@ loss: 2.5
 
                              busy, s per step      idle        peak memory      would send per step
 stage  worker  parameters  predicted  measured  predicted  predicted  measured     bytes   messages  modules
------  ------  ----------  ---------  --------  ---------  ---------  --------  --------  ---------  ----------------
-    0       0       1.5 M       12.0      12.0     20.0 %       2 GB    2.1 GB  4.096 kB          4  embed, blocks.0
-    1       1       2.5 M       12.0      18.0     20.0 %       1 GB    900 MB  4.096 kB          4  blocks.1, <head>
+-----  ------  ----------  ---------  --------  ---------  ---------  --------  --------  ---------  -------
+    0       0       1.5 M       12.0      12.0     20.0 %       2 GB    2.1 GB  4.096 kB          4  embed
+    1       1       2.5 M       12.0      18.0     20.0 %       1 GB    900 MB  4.096 kB          4  <head>
 
 most work: stages of worker 1 with 18 s measured; least: those of worker 0 with 12 s
 worker 1 would have 1.20 times the mean work: plan again with measured costs, or open the modules of its stage

@@ -77,6 +77,8 @@ def test_a_run_leaves_what_it_promises(tmp_path, capsys):
                                       "pipeline.num_stages": 2}.items() and "plan.gap" in tracker.config
     assert {"report.html", "plan.json", "plan.svg", "timeline.svg"} <= set(tracker.files)
     assert pe.Plan.load(tmp_path / "a" / "plan.json") == run.pipe.plan
+    picture = (tmp_path / "a" / "plan.svg").read_text()
+    assert picture.count("<circle") >= len(run.pipe.graph) > 8, "a dot for each node, as `pipeengine plan` draws them"
     assert "steps: 12 of 12" in run.report() and "step 12 of 12" in capsys.readouterr().err
 
 
@@ -211,3 +213,12 @@ def test_every_value_is_in_the_docs(tmp_path):
             if name.startswith("pipeline/")}
     for name in told:
         assert name in text or name.removeprefix("pipeline/").split("/")[0] in text, name
+
+
+def test_memory_is_counted_once(tmp_path):
+    """A report of a run has measured memory without being asked, on a CPU too."""
+    run, _ = train(tmp_path / "long", 6)
+    rows = run.pipe.run_report().rows
+    assert all(row.measured_bytes > 0 for row in rows) and not run.pipe._runner.counts_memory
+    run, _ = train(tmp_path / "short", 3)
+    assert all(row.measured_bytes is None for row in run.pipe.run_report().rows)

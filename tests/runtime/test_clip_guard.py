@@ -1,7 +1,7 @@
 """Clipping by one worker's gradients alone is refused, however it is called; what is right stays allowed."""
 import torch
 from torch import nn
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from workers import Workers
 
 import pipeengine as pe
@@ -37,7 +37,10 @@ def clippings(report):
     pipe = pipeline()
     pipe.step(**BATCH)
     before = [parameter.grad.clone() for parameter in pipe.parameters()]
-    for name, clip in {"imported": clip_grad_norm_, "looked up": torch.nn.utils.clip_grad_norm_}.items():
+    calls = {"imported": clip_grad_norm_, "looked up": torch.nn.utils.clip_grad_norm_,
+             "norm of gradients": lambda given, _: get_total_norm([parameter.grad for parameter in given]),
+             "norm of parameters": lambda given, _: torch.nn.utils.get_total_norm(given)}
+    for name, clip in calls.items():
         try:
             clip(pipe.parameters(), 0.01)
             report(name, "nothing")
@@ -49,12 +52,17 @@ def clippings(report):
     other = nn.Linear(2, 2)
     other(torch.ones(1, 2)).sum().backward()
     report("another model", float(clip_grad_norm_(other.parameters(), 1.0)) > 1)
+    report("alike", pipe.clip_grad_norm_(float("inf")).item())
+    clip_grads_with_norm_(pipe.parameters(), 1e-3, pipe.clip_grad_norm_(float("inf")))
+    report("clipped", abs(pipe.clip_grad_norm_(float("inf")).item() - 1e-3) < 1e-6)
     report("ours", float(pipe.clip_grad_norm_(1.0)) > 0)
     pipe.close()
 
 
 def test_several_workers_are_told_what_to_call():
-    for report in Workers(2, clippings, limit=120).join():
-        for name in ("imported", "looked up"):
+    reports = Workers(2, clippings, limit=120).join()
+    assert reports[0]["alike"] == reports[1]["alike"]
+    for report in reports:
+        for name in ("imported", "looked up", "norm of gradients", "norm of parameters"):
             assert "pipe.clip_grad_norm_" in report[name]
-        assert all(report[name] is True for name in ("untouched", "value", "another model", "ours"))
+        assert all(report[name] is True for name in ("untouched", "value", "another model", "clipped", "ours"))

@@ -17,7 +17,7 @@ NAMES = ("gpipe", "1f1b", "zb-h1", "zb-h2", "auto")
 def test_workers_do_everything_once(name, count):
     """Every stage runs every micro-batch forward and backward once; what one sends the other receives."""
     choice = ScheduleChoice(name, 4, 8, 4)
-    lanes = [ProgramCache(choice, worker, EVEN).actions(count, CHAIN, training=True) for worker in range(4)]
+    lanes = [ProgramCache(choice, worker, EVEN).share(count, CHAIN, training=True).actions for worker in range(4)]
     done = [action for lane in lanes for action in lane]
     forwards = sorted((stage, k) for op, stage, k, _ in done if op == "F")
     assert forwards == [(stage, k) for stage in range(4) for k in range(count)]
@@ -33,14 +33,14 @@ def test_workers_do_everything_once(name, count):
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluation_runs_forward_only(name):
     cache = ProgramCache(ScheduleChoice(name, 4, 8, 4), 1, EVEN)
-    assert {op for op, *_ in cache.actions(3, CHAIN, training=False)} == {"F", "SA", "RA"}
+    assert {op for op, *_ in cache.share(3, CHAIN, training=False).actions} == {"F", "SA", "RA"}
 
 
 def test_each_program_is_made_once():
     cache = ProgramCache(ScheduleChoice("1f1b", 4, 8, 4), 0, EVEN)
-    assert cache.actions(8, CHAIN, training=True) is cache.actions(8, CHAIN, training=True)
+    assert cache.share(8, CHAIN, training=True) is cache.share(8, CHAIN, training=True)
     assert cache.schedule(8) is cache.schedule(8)
-    assert cache.actions(8, CHAIN, training=True) is not cache.actions(7, CHAIN, training=True)
+    assert cache.share(8, CHAIN, training=True) is not cache.share(7, CHAIN, training=True)
 
 
 def test_split_stages_are_those_with_two_actions():

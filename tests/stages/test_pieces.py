@@ -8,6 +8,7 @@ from reference import assert_same_step, gradients
 
 import pipeengine as pe
 from pipeengine.stages import Pieces
+from pipeengine.stages.pieces import find_pieces
 
 pytestmark = pytest.mark.usefixtures("quiet")
 AOT = {"backend": "aot_eager"}
@@ -51,6 +52,49 @@ def test_alike_blocks_are_compiled_once():
     assert one is other and pieces.compile(source, "piece", {"c": case}) is not one
     layer, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
     assert torch.equal(one(x, layer)[0], layer(x).exp())
+
+
+class Attention(torch.nn.Module):
+    """What GPTs are written with: ``unflatten``, and attention whose dropout is a number."""
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        self.mix, self.dropout = torch.nn.Linear(8, 24), dropout
+
+    def forward(self, x):
+        split = [part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.mix(x).chunk(3, dim=-1)]
+        mixed = torch.nn.functional.scaled_dot_product_attention(*split, dropout_p=self.dropout)
+        return x + mixed.transpose(1, 2).flatten(2)
+
+
+class Attentions(torch.nn.Module):
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Attention(dropout) for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+def test_a_block_with_attention_is_one_piece(caplog):
+    """Attention without dropout used to count as random and to end a piece, ``unflatten`` broke its graph."""
+    torch.manual_seed(0)
+    model, batch = Attentions(), {"x": torch.randn(4, 6, 8)}
+    recording = pe.capture(model, batch)
+    nodes = [(index, node) for index, node in enumerate(recording.nodes) if node.name.startswith("blocks.0")]
+    assert [len(piece) for piece in find_pieces(recording, nodes, model, lambda node: False)] == [len(nodes)]
+    assert any(node.random for node in pe.capture(Attentions(0.1), batch).nodes)
+    with caplog.at_level(logging.INFO, logger="pipeengine.compile"):
+        pipe = pe.Pipeline(model, batch, num_microbatches=2, costs="analytic", check=False, compile=AOT)
+        pipe.step(**batch)
+    assert "graphs compiled" in caplog.text and "in parts" not in caplog.text
+    found = {name: grad.clone() for name, grad in gradients(model).items()}
+    model.zero_grad()
+    expected = model(**batch)
+    expected.backward()
+    assert_same_step((expected.detach(), gradients(model)), (pipe.loss, found), 2e-6, floor=1e-3)
 
 
 def test_unknown_options_are_refused():

@@ -465,7 +465,7 @@ def test_workers_whose_python_differs_are_told():
     for report in reports:
         first, told, last = report["seen"]
         assert torch.equal(first, expected[0]) and torch.equal(last, expected[1])
-        assert "reads from Python" in told and "worker 1" in told
+        assert "weight: worker 0 has 0.5, worker 1 has 1.0" in told
         assert "reads from Python" in report["construction"]
 
 
