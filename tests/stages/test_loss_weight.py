@@ -171,7 +171,7 @@ LOSSES = {
     ),
     "half precision": lambda m, o, wanted, **_: F.mse_loss(o.double(), wanted.double(), reduction="sum").float(),
 }
-if hasattr(F, "linear_cross_entropy"):          # from torch 2.12 or 2.13 on
+if hasattr(F, "linear_cross_entropy"):          # an older torch has none
     LOSSES |= {
         "cross entropy with a layer": lambda m, o, labels, **_: F.linear_cross_entropy(
             o.flatten(0, 1), m.above.weight[:, :CLASSES], labels.masked_fill(labels == 1, -100).flatten()
