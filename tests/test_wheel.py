@@ -57,8 +57,8 @@ def test_the_wheel_says_what_it_is(wheel):
     assert re.search("^Author: The pipeengine authors$", text, re.M) and re.search("^License.*: MIT$", text, re.M)
     assert "Requires-Python: >=3.11" in text and re.search("^Requires-Dist: torch(?=.*>=2.11)(?=.*<2.15)", text, re.M)
     extras = set(re.findall("^Provides-Extra: (.*)$", text, re.M))
-    assert extras == {"comet-ml", "completion", "dev", "docs", "exact", "hf", "huggingface", "mlflow", "tensorboard",
-                      "test", "wandb"}
+    assert extras == {"comet-ml", "completion", "dev", "docs", "exact", "hf", "huggingface", "mlflow", "rich",
+                      "tensorboard", "test", "wandb"}
 
 
 def test_its_command_runs(wheel, tmp_path):

@@ -47,7 +47,7 @@ def test_what_is_asked_for_is_all_there_is():
 
 @pytest.mark.parametrize("wrong, told", (
     (dict(schedule=("2f2b",)), "schedule '2f2b'"), (dict(rows=(0,)), "rows is 0"), (dict(stages=(True,)), "stages is"),
-    (dict(shard=("parameters",)), "not searched"), (dict(replicas=(3,)), "no configuration uses 8 devices")))
+    (dict(shard=("gradients",)), "'gradients' is none of"), (dict(replicas=(3,)), "no configuration uses 8 devices")))
 def test_what_is_in_no_dimension_is_refused(wrong, told):
     with pytest.raises(InputError, match=told):
         Space(**wrong).validate(8, 16)

@@ -123,14 +123,16 @@ def faulty(report, replicas: int, shard: str | None, steps: int) -> None:
     mine = {key: value.tensor_split(replicas)[pipe.replica] for key, value in CASE.batches[0].items()}
     turn: dict[str, object] = {}
 
-    def spoil(grad: torch.Tensor) -> torch.Tensor:
-        if turn["worker"] == rank:
-            grad = grad.clone()
-            grad.view(-1)[-1] = BAD[turn["kind"]]
-            return grad * 4.0
-        return grad
+    def spoiling(act):
+        def run(*where) -> None:
+            act(*where)
+            if turn["worker"] == rank and held[-1].grad is not None:
+                held[-1].grad.view(-1)[-1] = BAD[turn["kind"]]
+                held[-1].grad *= 4.0
+        return run
     held = [p for name, p in model.named_parameters() if p.device.type != "meta" and name != "lm_head.weight"]
-    held[-1].register_hook(spoil)
+    actions = pipe._runner.executor._do         # before anything is summed: a hook would see the sum
+    actions["B"] = spoiling(actions["B"])
     optimizer, grad_scaler = torch.optim.SGD(pipe.parameters(), lr=0.1), torch.amp.GradScaler("cpu", 2.0 ** 60)
     before = {name: p.detach().clone() for name, p in pipe.named_parameters()}
     for step in range(steps):

@@ -71,13 +71,6 @@ LOSSES = {
     "cross entropy, chunked and smoothed": lambda m, o, labels, **_: pe.chunked_cross_entropy(
         o, m.above.weight[:, :CLASSES], labels, ignore_index=2, label_smoothing=0.1, chunk_rows=3
     ),
-    "cross entropy with a layer": lambda m, o, labels, **_: F.linear_cross_entropy(
-        o.flatten(0, 1), m.above.weight[:, :CLASSES], labels.masked_fill(labels == 1, -100).flatten()
-    ),
-    "cross entropy with a layer, chunked": lambda m, o, labels, **_: F.linear_cross_entropy(
-        o.flatten(0, 1), m.above.weight[:, :CLASSES].contiguous(), labels.flatten(), ignore_index=0,
-        options=nn.LinearCrossEntropyOptions(batch_chunk_size=4)
-    ),
     "cross entropy with probabilities": lambda m, o, labels, **_: F.cross_entropy(
         o.flatten(0, 1), F.one_hot(labels, CLASSES).float().flatten(0, 1)
     ),
@@ -178,6 +171,16 @@ LOSSES = {
     ),
     "half precision": lambda m, o, wanted, **_: F.mse_loss(o.double(), wanted.double(), reduction="sum").float(),
 }
+if hasattr(F, "linear_cross_entropy"):          # an older torch has none
+    LOSSES |= {
+        "cross entropy with a layer": lambda m, o, labels, **_: F.linear_cross_entropy(
+            o.flatten(0, 1), m.above.weight[:, :CLASSES], labels.masked_fill(labels == 1, -100).flatten()
+        ),
+        "cross entropy with a layer, chunked": lambda m, o, labels, **_: F.linear_cross_entropy(
+            o.flatten(0, 1), m.above.weight[:, :CLASSES].contiguous(), labels.flatten(), ignore_index=0,
+            options=nn.LinearCrossEntropyOptions(batch_chunk_size=4)
+        ),
+    }
 
 
 def batch_for(seed: int = 0) -> dict[str, torch.Tensor]:
