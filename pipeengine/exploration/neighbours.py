@@ -85,7 +85,8 @@ class Neighbours:
                     shift = -step if target > source else step
                     moved = (*places[:low + 1], *(place + shift for place in places[low + 1:high + 1]),
                              *places[high + 1:])
-                    if all(a < b and a <= last[b] for a, b in zip(moved[low:high + 1], moved[low + 1:high + 2])):
+                    pairs = list(zip(moved[low:high + 1], moved[low + 1:high + 2]))
+                    if all(a < b for a, b in pairs) and all(a <= last[b] for a, b in pairs):
                         yield moved
 
     def _completed(self, places: Places) -> Cut | None:
