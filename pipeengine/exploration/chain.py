@@ -138,7 +138,8 @@ class Chain:
         read = [[(size, trained) for (_, size, _, trained), stages in zip(self.shared, held) if stage in stages]
                 for stage in range(len(cuts) - 1)]
         shared = [(sum(size for size, _ in own), sum(size for size, trained in own if not trained)) for own in read]
-        stages = tuple(self._stage(*self.places[[a, c if grain == "blocks" else a, b]].tolist(), shared[stage])
+        at = self.places.tolist()
+        stages = tuple(self._stage(at[a], at[c if grain == "blocks" else a], at[b], shared[stage])
                        for stage, (a, b, c) in enumerate(zip(cuts, cuts[1:], until)))
         ties = tuple(Tie(name, tuple(sorted(stages_of)), round(size), trained)
                      for (name, size, _, trained), stages_of in zip(self.shared, held) if len(stages_of) > 1)

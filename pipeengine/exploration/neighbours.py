@@ -75,7 +75,8 @@ class Neighbours:
         """From each stage that the path counts most, some places to every other stage, through those between."""
         often = counts[:, :3].max(axis=1)
         stages, last = len(often), self.ways.last_start
-        step, steps = 1, []
+        steps: list[int] = []
+        step = 1
         while step <= max(1, (len(last) - 1) // (2 * stages)):
             steps, step = [*steps, step], 4 * step
         for source in np.flatnonzero(often > 0.5 * often.max()).tolist():
