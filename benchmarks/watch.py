@@ -1,4 +1,5 @@
-"""What it costs to look, before every step, at what the forward and the loss read from Python, and at the batch.
+"""What it costs to look, before every step, at what the forward and the loss read from Python, at modes and hooks, and
+at the batch.
 
     python benchmarks/watch.py
 
@@ -13,7 +14,7 @@ from torch import nn
 
 import pipeengine as pe
 from pipeengine.data.checksum import checksum
-from pipeengine.tracing import PythonWatch
+from pipeengine.tracing import ModelFlags, PythonWatch
 
 STEP_SECONDS = 0.01
 
@@ -77,15 +78,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2, help="how long to measure each model")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print("model    modules  places  look us  of a 10 ms step")
+    print("model    modules  places  look us  flags us  of a 10 ms step")
     for name, (model, example) in {"blocks": (Blocks(333), {"x": torch.randn(1, 4)}), "llama": llama(77)}.items():
         recording = pe.capture(model, example)
         watch = PythonWatch()
         watch.add(recording.python)
         seconds = best(watch.look, options.seconds)
         assert watch.look() == 0, "nothing has changed"
+        flags = best(ModelFlags(model).now, options.seconds)
         print(f"{name:8s} {sum(1 for _ in model.modules()):7d} {len(recording.python.entries):7d} {1e6 * seconds:8.1f} "
-              f"{seconds / STEP_SECONDS:16.2%}")
+              f"{1e6 * flags:9.1f} {(seconds + flags) / STEP_SECONDS:16.2%}")
     print("digest of a batch of  us  us per MB")
     for megabytes in (0.004, 0.26, 104):
         tokens = torch.randint(0, 50_000, (int(megabytes * 1e6) // 8,))
