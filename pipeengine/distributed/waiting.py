@@ -1,8 +1,10 @@
 """The one place that blocks."""
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from time import perf_counter
 from typing import TypeVar, cast
@@ -14,6 +16,8 @@ from pipeengine.distributed.failure import ConnectionLost
 T = TypeVar("T")
 
 _CLOSING_SECONDS = 0.2      # until a group that does not close is left behind
+_LAST_SECONDS = 1.0         # at the end of the process, for all that were left behind
+_threads: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue] = weakref.WeakKeyDictionary()
 
 
 class Waiter:
@@ -55,8 +59,7 @@ class Waiter:
     def _elsewhere(self, task: Callable[[], object]) -> object:
         """Run ``task`` on the helper thread; wait until it is done, or this worker is interrupted."""
         if self._thread is None:
-            self._thread = threading.Thread(target=_serve, args=(self._todo,), daemon=True, name="pipeengine-wait")
-            self._thread.start()
+            self._thread = _start(_serve, self._todo, "pipeengine-wait", self._todo)
         done: queue.SimpleQueue = queue.SimpleQueue()
         self._todo.put((task, done))
         del task
@@ -78,6 +81,26 @@ class Waiter:
         if self._thread is not None:
             self._todo.put(None)
             self._thread = None
+
+
+def _start(target: Callable[[T], None], argument: T, name: str, todo: queue.SimpleQueue | None = None
+           ) -> threading.Thread:
+    """A thread that is no obstacle to the process's end; ``todo`` is where it is told to end."""
+    thread = threading.Thread(target=target, args=(argument,), daemon=True, name=name)
+    _threads[thread] = todo or queue.SimpleQueue()
+    thread.start()
+    return thread
+
+
+@atexit.register
+def _see_off() -> None:
+    """A thread that comes back from C++ when the interpreter is gone already aborts the process: wait for it, but not
+    long, since it may be stuck, and then it does not come back."""
+    deadline = perf_counter() + _LAST_SECONDS
+    for todo in list(_threads.values()):
+        todo.put(None)
+    for thread in list(_threads):
+        thread.join(max(0.0, deadline - perf_counter()))
 
 
 def _serve(todo: queue.SimpleQueue) -> None:
@@ -133,9 +156,7 @@ def give_up(groups: list[dist.ProcessGroup]) -> None:
     gloo's destructor waits for the collectives of its group, and one that a lost worker has not joined ends with the
     group's timeout. Nobody waits for that: a thread does, which is no obstacle to the process's end.
     """
-    thread = threading.Thread(target=_destroy, args=(groups,), daemon=True, name="pipeengine-close")
-    thread.start()
-    thread.join(_CLOSING_SECONDS)
+    _start(_destroy, groups, "pipeengine-close").join(_CLOSING_SECONDS)
 
 
 def _destroy(groups: list[dist.ProcessGroup]) -> None:
