@@ -20,9 +20,9 @@ docs: .venv/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-# Files side by side, the long ones first; the cases of one file share their launches of workers.
+# Files side by side; the cases of one file share their launches of workers.
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow

@@ -5,11 +5,6 @@ import pytest
 import torch
 
 
-def pytest_collection_modifyitems(items):
-    """Files that start processes come first: what is left at the end is short, so that no core waits for another."""
-    items.sort(key=lambda item: not any(hasattr(item.module, name) for name in ("launch", "Workers", "subprocess")))
-
-
 @pytest.fixture
 def quiet():
     """One thread, as the workers have (more add up in another order), no warnings, the global random state kept."""
