@@ -12,6 +12,7 @@ from pipeengine.exploration.chain import Chain
 from pipeengine.exploration.hardware import Hardware
 from pipeengine.exploration.judge import Scene
 from pipeengine.exploration.point_search import CLOSE, ROUNDS, Candidate, PointSearch, Verdict
+from pipeengine.exploration.refusing import Reason
 from pipeengine.exploration.space import Point, Space, Training
 
 _PREFERENCE = {None: 0, "none": 0, "stages": 1, "blocks": 2, "optimizer": 1, "replicas": 1, "parameters": -1}
@@ -88,7 +89,7 @@ def search_space(space: Space, hardware: Hardware, training: Training, chain_for
 def _merged(before: Verdict, now: Verdict) -> Verdict:
     """Both are true: the higher bound, the faster candidate, the latest reason."""
     best = min(filter(None, (before.best, now.best)), key=lambda each: each.seconds, default=None)
-    return Verdict(now.point, max(before.bound, now.bound), best, "" if best else now.why or before.why)
+    return Verdict(now.point, max(before.bound, now.bound), best, Reason() if best else now.why or before.why)
 
 
 def _at_least_as_good(point: Point) -> Point | None:

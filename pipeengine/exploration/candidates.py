@@ -154,7 +154,7 @@ class Loser:
 def loser_of(verdict: Verdict, best: Candidate) -> Loser:
     """Why this point is not the best, in a few words."""
     if verdict.best is None:
-        return Loser(verdict.point, verdict.bound, None, verdict.why or (
+        return Loser(verdict.point, verdict.bound, None, str(verdict.why) or (
             f"no cut of it is faster than {_slower(verdict.bound, best.seconds)}"))
     slower, why = _slower(verdict.best.seconds, best.seconds), []
     if verdict.best.bubble > best.bubble + 0.002:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -70,12 +69,7 @@ def _trains(space: Space, hardware: Hardware, training: Training,
             return point, True, ""
         proved &= verdict.bound == math.inf
         reasons.append(verdict.why)
-    return None, proved, min(filter(None, reasons), key=_share, default="no cut fits")
-
-
-def _share(reason: str) -> float:
-    """The share of the memory that a reason names."""
-    return min(map(float, re.findall(r"([\d.]+) %", reason)), default=math.inf)
+    return None, proved, str(min(filter(None, reasons), key=lambda reason: reason.share, default="no cut fits"))
 
 
 def margins(outcome: Outcome, hardware: Hardware, training: Training,

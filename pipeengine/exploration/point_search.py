@@ -17,7 +17,7 @@ from pipeengine.exploration.judge import Scene, peak_bytes, play, schedule_of
 from pipeengine.exploration.neighbours import Neighbours
 from pipeengine.exploration.paths import Path, any_order, critical
 from pipeengine.exploration.pricing import WORK, Pricing
-from pipeengine.exploration.refusing import crowded, lacking
+from pipeengine.exploration.refusing import Reason, crowded, lacking
 from pipeengine.exploration.relaxation import Relaxation
 from pipeengine.exploration.space import Point
 from pipeengine.exploration.ways import Cut
@@ -59,7 +59,7 @@ class Verdict:
     point: Point
     bound: float
     best: Candidate | None = None
-    why: str = ""
+    why: Reason = Reason()
 
 
 class PointSearch:
@@ -73,7 +73,7 @@ class PointSearch:
         self.scene, self.chain, self.cutoff, self.point = scene, chain, cutoff, scene.point
         self.best: Candidate | None = None
         self.peaks: tuple[float, ...]
-        self.bound, self.overflow = 0.0, (math.inf, "")
+        self.bound, self.overflow = 0.0, (math.inf, Reason())
         self.effort, self.peaks = 4 * self._table, ()
 
     def run(self, *, rounds: int | None = ROUNDS) -> Verdict:
@@ -83,9 +83,10 @@ class PointSearch:
         try:
             schedule = schedule_of(point.schedule, point.workers, point.num_microbatches, point.stages_per_worker)
         except ScheduleError as error:
-            return Verdict(point, math.inf, None, str(error))
+            return Verdict(point, math.inf, None, Reason(str(error)))
         if schedule.topology.num_stages != point.num_stages or schedule.topology.num_routes > 1:
-            return Verdict(point, math.inf, None, f"{point.schedule} has {schedule.topology.num_stages} stages")
+            return Verdict(point, math.inf, None,
+                           Reason(f"{point.schedule} has {schedule.topology.num_stages} stages"))
         missing = lacking(self.scene, self.chain)
         if missing:
             return Verdict(point, math.inf, None, missing)
@@ -101,7 +102,7 @@ class PointSearch:
             self._all_cuts(schedule, relaxed)
         else:
             self._converge(schedule, relaxed, rounds)
-        return Verdict(point, self.bound, self.best, "" if self.best else self.overflow[1])
+        return Verdict(point, self.bound, self.best, Reason() if self.best else self.overflow[1])
 
     def _hops(self, worker_of: tuple[int, ...]) -> np.ndarray:
         """Least seconds of a message over each boundary, wherever the cut is."""
@@ -309,7 +310,7 @@ class PointSearch:
             elif over < self.overflow[0]:
                 worker = int(np.argmax(peaks))
                 share = max(peaks) / (memory or math.inf)
-                self.overflow = over, f"worker {worker} needs {format_share(share, 0)} of the memory"
+                self.overflow = over, Reason(f"worker {worker} needs {format_share(share, 0)} of the memory", share)
         return seconds, path
 
 

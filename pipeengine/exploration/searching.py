@@ -106,7 +106,7 @@ def answer(outcome: Outcome, space: Space, hardware: Hardware, training: Trainin
 
 
 def _refused(verdicts: Sequence[Verdict]) -> tuple[Loser, ...]:
-    losers = [Loser(each.point, each.bound, None, each.why or "no cut found that fits") for each in verdicts]
+    losers = [Loser(each.point, each.bound, None, str(each.why) or "no cut found that fits") for each in verdicts]
     return tuple(sorted(losers, key=lambda loser: (loser.why.startswith("no"), loser.bound, loser.point.workers)))
 
 
