@@ -62,12 +62,6 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
             os.close(file)
 
 
-def sync_file(path: Path) -> None:
-    """What others wrote to ``path`` is on the disk when this returns."""
-    with explained(path):
-        _sync(path)
-
-
 def sync_folder(path: Path) -> None:
     """What was made, renamed or removed in a folder stays so when this returns."""
     with explained(path):
