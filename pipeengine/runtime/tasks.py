@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -67,6 +68,16 @@ class BatchReader:
             )
 
 
+class Facts(NamedTuple):
+    """Digests that workers compare: of what is set on the model and around it, of the batch, of what its recordings
+    read from Python, and of the recordings."""
+
+    settings: int = 0
+    batch: int = 0
+    python: int = 0
+    recorded: int = 0
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A batch, ready to run. ``facts`` are those of its ``Look``, ``amount`` says how many tokens or rows it holds,
@@ -74,19 +85,19 @@ class Prepared:
 
     tasks: tuple[Task, ...]
     specializations: tuple[Specialization, ...]
-    facts: tuple[int, int, int, int]
+    facts: Facts
     amount: tuple[int, str]
     joins: tuple[Join, ...] = ()
 
     @property
     def digest(self) -> int:
         """The digest of the batch."""
-        return self.facts[1]
+        return self.facts.batch
 
     @property
     def recorded(self) -> int:
         """The digest of what was recorded for it."""
-        return self.facts[3]
+        return self.facts.recorded
 
     @property
     def edges(self) -> frozenset[Edge]:
@@ -98,8 +109,7 @@ class Prepared:
 class Look:
     """A batch, looked at: its micro-batches' tensors ``parts``, rows ``sizes``, random keys and what runs each of them.
 
-    ``kind`` is everything besides the numbers that eager execution would depend on. ``facts`` are the digests of what
-    is set on the model and around it, of the batch, of what its recordings read from Python, and of the recordings.
+    ``kind`` is everything besides the numbers that eager execution would depend on.
     """
 
     batch: Batch
@@ -109,7 +119,7 @@ class Look:
     keys: tuple[int, ...]
     chosen: tuple[Specialization, ...]
     training: bool
-    facts: tuple[int, int, int, int]
+    facts: Facts
     joins: tuple[Join, ...] = ()
 
 
@@ -143,7 +153,7 @@ class TaskMaker:
         for specialization in {id(one): one for one in chosen}.values():
             python = mix(python, specialization.recording.python.digest)
         joins = self.specializations.merge(chosen, parts, batch) if not training and (joined or len(parts) > 1) else ()
-        facts = settings_digest(flags, autocast), batch.digest(), python, recorded
+        facts = Facts(settings_digest(flags, autocast), batch.digest(), python, recorded)
         return Look(batch, kind, parts, sizes, keys, chosen, training, facts, joins)
 
     def set_and_read(self, chosen: Sequence[Specialization]) -> dict[str, str]:
@@ -213,7 +223,7 @@ class TaskMaker:
         kind = batch.key, look.kind[1], batch.dims
         keys = tuple(range(first, first + len(parts)))
         chosen = self._specialize(batch, kind, parts, sizes, keys, look.training)
-        return Look(batch, kind, parts, sizes, keys, chosen, look.training, (0, 0, 0, 0))
+        return Look(batch, kind, parts, sizes, keys, chosen, look.training, Facts())
 
     def _own_weights(self, look: Look) -> list[float]:
         assert self.loss_weight is not None, "asked for only where there is one"
