@@ -313,7 +313,7 @@ def place(options: Options, recorded: Recorded, plan: Plan, layout: Layout, grid
             tell_other_loss(options, recorded)
     sharding = None
     if options.shard == "parameters" and grid.num_replicas > 1:
-        sharding = sharding_of(model, flow, settled, layout.worker_of, grid, None)
+        sharding = sharding_of(model, flow, settled, layout.worker_of, grid)
         if grid.worker(grid.place) == 0 and sharding.kept:
             progress(0)(sharding.told({name: p.numel() for name, p in model.named_parameters()}))
     return settled, tensors_of(model, flow, settled, layout.worker_of, grid, options.shard, sharding), sharding

@@ -66,7 +66,7 @@ def tensors_of(model: torch.nn.Module, flow: Dataflow, placement: SettledPlaceme
 
 
 def sharding_of(model: torch.nn.Module, flow: Dataflow, placement: SettledPlacement, worker_of: Sequence[int],
-                grid: Grid, policy: object) -> Sharding:
+                grid: Grid) -> Sharding:
     """Which parameters every replica holds rows of: those of one worker of the pipeline that nothing but stages reads
     and FSDP2 can shard."""
     parameters, slots = dict(model.named_parameters()), tensor_slots(model)
@@ -84,7 +84,7 @@ def sharding_of(model: torch.nn.Module, flow: Dataflow, placement: SettledPlacem
             sharded[one.name] = tuple(slots[one.name])
         else:
             kept[one.name] = reason
-    return Sharding(sharded, kept, policy)
+    return Sharding(sharded, kept)
 
 
 def copies_of(worker_of: Sequence[int], placement: SettledPlacement, names: Collection[str], grid: Grid

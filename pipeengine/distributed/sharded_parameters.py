@@ -5,6 +5,7 @@ the number of micro-batches.
 """
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pipeengine.distributed.failure import start
 from pipeengine.distributed.groups import GroupMaker
 from pipeengine.distributed.replicas import ReplicatedParameters, sum_dtype
 from pipeengine.distributed.sharded_tensors import own_part, rows_of, shard_like
-from pipeengine.distributed.sharding import Sharding, make_units
+from pipeengine.distributed.sharding import Sharding, make_units, refuse_old_optimizers
 from pipeengine.distributed.shells import Held, shard_units
 from pipeengine.distributed.tied_parameters import NoTies
 from pipeengine.distributed.waiting import Waiter, give_up
@@ -48,7 +49,7 @@ class ShardedParameters(NoTies):
     def __init__(self, copies: Sequence[Copies], tensors: Mapping[str, torch.Tensor], sharding: Sharding,
                  rest: ReplicatedParameters, worker: int, ranks: Sequence[int], backend: str, groups: GroupMaker,
                  waiter: Waiter):
-        self._rest, self._waiter, self._sharding = rest, waiter, sharding
+        self._rest, self._waiter = rest, waiter
         workers = copies[0].workers
         self._workers, self._size, self._me = workers, len(workers), workers.index(worker)
         self._members = members = [ranks[one] for one in workers]
@@ -60,6 +61,7 @@ class ShardedParameters(NoTies):
         self._is_whole = False
         self._sent, self._sent_bytes, self._spans = 0, 0, list[tuple[int, float, float]]()
         self._equalise([tensors[one.name] for one in copies])
+        self._replaced = [weakref.ref(tensors[one.name]) for one in copies]
         self._held = shard_units(make_units(copies, tensors), tensors, sharding, self._idle, self.all_gather)
 
     def _wait(self, work: dist.Work) -> None:
@@ -111,7 +113,10 @@ class ShardedParameters(NoTies):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Inside, tensors without memory of the whole shape stand for the shards."""
+        """Inside, tensors without memory of the whole shape stand for the shards. The first time raises ``InputError``
+        where an optimizer holds what was there before."""
+        refuse_old_optimizers(self._replaced)
+        self._replaced.clear()
         for held in self._held:
             for parameter, whole in zip(held.parameters, held.whole):
                 whole.requires_grad_(parameter.requires_grad)
@@ -171,7 +176,7 @@ class ShardedParameters(NoTies):
         if not numbers:
             return
         gradients = [held.now(number).grad for number in numbers]
-        dtype = getattr(self._sharding.policy, "reduce_dtype", None) or held.now(numbers[0]).dtype
+        dtype = held.now(numbers[0]).dtype
         flags = torch.tensor([gradient is not None for gradient in gradients])
         pieces, sizes = [], []
         for member in range(self._size):

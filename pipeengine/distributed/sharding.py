@@ -1,12 +1,15 @@
 """Which parameters can be held in shards, and which of them are gathered together."""
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from pipeengine.distributed.buckets import BUCKET_BYTES, Copies, within
+from pipeengine.errors import InputError
 
 Slot = tuple[torch.nn.Module, str]
 """A module and the name of one of its own parameters."""
@@ -15,12 +18,10 @@ Slot = tuple[torch.nn.Module, str]
 @dataclass(frozen=True)
 class Sharding:
     """What ``shard="parameters"`` makes of the parameters: ``slots`` of those that every replica holds rows of, by
-    first name; ``kept`` are the others, with why each stays whole in every replica. ``policy`` is the mixed-precision
-    policy of torch's FSDP2, None for the parameters' own precision."""
+    first name; ``kept`` are the others, with why each stays whole in every replica."""
 
     slots: Mapping[str, Sequence[Slot]]
     kept: Mapping[str, str] = field(default_factory=dict)
-    policy: object = None
 
     def told(self, sizes: Mapping[str, int]) -> str:
         """What stays whole and why, for people; empty where nothing does that matters."""
@@ -61,6 +62,8 @@ def reason_to_keep(tensor: torch.Tensor, slots: Sequence[Slot]) -> str | None:
         return "their memory is not contiguous"
     if type(tensor) is not torch.nn.Parameter:
         return "they are tensors of a class of their own"
+    if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
+        return "they have hooks"
     return None
 
 
@@ -75,3 +78,17 @@ def held_elsewhere(modules: Iterable[torch.nn.Module], names: Mapping[int, str])
                     value if isinstance(value, (list, tuple, set)) else (value,)
                 found |= {names[id(one)] for one in inside if id(one) in names}
     return found
+
+
+def refuse_old_optimizers(replaced: Sequence[weakref.ref[torch.Tensor]]) -> None:
+    """Raise ``InputError`` where an optimizer holds one of the parameters that shards have replaced: they are empty,
+    and it would update nothing in silence."""
+    if not any(one() is not None for one in replaced):
+        return
+    gc.collect()                                    # an optimizer that nobody has any more may wait for this
+    old = {id(one) for ref in replaced if (one := ref()) is not None}
+    for one in gc.get_objects() if old else ():
+        if issubclass(type(one), torch.optim.Optimizer) and \
+                any(id(parameter) in old for group in one.param_groups for parameter in group["params"]):
+            raise InputError(f"{type(one).__name__} was made of parameters that are in shards now, and would update "
+                             "nothing; make it of pipe.parameters(), after the pipeline")

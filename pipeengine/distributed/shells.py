@@ -50,30 +50,25 @@ def shard_units(units: Sequence[Unit], tensors: Mapping[str, torch.Tensor], shar
                 all_gather: Callable[[torch.Tensor, torch.Tensor], None]) -> tuple[Held, ...]:
     """Every unit in FSDP2's hands, sharded over the members of ``idle``, a group that carries nothing; what is gathered
     goes through ``all_gather(whole, part)``. The ``tensors`` that were there are empty afterwards."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
     device = tensors[units[0].names[0]].device
     mesh = dist.DeviceMesh.from_group(idle, device.type, mesh_dim_names=("dp_shard",))
-    policy: Any = sharding.policy or MixedPrecisionPolicy()
     held = []
     for unit in units:
         slots = tuple(sharding.slots[name] for name in unit.names)
         own = [tensors[name] for name in unit.names]
         among = {id(tensor) for tensor in own}
         shell: Any = _Shell(list({id(module): module for places in slots for module, _ in places}.values()))
-        fully_shard(shell, mesh=mesh, reshard_after_forward=False, mp_policy=policy,
+        fully_shard(shell, mesh=mesh, reshard_after_forward=False,
                     ignored_params={one for one in shell.parameters() if id(one) not in among})
         shell.set_custom_all_gather(_Gathering(all_gather))
         shards = tuple(places[0][0]._parameters[places[0][1]] for places in slots)
-        whole = tuple(_stand_in(tensor, policy.param_dtype) for tensor in own)
+        whole = tuple(torch.nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=tensor.requires_grad)
+                      for tensor in own)
         for tensor in own:                      # whoever still has it: an error sooner than a value that stays
             tensor.data = tensor.data.new_empty(0)
         held.append(Held(unit, shell, slots, shards, whole))      # type: ignore[arg-type]
     return tuple(held)
-
-
-def _stand_in(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.nn.Parameter:
-    dtype = dtype if tensor.is_floating_point() else None
-    return torch.nn.Parameter(torch.empty_like(tensor, device="meta", dtype=dtype), requires_grad=tensor.requires_grad)
 
 
 class _Gathering:

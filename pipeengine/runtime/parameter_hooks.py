@@ -9,14 +9,13 @@ import torch
 
 @contextmanager
 def once_per_batch(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-    """Inside, hooks of ``parameters`` (``register_hook``, ``register_post_accumulate_grad_hook``) wait; they run at the
-    end, each once, the last parameter first.
+    """Inside, the hooks that ``parameters`` have (``register_hook``, ``register_post_accumulate_grad_hook``) wait; they
+    run at the end, each once, the last parameter first.
 
     What a hook of the first kind is given is what has come inside, without what was in ``.grad`` before. After an
     error nothing runs, and gradients that were set aside are back.
     """
-    hooked = [_Hooked(parameter) for parameter in parameters
-              if parameter._post_accumulate_grad_hooks or parameter._backward_hooks]
+    hooked = [_Hooked(parameter) for parameter in parameters]
     try:
         yield
     except BaseException:

@@ -24,7 +24,7 @@ from pipeengine.runtime.outputs import merge_outputs
 from pipeengine.runtime.parameter_hooks import once_per_batch
 from pipeengine.runtime.programs import ProgramCache
 from pipeengine.runtime.replica_batches import ReplicaBatches
-from pipeengine.runtime.tasks import Look, Prepared, TaskMaker
+from pipeengine.runtime.tasks import Facts, Look, Prepared, TaskMaker
 from pipeengine.stages import Specialization
 from pipeengine.torch_private import profiler_enabled
 from pipeengine.tracing import Inputs, fill, tensors
@@ -143,7 +143,7 @@ class StepRunner:
             progress.calls = call
             return whole
         prepared, problem = attempt(lambda: self._ready(inputs, training, call))
-        facts = (call, *prepared.facts) if prepared else (call, 0, 0, 0, 0)
+        facts = (call, *(prepared.facts if prepared else Facts()))
         explain = partial(self._explain, prepared.specializations) if prepared else None
         self.guarded(lambda: self._workers.agree(facts, problem, _FACTS, (), explain), harmless=InputError)
         progress.calls = call           # one that was refused everywhere has not happened
@@ -167,7 +167,7 @@ class StepRunner:
         firsts = replicas.usual_firsts()
         while True:
             seen, problem = attempt(lambda: replicas.see(self._look(inputs, training, call, firsts[replicas.replica])))
-            facts = (call, *seen.look.facts) if seen else (call, 0, 0, 0, 0)
+            facts = (call, *(seen.look.facts if seen else Facts()))
             told = replicas.tell(seen, self.ties.is_stale()) if seen else ()
             explain = partial(self._explain, seen.look.chosen) if seen else None
             everybody = self.guarded(partial(self._workers.agree, facts, problem, _FACTS, told, explain),
@@ -185,7 +185,7 @@ class StepRunner:
         return replace(prepared, amount=(known.amount, prepared.amount[1]))
 
     def _train_hooked(self, prepared: Prepared, scale: torch.Tensor | None) -> None:
-        with once_per_batch(self._tasks.specializations.parameters()):
+        with once_per_batch(self._tasks.specializations.hooked_parameters()):
             self._train(prepared, scale)
 
     def _train(self, prepared: Prepared, scale: torch.Tensor | None) -> None:

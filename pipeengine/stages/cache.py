@@ -135,9 +135,9 @@ class SpecializationCache:
             self._refuse_retied()
         return flags
 
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """The model's parameters at the last ``look``, in one pass."""
-        return self._flags.parameters()
+    def hooked_parameters(self) -> list[torch.nn.Parameter]:
+        """The model's parameters that have hooks of their own now."""
+        return self._flags.hooked_parameters()
 
     def ran(self) -> None:
         """The micro-batches have run. What a first run has changed in Python is its own, and not watched."""

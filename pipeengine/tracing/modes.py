@@ -49,10 +49,21 @@ class ModelFlags:
         self._tables, self._names = [table for table, _ in places], [name for _, name in places]
         self._parameters = list(map(getitem, self._tables, self._names))
         self._last_hook, self._hooked = -1, b""         # nothing is known of these modules
+        self._forget_hooked_parameters()
 
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """Those of the last ``now``, each once."""
-        return list(dict.fromkeys(self._parameters))
+    def _forget_hooked_parameters(self) -> None:
+        self._last_parameter_hook, self._hooked_parameters = -1, list[torch.nn.Parameter]()
+
+    def hooked_parameters(self) -> list[torch.nn.Parameter]:
+        """Those that stand in the model now and have hooks of their own, each once.
+
+        Looked for again where any hook was put on anything since, or other parameters have been seen.
+        """
+        if RemovableHandle.next_id != self._last_parameter_hook:
+            self._last_parameter_hook = RemovableHandle.next_id
+            standing = {id(one): one for one in map(getitem, self._tables, self._names)}
+            self._hooked_parameters = list(filter(_has_own_hooks, standing.values()))
+        return list(filter(_has_own_hooks, self._hooked_parameters))
 
     def now(self) -> tuple[bytes, bytes, tuple]:
         """One byte for each module that says whether it trains, one for each parameter that says whether it wants a
@@ -63,6 +74,8 @@ class ModelFlags:
             parameters = list(map(getitem, self._tables, self._names))
             self.replaced = any(map(is_not, parameters, self._parameters))
             self._parameters = parameters
+            if self.replaced:
+                self._forget_hooked_parameters()
             return (bytes(training), bytes(map(attrgetter("requires_grad"), parameters)),
                     (tuple(map(attrgetter("dtype"), parameters)), self._with_hooks()))
         except (LookupError, AttributeError):       # a parameter was taken out
@@ -114,6 +127,10 @@ class switch:
 
     def __exit__(self, *exc) -> None:
         self._stacks.pop().close()
+
+
+def _has_own_hooks(parameter: torch.nn.Parameter) -> bool:
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def _has_hooks(attributes: dict) -> bool:

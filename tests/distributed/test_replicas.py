@@ -3,6 +3,7 @@ import os
 import tempfile
 import traceback
 import warnings
+from collections.abc import Sequence
 from functools import cache
 
 import pytest
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from workers import launch
 
 import pipeengine as pe
+from pipeengine.distributed import own_part
 
 MICROBATCHES = 2
 
@@ -89,13 +91,13 @@ def make(name: str, schedule: str, shard: str | None, replicas: int) -> tuple[nn
 
 
 def gradients_of(pipe: pe.Pipeline) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in pipe.named_parameters() if p.grad is not None}
+    """Of a parameter in shards the own rows, of others the whole."""
+    return {name: own_part(p.grad).clone() for name, p in pipe.named_parameters() if p.grad is not None}
 
 
-def one_case(name: str, schedule: str, shard: str | None, replicas: int) -> list[tuple]:
+def four_steps(model: nn.Module, pipe: pe.Pipeline, name: str, replicas: int) -> list[tuple]:
     """(loss, gradients) of a step, of a second one on top of it, of a short one, of one without targets in the last
     replica."""
-    model, pipe = make(name, schedule, shard, replicas)
     seen = []
     for number, keep in ((0, False), (1, True), (2, False)):
         if not keep:
@@ -109,13 +111,20 @@ def one_case(name: str, schedule: str, shard: str | None, replicas: int) -> list
     loss = call(pipe.step, without_targets(batch) if pipe.replica == replicas - 1 else batch)
     seen.append((loss, gradients_of(pipe)))
     pipe.verify_shared()
+    return seen
+
+
+def one_case(name: str, schedule: str, shard: str | None, replicas: int) -> list[tuple]:
+    model, pipe = make(name, schedule, shard, replicas)
+    seen = four_steps(model, pipe, name, replicas)
     pipe.close()
     return seen
 
 
-def run_cases(report, replicas: int, width: int, rest: bool) -> None:
+def run_cases(report, one_case, replicas: int, chosen: Sequence[tuple]) -> None:
+    """What ``one_case(*case, replicas)`` returns of each case, or its traceback."""
     warnings.simplefilter("ignore")
-    for case in cases(replicas, width, rest):
+    for case in chosen:
         try:
             report(case, one_case(*case, replicas))
         except Exception:
@@ -124,7 +133,7 @@ def run_cases(report, replicas: int, width: int, rest: bool) -> None:
 
 @cache
 def ran(replicas: int, width: int, rest: bool) -> list[dict]:
-    return launch(replicas * width, run_cases, replicas, width, rest, limit=400)
+    return launch(replicas * width, run_cases, one_case, replicas, cases(replicas, width, rest), limit=400)
 
 
 @cache

@@ -45,6 +45,9 @@ def test_what_fsdp_cannot_shard_has_a_reason():
     assert "single numbers" in reason_to_keep(nn.Parameter(torch.tensor(1.0)), own)
     assert "contiguous" in reason_to_keep(nn.Parameter(torch.zeros(3, 2).t()), own)
     assert "class of their own" in reason_to_keep(torch.zeros(3), own)
+    hooked = nn.Parameter(torch.zeros(3, 2))
+    hooked.register_post_accumulate_grad_hook(lambda one: None)
+    assert "hooks" in reason_to_keep(hooked, own)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")         # scripting goes away one day
         compiled = torch.jit.script(nn.Linear(3, 2))

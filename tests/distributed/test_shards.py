@@ -1,59 +1,26 @@
 """Parameters in shards: every replica holds rows of them between steps, and all of it stays one plain process."""
-import traceback
-import warnings
 from functools import cache
 
 import pytest
 import torch
 from reference import assert_same_step, gradients
-from test_replicas import CASES, MICROBATCHES, call, make, replica_batches, truth, without_targets
+from test_replicas import CASES, MICROBATCHES, call, four_steps, make, replica_batches, run_cases, truth
 from workers import launch
 
 import pipeengine as pe
+from pipeengine.distributed import is_sharded
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
 
-def whole_gradients(pipe: pe.Pipeline) -> dict[str, object]:
-    """Of a shard (its own rows, where its first stands among all), of others the whole."""
-    found = {}
-    for name, parameter in pipe.named_parameters():
-        gradient = parameter.grad
-        if gradient is not None:
-            found[name] = gradient.to_local().clone() if hasattr(gradient, "to_local") else gradient.clone()
-    return found
-
-
 def one_case(name: str, schedule: str, replicas: int) -> tuple[list[tuple], int, set[str]]:
-    """(loss, gradients) of a step, of a second one on top of it, of a short one, of one without targets in the last
-    replica, and an evaluation before."""
+    """What ``four_steps`` are after an evaluation, of which replica, and which parameters are sharded."""
     model, pipe = make(name, schedule, "parameters", replicas)
-    seen = []
     call(pipe.evaluate, replica_batches(name, 0, replicas)[pipe.replica])
-    for number, keep in ((0, False), (1, True), (2, False)):
-        if not keep:
-            for parameter in model.parameters():
-                parameter.grad = None
-        loss = call(pipe.step, replica_batches(name, number, replicas)[pipe.replica])
-        seen.append((loss, whole_gradients(pipe)))
-    for parameter in model.parameters():
-        parameter.grad = None
-    batch = replica_batches(name, 1, replicas)[pipe.replica]
-    loss = call(pipe.step, without_targets(batch) if pipe.replica == replicas - 1 else batch)
-    seen.append((loss, whole_gradients(pipe)))
-    pipe.verify_shared()
-    sharded = {n for n, p in pipe.named_parameters() if hasattr(p, "to_local")}
+    seen = four_steps(model, pipe, name, replicas)
+    sharded = {name for name, parameter in pipe.named_parameters() if is_sharded(parameter)}
     pipe.close()
     return seen, pipe.replica, sharded
-
-
-def run_cases(report, replicas: int, cases: tuple) -> None:
-    warnings.simplefilter("ignore")
-    for case in cases:
-        try:
-            report(case, one_case(*case, replicas))
-        except Exception:
-            report(case, traceback.format_exc())
 
 
 GRIDS = {(2, 1): (("gpt2", "1f1b"), ("LongSkips", "1f1b"), ("FrozenAndUnused", "1f1b")),
@@ -65,7 +32,7 @@ GRIDS = {(2, 1): (("gpt2", "1f1b"), ("LongSkips", "1f1b"), ("FrozenAndUnused", "
 
 @cache
 def ran(replicas: int, width: int) -> list[dict]:
-    return launch(replicas * width, run_cases, replicas, GRIDS[replicas, width], limit=400)
+    return launch(replicas * width, run_cases, one_case, replicas, GRIDS[replicas, width], limit=400)
 
 
 def put_together(seen: list[tuple], number: int, replicas: int) -> dict[str, torch.Tensor]:

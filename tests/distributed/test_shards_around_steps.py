@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from workers import launch
 
 import pipeengine as pe
+from pipeengine.distributed import own_part
 
 pytestmark = pytest.mark.usefixtures("quiet")
 STEPS, REPLICAS, MICROBATCHES = 10, 2, 4
@@ -41,13 +42,14 @@ class Net(zoo.Blocks):
         return self.loss(self.scale * self.recurrent(x)[0], y)
 
 
-def make(layout: str, dtype: torch.dtype = torch.float32, one_row: bool = False, **options) -> pe.Pipeline:
+def make(layout: str, dtype: torch.dtype = torch.float32, one_row: bool = False, model: nn.Module | None = None,
+         **options) -> pe.Pipeline:
     torch.manual_seed(1)
     names, shape = MESHES[layout]
     if "mesh" not in options:
         options["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=names)
     options = dict(num_microbatches=MICROBATCHES, shard=layout if layout == "optimizer" else None) | options
-    model = Net().to(dtype)
+    model = model or Net().to(dtype)
     if one_row:
         model.scale = nn.Parameter(model.scale.detach()[None])
     return pe.Pipeline(model, {key: value[:4].to(dtype) for key, value in BATCH.items()}, schedule="1f1b",
@@ -93,7 +95,34 @@ def train(report, root: str) -> None:
         pipe.evaluate(**mine(pipe))
         report((shard, "read"), (zeroed, float(pipe.loss)))
         pipe.close()
+    report("hooked", hooked())
     report("refused", refusals())
+
+
+def hooked() -> list[tuple]:
+    """What hooks on a shard and on a parameter that stays whole have been called with in two steps."""
+    pipe = make("parameters")
+    seen: list[tuple] = []
+    for name, parameter in pipe.named_parameters():
+        if name.endswith("weight") or name == "scale":
+            parameter.register_post_accumulate_grad_hook(
+                lambda one, name=name: seen.append((name, own_part(one.grad).double().sum().item())))
+    expected = []
+    for _ in range(2):
+        pipe.step(**mine(pipe))
+        expected += [(name, own_part(one.grad).double().sum().item()) for name, one in pipe.named_parameters()
+                     if name.endswith("weight") or name == "scale"]
+    pipe.close()
+    return [sorted(seen), sorted(expected)]
+
+
+def made_after_an_optimizer() -> pe.Pipeline:
+    """A pipeline, with an optimizer of what its shards have replaced as ``old``."""
+    model = Net()
+    old = torch.optim.SGD(model.parameters(), lr=0.1)
+    pipe = make("parameters", model=model)
+    pipe.old = old
+    return pipe
 
 
 def refusals() -> list[str]:
@@ -114,7 +143,9 @@ def refusals() -> list[str]:
     mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("pp", "dp_shard", "dp_replicate"))
     refused(lambda: pe.Pipeline(Net(), example, mesh=mesh))
     refused(lambda: make("parameters", shard="optimizer"))
-    pipe = make("parameters")
+    pipe = made_after_an_optimizer()
+    refused(lambda: pipe.step(**mine(pipe)))
+    pipe.old = None
     optimizer = torch.optim.SGD(pipe.parameters(), lr=0.1)
     pipe.step(**mine(pipe))
     refused(lambda: torch.nn.utils.clip_grad_norm_(pipe.parameters(), 1.0))
@@ -171,12 +202,19 @@ def test_gradients_and_values_travel_once(shard):
         assert least <= sum(sent) <= least + told + padding, (shard, sum(sent), least, told, padding)
 
 
+def test_hooks_on_rows_run_once_a_step():
+    for report in trained():
+        seen, expected = report["hooked"]
+        assert len(seen) >= 8 and seen == expected
+
+
 def test_what_cannot_be_sharded_is_refused_by_name():
     for report in trained():
-        model, mesh, shard, clipped, saved = report["refused"]
+        model, mesh, shard, old, clipped, saved = report["refused"]
         assert "head.weight" in model and "DTensor" in model and "dp_shard" in model
         assert "dp_replicate" in mesh and "one dimension" in mesh
         assert "'optimizer'" in shard and "dp_shard" in shard
+        assert "SGD was made of parameters that are in shards now" in old and "pipe.parameters()" in old
         assert "pipe.clip_grad_norm_" in clipped
         assert "own" in saved and "(3,)" in saved
 

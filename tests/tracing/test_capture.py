@@ -223,3 +223,26 @@ def test_a_module_with_buffers_alone_may_come_first():
     model = nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Linear(4, 4))
     recording = pe.capture(model, (torch.ones(8, 4),), loss_fn=lambda output, target: output.sum())
     assert [node.target for node in recording.nodes if node.is_module] == ["0", "1"] and recording.nodes[0].writes
+
+
+@pytest.mark.parametrize("file", [torch.utils.checkpoint.__file__, "somebody.py"])
+def test_only_torch_may_ask_where_a_tensor_comes_from(file):
+    """A checkpoint of torch 2.11 looks at ``grad_fn`` of what it has made. What a model does with it stays as it was
+    recorded, so a model's own question is refused."""
+    space: dict = {}
+    exec(compile("def grad_fn_of(tensor): return tensor.grad_fn", file, "exec"), space)
+
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.linear(x)
+            return y.mean() if space["grad_fn_of"](y) is not None else y.sum()
+    model, x = Asks(), torch.randn(2, 4)
+    if file == "somebody.py":
+        with pytest.raises(pe.CaptureError, match="grad_fn|__get__"):
+            pe.capture(model, (x,))
+    else:
+        assert [node.name for node in pe.capture(model, (x,)).nodes][-1].endswith("mean")
