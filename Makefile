@@ -9,7 +9,7 @@ BIN := .venv/bin
 	touch $@
 
 train: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 examples/train_gpt.py
+	OMP_NUM_THREADS=1 $(BIN)/pipeengine launch --workers 2 --max-restarts 0 examples/train_gpt.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Train a GPT on the source of Python's standard library, over as many workers as there are processes.
 
-    torchrun --standalone --nproc_per_node 2 examples/train_gpt.py      # two workers; `make train`
-    python examples/train_gpt.py --stages 2                             # both stages in this process
+    pipeengine launch --workers 2 examples/train_gpt.py         # two workers; `make train`; or with torchrun
+    python examples/train_gpt.py --stages 2                     # both stages in this process
 
 Stopped with Ctrl-C (or killed) and started again, it goes on where its last checkpoint ends; remove the folder to begin
 anew.
@@ -10,7 +10,6 @@ The model is ordinary PyTorch and knows nothing of the pipeline. Its vocabulary 
 heavy as several blocks, so that equal numbers of blocks would leave one worker waiting for the other.
 """
 import argparse
-import time
 
 import torch
 import torch.distributed as dist
@@ -83,26 +82,15 @@ def say(*words) -> None:
         print(*words, flush=True)
 
 
-def any_worker(condition: bool) -> bool:
-    """Whether the condition holds on some worker; clocks differ, and all must stop after the same step."""
-    flag = torch.tensor(float(condition))
-    if dist.is_initialized():
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
-
-
 def train(run, pipe, windows, optimizer, scheduler, options) -> None:
     """The ordinary loop: step, clip, optimizer, schedule."""
-    start = time.perf_counter()
-    for _ in run.steps(options.steps):
+    for _ in run.steps(options.steps, options.seconds):
         loss = pipe.step(**next(windows))
         pipe.clip_grad_norm_(1.0)
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
         run.log(loss=loss, lr=scheduler.get_last_lr()[0])
-        if any_worker(time.perf_counter() - start > options.seconds):
-            run.stop()
 
 
 def main() -> None:
@@ -126,8 +114,6 @@ def main() -> None:
     save_every = int(options.save_every) if options.save_every.isdigit() else options.save_every
     with pe.Run(options.folder, pipe, optimizer=optimizer, scheduler=scheduler, windows=windows, save_every=save_every,
                 trackers=options.tracker, config=vars(options)) as run:
-        if run.first_step:
-            say(f"going on at step {run.first_step:,}, where the checkpoint in {options.folder} ends")
         train(run, pipe, windows, optimizer, scheduler, options)
         test = Windows(tokens[-held_out:], options.rows, options.length, seed=1).batch(0)
         pipe.eval()

@@ -242,6 +242,8 @@ class Pipeline(Standing):
         step takes longer, so its times are not kept; other steps cost nothing. While torch.profiler is at work the
         count waits for the step after.
         """
+        # Kineto reads it when it is first used, and below that level says "profiler_start" on stderr.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         self._runner.counts_memory = True
 
     def _published(self) -> dict[int, str]:

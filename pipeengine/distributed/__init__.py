@@ -4,11 +4,12 @@ everybody's."""
 from pipeengine.distributed.activity import Activity, Unwatched
 from pipeengine.distributed.buckets import Copies, deal
 from pipeengine.distributed.connecting import connect
-from pipeengine.distributed.failure import ConnectionLost, headline, is_from_a_collective
+from pipeengine.distributed.failure import ConnectionLost, headline
 from pipeengine.distributed.grad_norm import total_norm
 from pipeengine.distributed.grid import Grid, ranks_of_mesh, ranks_of_world
 from pipeengine.distributed.guard import GuardSettings
 from pipeengine.distributed.local import LocalTransport, Transport
+from pipeengine.distributed.outside import guarded_collectives
 from pipeengine.distributed.sharded_tensors import check_rows, is_sharded, own_part, own_rows, put_whole, shard_like
 from pipeengine.distributed.sharding import Sharding, held_elsewhere, reason_to_keep
 from pipeengine.distributed.single_process import SingleProcess
@@ -38,9 +39,9 @@ __all__ = [
     "check_rows",
     "connect",
     "deal",
+    "guarded_collectives",
     "headline",
     "held_elsewhere",
-    "is_from_a_collective",
     "is_sharded",
     "own_part",
     "own_rows",

@@ -24,6 +24,7 @@ from pipeengine.distributed.grid import Grid
 from pipeengine.distributed.groups import GroupMaker
 from pipeengine.distributed.guard import Guard, GuardSettings, Told
 from pipeengine.distributed.local import Transport
+from pipeengine.distributed.outside import leave_outside, watch_outside
 from pipeengine.distributed.replicas import ReplicatedParameters
 from pipeengine.distributed.sharded_parameters import ShardedParameters
 from pipeengine.distributed.sharding import Sharding
@@ -35,7 +36,7 @@ from pipeengine.errors import InputError, PipeEngineError, WorkerError
 from pipeengine.torch_private import default_store
 
 SLOTS = 13          # of eight bytes, in the record that every call begins with
-_VERDICT_SECONDS = 2.0      # until the guard has said who is to blame
+_VERDICT_SECONDS = 5.0      # until the guard has said who is to blame; on a busy machine two were too few
 EVERYWHERE = 2      # of the facts that are agreed on: alike in all replicas, the others inside each
 T = TypeVar("T")
 Explain = Callable[[str], Mapping[str, str]]
@@ -139,6 +140,7 @@ class ProcessGroupWorkers:
             with self.activity.section("construction", takes_long=True):
                 self._guard.connect(self._store, self.waiter.run)
                 self._group = self._groups.make(self.ranks, "gloo", "control")
+            watch_outside(self)
         except BaseException as error:
             failure = self.fail(error, "while connecting")
             self.close()
@@ -359,6 +361,7 @@ class ProcessGroupWorkers:
 
     def close(self) -> None:
         """Give up the control group and the guard. Dropping the last reference closes the connections."""
+        leave_outside(self)
         self.waiter.close()
         groups = [] if self._group is None else [self._group]
         self._group = None

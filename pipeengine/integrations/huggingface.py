@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy
 import torch
@@ -24,8 +24,8 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from pipeengine.checkpoint import Checkpoints, Holdings
-from pipeengine.distributed import ConnectionLost, is_from_a_collective
-from pipeengine.errors import InputError, PipeEngineError
+from pipeengine.distributed import guarded_collectives
+from pipeengine.errors import InputError
 from pipeengine.integrations.one_batch import PipelineAccelerator
 from pipeengine.integrations.pretrained import load_pretrained, save_pretrained
 from pipeengine.integrations.refusals import refuse_unsupported
@@ -217,13 +217,18 @@ class PipelineMixin:
         and the trackers go on with its experiments."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_whole(Path(self.args.output_dir))
-        with continued_experiments(self, resume_from_checkpoint or None, os.environ):
-            try:
-                return super().train(resume_from_checkpoint, *args, **kwargs)   # type: ignore[misc]
-            except RuntimeError as error:
-                if self._pipe is None or isinstance(error, PipeEngineError) or not is_from_a_collective(error):
-                    raise
-                raise_lost(self._pipe, error)
+        with continued_experiments(self, resume_from_checkpoint or None, os.environ), guarded_collectives():
+            return super().train(resume_from_checkpoint, *args, **kwargs)       # type: ignore[misc]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as ``Trainer.evaluate``."""
+        with guarded_collectives():
+            return super().evaluate(*args, **kwargs)                            # type: ignore[misc]
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict as ``Trainer.predict``."""
+        with guarded_collectives():
+            return super().predict(*args, **kwargs)                             # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -281,15 +286,6 @@ class PipelineTrainer(PipelineMixin, Trainer):
     Everything else is the Trainer's: evaluation and metrics, accumulation, clipping, schedulers, callbacks,
     ``report_to``, ``save_strategy``, ``load_best_model_at_end``, ``resume_from_checkpoint``. See ``PipelineMixin``.
     """
-
-
-def raise_lost(pipe: Pipeline, error: BaseException) -> NoReturn:
-    """Raise ``WorkerError`` for a collective of the Trainer's own that broke: it says of a dead worker only that a
-    connection was reset, and the guard knows whose."""
-    def lost() -> NoReturn:
-        raise ConnectionLost(str(error)) from error
-    pipe.holdings().guarded(lost)
-    raise error
 
 
 class _Held:

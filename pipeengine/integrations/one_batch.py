@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import recursively_apply
 from torch.distributed import DeviceMesh
 
-from pipeengine.distributed import Grid, ranks_of_mesh, ranks_of_world
+from pipeengine.distributed import Grid, guarded_collectives, ranks_of_mesh, ranks_of_world
 from pipeengine.errors import InputError
 
 
@@ -68,7 +68,8 @@ class PipelineAccelerator(Accelerator):
         """``tensor``, or with replicas the rows of all, replica 0 first; each has as many."""
         if self.num_processes == 1:
             return tensor
-        everybody = super().gather(tensor)
+        with guarded_collectives():
+            everybody = super().gather(tensor)
         return recursively_apply(lambda whole: torch.cat([whole.chunk(self.state.num_processes)[rank]
                                                           for rank in self._firsts]), everybody)
 
@@ -96,4 +97,10 @@ class PipelineAccelerator(Accelerator):
         """``tensor``, or with replicas padded to the longest of theirs along ``dim``."""
         if self.num_processes == 1:
             return tensor
-        return super().pad_across_processes(tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
+        with guarded_collectives():
+            return super().pad_across_processes(tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
+
+    def wait_for_everyone(self) -> None:
+        """Return when every process, of all pipelines, is here. Raises ``WorkerError`` that names one that is lost."""
+        with guarded_collectives():
+            super().wait_for_everyone()

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from pipeengine.checkpoint import AGAIN, STOP, SignalWatch
+from pipeengine.tracking import set_archives_aside
 
 EXPERIMENTS = "experiments.json"
 
@@ -113,6 +114,9 @@ def continued_experiments(trainer: Any, checkpoint: str | None, environment: Mut
     folder = own.pop("TENSORBOARD_LOGGING_DIR", None)
     if folder is not None and trainer.args.should_save:
         _continue_tensorboard(trainer, os.path.join(trainer.args.output_dir, folder), Path(str(checkpoint)))
+    if "COMET_EXPERIMENT_KEY" in own and trainer.args.should_save:
+        set_archives_aside(Path(environment.get("COMET_OFFLINE_DIRECTORY", ".cometml-runs")),
+                           own["COMET_EXPERIMENT_KEY"])
     environment.update(own)
     try:
         yield

@@ -18,13 +18,14 @@ from pipeengine.errors import InputError
 from pipeengine.torch_private import stop_workers_within
 
 _SIOCGIFADDR = 0x8915
-_SHUTDOWN_SECONDS = 2       # from asking workers to end until they are killed
+_SHUTDOWN_SECONDS = 2       # before a restart, from asking the survivors to end until they are killed
 
 
 @dataclass(frozen=True)
 class LaunchSettings:
     """``workers``: the fewest and the most on this machine. ``nodes`` and ``rendezvous`` (host:port of the first) for
-    several machines, each of which runs this command. ``loopback``: let gloo listen nowhere else."""
+    several machines, each of which runs this command. ``loopback``: let gloo listen nowhere else. ``grace``: seconds
+    that workers have, after Ctrl-C or SIGTERM, to finish their step and save, until they are killed."""
 
     workers: tuple[int, int]
     max_restarts: int = 10
@@ -32,6 +33,7 @@ class LaunchSettings:
     rendezvous: str | None = None
     run_id: str | None = None
     loopback: bool = True
+    grace: int = 120
 
 
 def parse_workers(text: str) -> tuple[int, int]:
@@ -50,7 +52,7 @@ def launch(script: str, arguments: Sequence[str], settings: LaunchSettings) -> i
     """Run ``script`` until it has ended well on every worker; returns the exit status, 0 then.
 
     When a worker is lost all are started again, ``max_restarts`` times; after that with one worker fewer, down to the
-    fewest. Ctrl-C and SIGTERM end every worker.
+    fewest. Ctrl-C and SIGTERM ask every worker to end, and kill those that have not after ``grace``.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -85,7 +87,7 @@ def _run(script: str, arguments: Sequence[str], settings: LaunchSettings, worker
         min_nodes=settings.nodes[0], max_nodes=settings.nodes[1], nproc_per_node=workers,
         run_id=settings.run_id or ("pipeengine" if several else uuid.uuid4().hex),
         rdzv_backend="c10d" if several else _BACKEND, rdzv_endpoint=settings.rendezvous or "",
-        max_restarts=settings.max_restarts, shutdown_timeout=_SHUTDOWN_SECONDS, local_addr=here,
+        max_restarts=settings.max_restarts, shutdown_timeout=settings.grace, local_addr=here,
         rdzv_configs={"is_host": here == _address_of(settings.rendezvous)[0]} if several else {})
     wrapper = str(Path(__file__).parent / "worker.py")
     interface = interface_of(here) if several or settings.loopback else ""

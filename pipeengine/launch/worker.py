@@ -22,7 +22,10 @@ def main(agent: int, interface: str, script: str) -> None:
     if interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     sys.path[0] = str(Path(script).resolve().parent)
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except KeyboardInterrupt:           # every worker has it: as many tracebacks would say nothing
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

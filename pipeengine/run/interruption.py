@@ -15,11 +15,12 @@ class Interruption:
 
     torchrun passes a Ctrl-C on that its workers have had already: what comes within 5 s of the first is the same one.
     A later one is Python's own ``KeyboardInterrupt``. Only where SIGINT has Python's handler, in the main thread.
+    ``says``: whether this worker tells people, which one does for all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, says: bool = True) -> None:
         self.first: float | None = None
-        self._watching = False
+        self._says, self._watching = says, False
 
     def watch(self) -> None:
         """Take SIGINT over; to be called once ``Checkpoints`` watches SIGTERM."""
@@ -32,8 +33,9 @@ class Interruption:
     def _heard(self, number: int, frame: FrameType | None) -> None:
         if self.first is None:
             self.first = time.monotonic()
-            print("\ninterrupted: this step is finished and saved; Ctrl-C once more ends at once", file=sys.stderr,
-                  flush=True)
+            if self._says:
+                print("\ninterrupted: this step is finished and saved; Ctrl-C once more ends at once", file=sys.stderr,
+                      flush=True)
             signal.raise_signal(signal.SIGTERM)
         elif time.monotonic() - self.first > _TOGETHER:
             self.release()

@@ -30,9 +30,9 @@ class Recorder:
         self._told: OrderedDict[int, set[str]] = OrderedDict()
         self._progress: Progress | None = None
         self._closed = False
-        self._tellers = [Teller(name, partial(make_tracker, given, setting), say=self._say)
+        self._tellers = [Teller(name, partial(make_tracker, given, setting), say=self.say)
                          for name, given in zip(names, trackers)]
-        self._measurer = Teller("of the pipeline's own values", lambda: None, say=self._say)
+        self._measurer = Teller("of the pipeline's own values", lambda: None, say=self.say)
 
     def configure(self, values: Mapping[str, Any]) -> None:
         """Tell the trackers the run's parameters."""
@@ -94,7 +94,8 @@ class Recorder:
         for teller in self._tellers:
             teller.tell(what, do)
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Tell people, above the progress line where there is one."""
         if self._progress is not None:
             self._progress.interrupt(line)
         else:

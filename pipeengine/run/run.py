@@ -21,6 +21,7 @@ from pipeengine.run.recorder import Recorder
 from pipeengine.tracking import Progress, TrackerSetting, plain_values
 
 _COUNTED = 4        # the step whose memory is counted, once: caches are warm by then, and the first three are timed
+_ENOUGH = 8         # what worker 0 asks for when a start has had its seconds
 _OFTEN = 10         # steps between two looks at timelines and memory: those that the pipeline publishes
 
 
@@ -69,7 +70,7 @@ class Run:
         self.checkpoints = Checkpoints(self._files.checkpoints, pipe, every=save_every or "10min", keep=keep,
                                        run=self._identity, **parts)
         self.first_step: int = self.checkpoints.load()
-        self._mail, self._interruption = Mail(self._workers), Interruption()
+        self._mail, self._interruption = Mail(self._workers), Interruption(pipe.is_first_worker)
         self._values: dict[str, Any] = {}
         self._step, self._in_step, self._stopping, self._entered = self.first_step - 1, False, False, False
         hosts = self._workers.all_gather_object(host_name())
@@ -99,9 +100,10 @@ class Run:
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
-    def steps(self, total: int) -> Iterator[int]:
+    def steps(self, total: int, seconds: float | None = None) -> Iterator[int]:
         """The numbers of the steps that are still to be trained, up to ``total - 1``; every worker loops over them.
 
+        After ``seconds`` (None: no limit) by worker 0's clock all workers stop after the same step, as by ``stop``.
         Between two of them it logs, saves when due and shows progress. At the end it saves, writes the report and
         closes everything (in a ``with`` block that is left to the block). After ``break`` or an exception only the file
         and the trackers are closed: call ``stop`` to end early with a checkpoint.
@@ -110,12 +112,19 @@ class Run:
             raise InputError(f"total is {total!r}; give the number of steps that the run is to have, at least 1")
         if self._recorder is not None:
             self._files.set_total(total)
-            self._recorder.begin_progress(Progress(self.first_step, total))
+            self._recorder.begin_progress(Progress(self.first_step, total, limit=seconds))
+            if self.first_step:
+                self._recorder.say(f"{self.folder}: " + (
+                    f"going on at step {self.first_step:,}, where its newest checkpoint ends"
+                    if self.first_step < total else
+                    f"all {total:,} steps are trained; ask for more, or take another folder"))
+        started = time.perf_counter()
         try:
             for step in range(self.first_step, total):
                 self._step, self._in_step, begin, sent = step, True, time.perf_counter(), self.pipe.message_bytes
                 yield step
                 self._end_step(step, time.perf_counter() - begin, self.pipe.message_bytes - sent)
+                self._stopping |= self._had_enough(seconds is not None and time.perf_counter() - started > seconds)
                 self._save(step + 1, last=step + 1 == total or self._stopping)
                 if self._stopping:
                     break
@@ -129,6 +138,15 @@ class Run:
     def stop(self) -> None:
         """End the loop after this step as if it were the last; every worker calls it in the same step."""
         self._stopping = True
+
+    def _had_enough(self, over: bool) -> bool:
+        """Whether the time is over for worker 0; the others hear of it with the next step, so all know it then."""
+        wishes = self._workers.wishes
+        if over and self.pipe.is_first_worker:
+            wishes.ask(_ENOUGH)
+        if self._workers.size == 1:
+            wishes.hear(wishes.own())
+        return bool(wishes.take(_ENOUGH))
 
     def log(self, **values: object) -> None:
         """Values of this step: numbers, texts, tensors of one element. Any worker that has them calls it.

@@ -134,6 +134,7 @@ class Comet:
             auto_param_logging=False)
         # Without a connection nobody can say whether the key is there: a later start adds to it.
         begun = any(self._folder.iterdir())
+        set_archives_aside(self._folder, self._run_id)
         self.tracker = comet_ml.start(experiment_key=self._run_id, online=online, experiment_config=settings,
                                       mode="get_or_create" if online else "get" if begun else "create")
 
@@ -155,6 +156,15 @@ class Comet:
     def finish(self) -> None:
         """End the experiment and write or send what is left."""
         self.tracker.end()
+
+
+def set_archives_aside(folder: Path, key: str) -> None:
+    """Rename what earlier starts have left of the experiment ``key``, by the time of writing: Comet draws a part of an
+    archive's name from Python's random numbers, which a training seeds, so a later start would write over it."""
+    for archive in folder.glob(f"{key}*.zip"):
+        written = str(archive.stat().st_mtime_ns)
+        if not archive.stem.endswith(written):
+            archive.rename(archive.with_name(f"{archive.stem}-{written}.zip"))
 
 
 class WandB:

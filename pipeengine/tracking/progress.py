@@ -15,16 +15,18 @@ class Progress:
     """Shows steps of a run up to ``total`` on ``stream``: the loss, a rate, the time left.
 
     On a terminal one line that is written over, at most ten times a second; elsewhere a line for the first step, every
-    ``seconds`` and the last. ``clock`` gives seconds. Time left follows the last 50 steps.
+    ``seconds`` and the last. ``clock`` gives seconds. Time left follows the last 50 steps, and is at most what is left
+    of ``limit``, in seconds from now on.
     """
 
     def __init__(self, first: int, total: int, *, stream: TextIO | None = None, seconds: float = 10.0,
-                 clock: Callable[[], float] = time.perf_counter):
+                 limit: float | None = None, clock: Callable[[], float] = time.perf_counter):
         self._stream, self._clock = stream or sys.stderr, clock
         self._terminal = bool(getattr(self._stream, "isatty", lambda: False)())
         self._every = 0.1 if self._terminal else seconds
         self._first, self._total, self._told = first, total, -float("inf")
         self._ends = deque([clock()], maxlen=51)
+        self._deadline = float("inf") if limit is None else clock() + limit
         self._width = 0
 
     def show(self, step: int, loss: float | None = None, rate: tuple[float, str] | None = None) -> None:
@@ -55,7 +57,8 @@ class Progress:
             parts.append(f"loss {loss:.4f}")
         if rate is not None:
             parts.append(f"{rate[0]:,.0f} {rate[1]}/s")
-        parts.append(f"{duration(per_step * (self._total - done))} left" if done < self._total else "done")
+        left = min(per_step * (self._total - done), self._deadline - self._ends[-1])
+        parts.append(f"{duration(left)} left" if done < self._total else "done")
         return "   ".join(parts)
 
     def interrupt(self, line: str) -> None:

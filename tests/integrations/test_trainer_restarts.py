@@ -1,4 +1,5 @@
 """A Trainer over two workers that was killed, or told to end, goes on bit for bit, in the same experiments."""
+import importlib.util
 import os
 import signal
 import time
@@ -11,6 +12,7 @@ from workers import Workers, launch
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 from test_huggingface import PIPELINE, as_torchrun, outcome, trainer_of  # noqa: E402
+from tracker_files import comet_offline, wandb_offline  # noqa: E402
 from transformers import TrainerCallback, TrainerControl, TrainerState  # noqa: E402
 
 from pipeengine.distributed import Wishes  # noqa: E402
@@ -36,19 +38,21 @@ class Interrupted(TrainerCallback):
                 time.sleep(0.01)
 
 
+TRACKERS = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb", "comet_ml": "comet_ml"}
+
+
 def trackers() -> list[str]:
-    from transformers.utils import import_utils
-    found = []
-    for name, module in (("tensorboard", "tensorboard"), ("mlflow", "mlflow")):
-        if import_utils._is_package_available(module):
-            found.append(name)
-    return found
+    """Those that are installed, by the Trainer's names."""
+    return [name for name, module in TRACKERS.items() if importlib.util.find_spec(module)]
 
 
 def train(report, folder: str, die_at=None, wait_at=None, resume=False):
     as_torchrun(report)
     rank = int(os.environ["RANK"])
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+    os.environ.update(MLFLOW_TRACKING_URI=f"sqlite:///{folder}/mlflow.db", WANDB_MODE="offline", WANDB_SILENT="true",
+                      WANDB_DIR=folder, COMET_START_ONLINE="0", COMET_OFFLINE_DIRECTORY=f"{folder}/comet",
+                      COMET_DISABLE_AUTO_LOGGING="1")       # which would report what MLflow is told, too
+    Path(folder, "comet").mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     trainer = trainer_of(PipelineTrainer, "tied llama", f"{folder}/out", pipeline=PIPELINE, arguments=dict(
         max_steps=STEPS, save_strategy="steps", save_steps=3, eval_strategy="no", report_to=trackers(),
@@ -91,6 +95,15 @@ def assert_one_experiment(folder: Path, losses: list[tuple[float]]) -> None:
         assert {(each.step, each.value) for each in history} == {
             (step, loss) for step, (loss,) in enumerate(losses, 1)}
         assert run.info.status == "FINISHED"
+    if "wandb" in trackers():
+        runs, rows = wandb_offline(folder / "wandb")
+        points = {row["train/global_step"]: row["train/loss"] for row in rows if "train/loss" in row}
+        assert len(set(runs)) == 1 and len(runs) == 2
+        assert sorted(points.items()) == [(step, loss) for step, (loss,) in enumerate(losses, 1)]
+    if "comet_ml" in trackers():
+        keys, found = comet_offline(folder / "comet", "train/loss")
+        assert len(keys) == 1
+        assert sorted(found.items()) == [(step, loss) for step, (loss,) in enumerate(losses, 1)]
 
 
 @pytest.mark.slow
@@ -116,6 +129,44 @@ def test_killed_or_told_to_end_it_goes_on(tmp_path):
     again = launch(2, train, str(tmp_path / "told"), None, None, True)
     assert_same_training(again, whole)
     assert_one_experiment(tmp_path / "told", again[0]["outcome"]["losses"])
+
+
+def fall_asleep(report, folder: str, sleeps: str) -> None:
+    """Worker 1 of two replicas falls asleep where the Trainer gathers losses for metrics, or before an epoch."""
+    as_torchrun(report)
+    os.environ["PIPEENGINE_GUARD"] = "outside=2"
+    arguments = dict(max_steps=40, eval_strategy="steps", eval_steps=9, per_device_train_batch_size=3)
+    trainer = trainer_of(PipelineTrainer, "classifier", folder, pipeline=PIPELINE | dict(num_replicas=2),
+                         arguments=arguments)
+
+    def sleep(*_, **__):
+        if trainer.state.global_step > 8 and os.environ["RANK"] == "1":
+            report("asleep")
+            time.sleep(600)
+    if sleeps == "gather":
+        gather = trainer.gather_function
+        trainer.accelerator.gather_for_metrics = lambda *args, **more: (sleep(), gather(*args, **more))[1]
+        trainer.gather_function = trainer.accelerator.gather_for_metrics
+    else:
+        trainer.add_callback(type("Sleeper", (TrainerCallback,), dict(on_epoch_begin=sleep))())
+        trainer.args.eval_strategy = "no"
+    trainer.train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sleeps", ("gather", "epoch"))
+def test_a_worker_that_sleeps_in_the_trainer_is_named(sleeps, tmp_path):
+    """What the others wait in is accelerate's own: it waited half an hour, for nobody by name."""
+    running = Workers(2, fall_asleep, str(tmp_path), sleeps)
+    running.wait_for_one(1, "asleep")
+    begin = time.monotonic()
+    while running.exit_codes[0] is None and time.monotonic() < begin + 60:
+        time.sleep(0.1)
+    running.signal(1, signal.SIGKILL)
+    running.join()
+    assert running.exit_codes[0] == 1
+    assert "WorkerError: worker 1 has made no progress for " in running.workers[0].error, running.account()
+    assert "outside of any call of the pipeline, while worker 0 waits in " in running.workers[0].error
 
 
 # -- without workers --------------------------------------------------------------------------------------------------
@@ -172,6 +223,20 @@ def test_variables_of_an_experiment_are_there_while_it_trains(tmp_path):
     assert environment == {"WANDB_RUN_ID": "mine"}
     with continued_experiments(trainer, None, environment):
         assert environment == {"WANDB_RUN_ID": "mine"}
+
+
+def test_archives_of_comet_are_not_written_over(tmp_path):
+    """A seeded training draws the same name at each start, and Comet takes it."""
+    (tmp_path / "experiments.json").write_text('{"COMET_EXPERIMENT_KEY": "k1"}')
+    offline = tmp_path / "offline"
+    offline.mkdir()
+    for start in range(3):
+        environment = {"COMET_OFFLINE_DIRECTORY": str(offline)}
+        with continued_experiments(trainer_with(Anything(), tmp_path), str(tmp_path), environment):
+            (offline / "k1-drawn.zip").write_text(str(start))
+    (offline / "k2-drawn.zip").write_text("another experiment")
+    assert sorted(archive.read_text() for archive in offline.glob("k1*.zip")) == ["0", "1", "2"]
+    assert (offline / "k2-drawn.zip").exists()
 
 
 @pytest.mark.parametrize("number, ends", ((signal.SIGTERM, True), (signal.SIGUSR1, False)))

@@ -97,6 +97,32 @@ def test_a_killed_worker_is_started_again(launcher, tmp_path):
     assert "worker 1 was killed by SIGKILL" in output or "failed (exitcode: -9) local_rank: 1" in output
 
 
+SAVES = """
+import signal, sys, time
+from pathlib import Path
+def save(number, frame):
+    time.sleep(3)
+    Path(sys.argv[1], f"saved-{os.environ['RANK']}").touch()
+    raise SystemExit(0)
+import os
+signal.signal(signal.SIGTERM, save)
+Path(sys.argv[1], f"ready-{os.environ['RANK']}").touch()
+time.sleep(100)
+"""
+
+
+@pytest.mark.slow
+def test_workers_have_time_to_save_after_a_signal(tmp_path):
+    """They were killed after two seconds, in the middle of the checkpoint that the signal was to bring."""
+    running = start("launch", SAVES, tmp_path)
+    while len(list(tmp_path.glob("ready-*"))) < 2:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGTERM)
+    output = running.communicate(timeout=60)[0]
+    assert running.returncode == 128 + signal.SIGTERM
+    assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}, output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault, words", [("os.kill(os.getpid(), signal.SIGKILL)", "was killed by SIGKILL"),
                                           ("raise ValueError('no such row')", "ValueError: no such row"),

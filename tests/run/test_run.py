@@ -47,11 +47,11 @@ class Notebook:
         return [(step, values[name]) for step, values in self.calls if name in values]
 
 
-def train(folder, total, *, stop_at=None, log=True, **options):
+def train(folder, total, *, stop_at=None, log=True, seconds=None, **options):
     """Losses by step of one start."""
     run, *parts = make(folder, num_stages=2, **{"save_every": 4, **options})
     losses = {}
-    for step in run.steps(total):
+    for step in run.steps(total, seconds):
         losses[step] = float(loss := train_step(*parts))
         if log:
             run.log(loss=loss)
@@ -222,3 +222,16 @@ def test_memory_is_counted_once(tmp_path):
     assert all(row.measured_bytes > 0 for row in rows) and not run.pipe._runner.counts_memory
     run, _ = train(tmp_path / "short", 3)
     assert all(row.measured_bytes is None for row in run.pipe.run_report().rows)
+
+
+def test_a_start_may_have_so_many_seconds(tmp_path, capsys):
+    """It ends as by ``stop``, with a checkpoint and a report; the next one goes on and says so."""
+    run, losses = train(tmp_path, 100_000, seconds=0.3)
+    told = capsys.readouterr().err
+    assert 1 <= len(losses) < 100_000 and (tmp_path / "report.html").exists()
+    assert re.search(r"step 1 of 100,000 .* 0 s left", told), told
+    again, more = train(tmp_path, len(losses) + 3)
+    assert sorted(more) == [len(losses) + number for number in range(3)]
+    assert f"{tmp_path}: going on at step {len(losses):,}, where its newest checkpoint ends" in capsys.readouterr().err
+    train(tmp_path, len(losses) + 3)
+    assert f"all {len(losses) + 3:,} steps are trained; ask for more" in capsys.readouterr().err

@@ -1,10 +1,8 @@
 """Each tracker for real, as far as it is installed: begun, restarted, and read back by its own reader or file."""
-import json
 import os
-import struct
-import zipfile
 
 import pytest
+from tracker_files import comet_offline, wandb_offline
 
 from pipeengine.tracking import TrackerSetting, make_tracker
 
@@ -65,52 +63,19 @@ def test_mlflow_on_sqlite(tmp_path):
 def test_comet_offline(tmp_path):
     pytest.importorskip("comet_ml")
     two_starts("comet_ml", tmp_path)
-    archives = sorted((tmp_path / "comet").glob("*.zip"), key=lambda path: path.stat().st_mtime_ns)
-    assert len(archives) == 2
-    keys, points = set(), {}
-    for archive in archives:
-        with zipfile.ZipFile(archive) as opened:
-            keys.add(json.loads(opened.read("experiment.json"))["offline_id"])
-            for line in opened.read("messages.json").decode().splitlines():
-                message = json.loads(line)
-                metric = message["payload"].get("metric") if message["type"] == "metric_msg" else None
-                if metric and metric["metricName"] == "loss":
-                    points[metric["step"]] = metric["metricValue"]
+    keys, points = comet_offline(tmp_path / "comet", "loss")
+    assert len(list((tmp_path / "comet").glob("*.zip"))) == 2
     assert keys == {RUN}
-    assert sorted((step, float(value)) for step, value in points.items()) == EXPECTED
-
-
-def log_records(data, first):
-    """The records of LevelDB's log format (its doc/log_format.md), after a header of ``first`` bytes in block 0."""
-    record, place = b"", first
-    while place - first < len(data):
-        room = 32768 - place % 32768
-        if room < 7:
-            place += room
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, place - first)
-        record += data[place - first + 7:place - first + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):          # full, last
-            yield record
-            record = b""
+    assert sorted(points.items()) == EXPECTED
 
 
 def test_weights_and_biases_offline(tmp_path):
     wandb = pytest.importorskip("wandb")
     two_starts("wandb", tmp_path)
     wandb.teardown()            # its own process writes the file, and may still be at it
-    folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
-    assert len(folders) == 2 and {folder.name.rpartition("-")[2] for folder in folders} == {RUN}
-    from wandb.proto import wandb_internal_pb2
-    points = {}
-    for file in (next(folder.glob("*.wandb")) for folder in folders):
-        for data in log_records(file.read_bytes()[7:], first=7):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            if "loss" in row:
-                points[row["step"]] = row["loss"]
+    runs, rows = wandb_offline(tmp_path / "wandb")
+    assert runs == [RUN, RUN]
+    points = {row["step"]: row["loss"] for row in rows if "loss" in row}
     assert sorted(points.items()) == EXPECTED
 
 

@@ -41,6 +41,15 @@ def test_time_left_counts_the_steps_of_this_start_only():
     assert shown(io.StringIO(), 1000, first=998, seconds_per_step=60).splitlines()[0].endswith("1 min left")
 
 
+def test_time_left_is_at_most_what_was_given():
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(0, 1000, stream=stream, limit=90.0, clock=clock)
+    for step in range(2):
+        clock.now += 11.0
+        progress.show(step)
+    assert [line.split("   ")[-1] for line in stream.getvalue().splitlines()] == ["1 min 19 s left", "1 min 8 s left"]
+
+
 def test_a_terminal_has_one_line_that_is_written_over():
     text = shown(Terminal(), 4)
     assert text.count("\n") == 1 and text.endswith("\n")
