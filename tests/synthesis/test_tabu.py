@@ -7,7 +7,7 @@ import pytest
 from pipeengine.errors import ScheduleError
 from pipeengine.program import check
 from pipeengine.schedules import Topology
-from pipeengine.simulation import Costs, simulate
+from pipeengine.simulation import Costs, peak_activations, simulate
 from pipeengine.synthesis.auto import _numbers, _schedule, _split
 from pipeengine.synthesis.problem import pose_problem
 from pipeengine.synthesis.registry import build
@@ -28,7 +28,7 @@ def case(seed):
         schedule = _split(build(name, num_workers=p, num_microbatches=m))
     except ScheduleError:
         pytest.skip(f"{name} is not made for {p} workers and {m} micro-batches")
-    task = pose_problem(topology, m, costs, m * count / p, "makespan")
+    task = pose_problem(topology, m, costs, peak_activations(schedule, costs) * draw.choice((1.0, 1.3)), "makespan")
     return task, costs, TabuSearch(task), _numbers(task, schedule)
 
 
