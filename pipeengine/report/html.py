@@ -107,10 +107,14 @@ def _setting(history: History | None) -> str:
         + escape(", ".join(f"{name} {version}" for name, version in
                            {"Python": start.get("python", ""), **start.get("versions", {})}.items())) + "</td></tr>"
         for start in history.starts)
-    options = "".join(f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>"
+    options = "".join(f"<tr><td>{escape(name)}</td><td>{escape(_value(value))}</td></tr>"
                       for name, value in history.options.items())
     return (f"<h2>Starts</h2><div class=wide><table class=names>{starts}</table></div>\n" if starts else "") + (
         f"<h2>Options</h2><div class=wide><table class=names>{options}</table></div>\n" if options else "")
+
+
+def _value(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _when(seconds: object) -> str:
