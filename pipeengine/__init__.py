@@ -113,4 +113,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    own = {name for name, value in globals().items() if getattr(value, "__package__", "").startswith("pipeengine")}
+    return sorted({*__all__, *own, *(name for name in globals() if name.startswith("__"))})

@@ -107,7 +107,7 @@ class Pipeline(Standing):
     # -- steps ------------------------------------------------------------------------------------------------------
 
     def step(self, *args: object, target: object = None, scaler: torch.amp.GradScaler | None = None,
-             **kwargs: object) -> torch.Tensor | None:
+             **kwargs: object) -> torch.Tensor:
         """Forward and backward of a whole batch; gradients are added to ``.grad``.
 
         Every worker of a replica passes the same batch. Returns the loss of the full batch, all replicas' together,

@@ -134,6 +134,17 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target.partition("#")[0]).exists(), target
 
 
+def test_the_reference_has_every_name():
+    """What ``import pipeengine`` offers; errors have a page of their own."""
+    import pipeengine
+    told = re.findall(r"^::: \S+\.(\w+)$", (ROOT / "docs" / "reference" / "api.md").read_text(), re.M)
+    assert {name for name in pipeengine.__all__ if not name.endswith("Error")} <= set(told)
+    assert {name for name in pipeengine.__all__ if name.endswith("Error")} <= set(
+        re.findall(r"`(\w+Error)`", (ROOT / "docs" / "errors.md").read_text()))
+    hidden = {name for name in dir(pipeengine) if not name.startswith("_")} - set(pipeengine.__all__)
+    assert all(getattr(pipeengine, name).__name__ == f"pipeengine.{name}" for name in hidden), hidden
+
+
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path):
     for name in ("mkdocs", "material", "mkdocstrings_handlers.python"):

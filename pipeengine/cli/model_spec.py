@@ -1,6 +1,7 @@
 """Models named on the command line: a factory, or a Hugging Face ``config.json`` (built on meta, without weights)."""
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,11 @@ def load(name: str, *, rows: int, length: int | None) -> Named:
             f"{name!r} names no model; give package.module:factory, path/to/file.py:factory (the factory returns "
             f"{_FORMS}) or a Hugging Face config.json"
         )
-    returned = named(name)()
+    factory = named(name)
+    if asked := _required(factory):
+        raise InputError(f"{name} asks for {', '.join(asked)}; give a function without arguments, which "
+                         f"returns {_FORMS}")
+    returned = factory()
     if not (isinstance(returned, tuple) and 2 <= len(returned) <= 4 and isinstance(returned[0], torch.nn.Module)):
         kind = f"a {type(returned).__name__}"
         if isinstance(returned, tuple) and returned:
@@ -45,6 +50,16 @@ def load(name: str, *, rows: int, length: int | None) -> Named:
             f"{name} returned something of type {type(spec.loss_fn).__name__} as loss_fn; it must return {_FORMS}"
         )
     return spec
+
+
+def _required(factory: Callable) -> list[str]:
+    """The arguments without which a factory cannot be called, as far as that can be seen."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [one.name for one in parameters if one.default is one.empty
+            and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
 
 
 def from_config(path: Path, *, rows: int, length: int | None) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:

@@ -67,12 +67,21 @@ def finish(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def add_completion(parser: argparse.ArgumentParser) -> None:
-    """``--print-completion SHELL``, where shtab is installed (the extra ``completion``)."""
+    """``--print-completion SHELL``; where shtab is not installed (the extra ``completion``) it says so."""
+    name, does = "--print-completion", "print what makes a shell complete this command"
     try:
         shtab = importlib.import_module("shtab")
     except ImportError:
-        return
-    shtab.add_argument_to(parser, ["--print-completion"], help="print what makes a shell complete this command")
+        parser.add_argument(name, action=_NeedsShtab, metavar="SHELL", help=does)
+    else:
+        shtab.add_argument_to(parser, [name], help=does)
+
+
+class _NeedsShtab(argparse.Action):
+    """Ends the command with what to install."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        parser.error("--print-completion needs shtab: pip install 'pipeengine[completion]'")
 
 
 def set_logging(args: argparse.Namespace) -> ToStderr:

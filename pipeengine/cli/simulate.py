@@ -258,9 +258,14 @@ def _json(args: argparse.Namespace, results: list[_Result], refused: object) -> 
 
 def _svg(args: argparse.Namespace, results: list[_Result], refused: object) -> str:
     peak = format_bytes if args.plan else lambda number: f"{number:.4g} micro-batches"
-    panels = [(f"{r.schedule.name}: bubble {format_share(r.bubble)} of the longest span, peak {peak(max(r.memory))}",
-               r.timeline) for r in results]
-    return timeline_svg(panels, unit="s" if args.plan else "", hover=False)
+    panels = [(f"{r.schedule.name}: peak {peak(max(r.memory))}", r.timeline)
+              for r in sorted(results, key=lambda result: -result.timeline.makespan)]
+    return timeline_svg(panels, unit=_unit(args), hover=False)
+
+
+def _unit(args: argparse.Namespace) -> str:
+    """Of the times: a plan's are seconds, and so are those that were given; else a forward of a worker takes 1."""
+    return "forwards" if args.plan is None and args.forward is None else "s"
 
 
 def _chrome(args: argparse.Namespace, results: list[_Result], refused: object) -> str:

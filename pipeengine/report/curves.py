@@ -106,7 +106,7 @@ def nice_ticks(low: float, high: float) -> list[float]:
     """Three to six round numbers from at most ``low`` to at least ``high``."""
     if high <= low:
         pad = abs(low) * 0.1 or 1.0
-        low, high = low - pad, high + pad
+        low, high = (low - pad, high + pad) if low else (0.0, pad)
     rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * (1 - 1e-9))

@@ -18,7 +18,7 @@ from pipeengine.report.zoom import HINT, SCRIPT
 _STYLE = """
 :root { color-scheme: light dark; --ink: #222; --quiet: #666; --paper: #fff; --line: #e3e5e8; --lane: #f3f4f6; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e6ea; --quiet: #a0a6b0; --paper: #16181c; --line: #343841;
---lane: #24272d; } }
+--lane: #24272d; } .timeline [fill="#224a86"] { fill: #3b6cb7; } }
 body { font: 15px/1.5 Helvetica, Arial, sans-serif; color: var(--ink); background: var(--paper); max-width: 1040px;
 margin: 2.5em auto; padding: 0 1.5em; }
 h1 { font-size: 1.5em; margin: 0 0 .2em; } h2 { font-size: 1.1em; margin: 2em 0 .6em; }
@@ -37,7 +37,7 @@ tbody td { border-bottom: 1px solid var(--line); }
 td.left { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .92em; min-width: 12em; }
 .wide { overflow-x: auto; } .wide svg { display: block; width: 100%; min-width: 760px; height: auto; }
 .timeline > text[fill="#222"], .timeline > text:not([fill]) { fill: var(--ink); }
-.timeline > text[fill="#666"], .timeline > text[fill="#555"] { fill: var(--quiet); }
+.timeline > text[fill="#666"], .timeline text[fill="#555"] { fill: var(--quiet); }
 .timeline > rect[fill="#f3f4f6"] { fill: var(--lane); } .timeline > text[fill="#c0392b"] { fill: #d8604f; }
 .charts { display: grid; gap: 1.6em; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); }
 .chart { width: 100%; height: auto; display: block; } .chart text { font-size: 11px; fill: var(--quiet); }
@@ -107,10 +107,14 @@ def _setting(history: History | None) -> str:
         + escape(", ".join(f"{name} {version}" for name, version in
                            {"Python": start.get("python", ""), **start.get("versions", {})}.items())) + "</td></tr>"
         for start in history.starts)
-    options = "".join(f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>"
+    options = "".join(f"<tr><td>{escape(name)}</td><td>{escape(_value(value))}</td></tr>"
                       for name, value in history.options.items())
     return (f"<h2>Starts</h2><div class=wide><table class=names>{starts}</table></div>\n" if starts else "") + (
         f"<h2>Options</h2><div class=wide><table class=names>{options}</table></div>\n" if options else "")
+
+
+def _value(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _when(seconds: object) -> str:

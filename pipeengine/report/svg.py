@@ -17,6 +17,7 @@ COLOURS = {"F": "#224a86", "B": "#b3402e", "I": "#dca51c", "W": "#a8d597", "X": 
 MEANING = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient",
            "X": "shared gradients", "U": "update"}
 _MANY = 20_000
+_APART = 5.0        # times as long: the shorter one would be a stroke
 _HOVER = 3_000
 DARK_INK = ' data-ink="#222"'       # says how to write on a block, where not in white
 
@@ -44,7 +45,8 @@ class _Frame:
 
 def timeline_svg(panels: Sequence[Panel | tuple[str, Timeline]], *, width: float = 960, unit: str = "s",
                  standalone: bool = True, hover: bool = True) -> str:
-    """Timelines under each other on one scale, such as predicted over measured; a legend above, an axis below.
+    """Timelines under each other on one scale, such as predicted over measured; a legend above, an axis below. Where
+    one is more than five times as long as another, each has a scale of its own, and the legend says so.
 
     ``unit`` names the unit on the axis. Not ``standalone``: without the XML name space, for use inside HTML. With
     ``hover`` each action tells its times under the pointer, unless there are many; without it files are half as large.
@@ -52,13 +54,14 @@ def timeline_svg(panels: Sequence[Panel | tuple[str, Timeline]], *, width: float
     panels = [panel for panel in (Panel(*given) for given in panels) if len(panel.timeline.end)]
     if not panels:
         raise ScheduleError("no timeline with any action; 0 panels to draw, give at least 1")
-    seconds = max(panel.timeline.makespan for panel in panels) or 1.0
+    lengths = [panel.timeline.makespan or 1.0 for panel in panels]
+    scales = [max(lengths)] * len(panels) if max(lengths) <= _APART * min(lengths) else lengths
     workers = max(panel.timeline.num_workers for panel in panels)
     lane = 26.0 if workers <= 8 else 18.0 if workers <= 24 else 10.0
     left, right = 74.0, 62.0
-    legend, top = _legend(panels, left, width)
+    legend, top = _legend(panels, left, width, one_scale=len(set(scales)) == 1)
     parts = []
-    for panel in panels:
+    for panel, seconds in zip(panels, scales):
         timeline = panel.timeline
         frame = _Frame(left, top + 20, width - left - right, lane, float(timeline.start.min()), seconds)
         parts.append(_panel(panel, frame, width, unit, hover))
@@ -70,7 +73,7 @@ def timeline_svg(panels: Sequence[Panel | tuple[str, Timeline]], *, width: float
             f"{back}{legend}{''.join(parts)}</svg>")
 
 
-def _legend(panels: Sequence[Panel], left: float, width: float) -> tuple[str, float]:
+def _legend(panels: Sequence[Panel], left: float, width: float, one_scale: bool) -> tuple[str, float]:
     """What colours, shades and idle shares mean, in lines; and where the panels begin."""
     letters = {OPS[op] for panel in panels for op in np.unique(panel.timeline.op[panel.timeline.computes])}
     items = [(COLOURS[letter], f"{letter} {MEANING[letter]}") for letter in MEANING if letter in letters]
@@ -78,6 +81,8 @@ def _legend(panels: Sequence[Panel], left: float, width: float) -> tuple[str, fl
         items.append(("", "lighter: later stages of a worker"))
     if any(panel.lane == "worker" for panel in panels):
         items.append(("", "idle: share of the time up to the red line"))
+    if not one_scale:
+        items.append(("", "each on a scale of its own"))
     parts, x, y = [], left, 22.0
     for colour, text in items:
         room = (17 if colour else 0) + 5.4 * len(text)

@@ -75,7 +75,7 @@ class StepRunner:
         self._published: dict[str, object] = {}
         self.counts_memory = False
 
-    def step(self, inputs: Inputs, scaler: object = None) -> torch.Tensor | None:
+    def step(self, inputs: Inputs, scaler: object = None) -> torch.Tensor:
         """Forward and backward of a whole batch; returns its loss, detached, on every worker.
 
         With ``scaler`` gradients are those of the scaled loss, and finite on all workers or on none.
@@ -89,6 +89,7 @@ class StepRunner:
                 self.guarded(lambda: self._train_hooked(prepared, scale))
             if scale is not None:
                 self.guarded(self._gradients.spread_overflow, harmless=InputError)
+        assert self.progress.loss is not None, "what has no loss is refused before it runs"
         return self.progress.loss
 
     def clip(self, max_norm: float, norm_type: float) -> torch.Tensor:

@@ -38,6 +38,9 @@ def model_only():
 
 def odd():
     return *parts(), 3
+
+def asks(width, depth, *others, heads=4):
+    return parts()
 """
 
 
@@ -59,7 +62,8 @@ def test_factories_may_bring_a_loss_and_a_target(factories, capsys, name):
     assert status == 0 and json.loads(text)["num_stages"] == 3, text
 
 
-@pytest.mark.parametrize("name, message", [("model_only", "returned a Sequential"), ("odd", "of type int as loss_fn")])
+@pytest.mark.parametrize("name, message", [("model_only", "returned a Sequential"), ("odd", "of type int as loss_fn"),
+                                           ("asks", "asks for width, depth; give a function without")])
 def test_other_factories_are_told_what_to_return(factories, capsys, name, message):
     status, text = answer(capsys, "plan", f"{factories}:{name}", "--stages", 3, "--format", "json")
     assert status == 2 and message in text and "model, example, loss_fn, target" in text

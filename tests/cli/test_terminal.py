@@ -103,3 +103,18 @@ def test_elsewhere_progress_is_lines(capsys):
     logger.info("20 of 20 nodes")
     handler.done()
     assert capsys.readouterr().err == "10 of 20 nodes\n20 of 20 nodes\n"
+
+
+def test_completion_says_what_it_needs(monkeypatch, capsys):
+    """Without shtab the option was not known, and its argument was taken for a command."""
+    from pipeengine.cli import main
+    found = importlib.import_module
+
+    def refuse(name, *arguments):
+        if name == "shtab":
+            raise ImportError(name)
+        return found(name, *arguments)
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", "bash"])
+    assert ended.value.code == 2 and "pip install 'pipeengine[completion]'" in capsys.readouterr().err

@@ -197,14 +197,14 @@ def test_text_grid_tells_wide_actions_apart_without_room_for_numbers():
 def test_pictures_tell_idle_time_of_workers_only(lane, told):
     """The length stands beside the title, never on it; the legend wraps."""
     timeline = simulate(build("zb-v", num_workers=2, num_microbatches=4))
-    short = simulate(build("zb-v", num_workers=2, num_microbatches=4), Costs([0.01] * 4, input_grad=[0.01] * 4))
+    short = simulate(build("zb-v", num_workers=2, num_microbatches=4), Costs([0.15] * 4, input_grad=[0.15] * 4))
     root = ElementTree.fromstring(
         timeline_svg([Panel("a short one", short, lane), Panel("a long one", timeline, lane)], width=500)
     )
     texts = {e.text: e for e in root.iter("{http://www.w3.org/2000/svg}text")}
     assert ("idle" in texts) == told and f"{lane} 1" in texts
     assert "lighter: later stages of a worker" in texts
-    [length] = [e for text, e in texts.items() if text.startswith("0.") and e.get("fill") == "#c0392b"]
+    length = texts[f"{short.makespan:.4g} s"]
     assert length.get("text-anchor") == "start" and float(length.get("x")) > float(texts["a short one"].get("x")) + 60
     assert max(float(e.get("y")) for e in texts.values() if "lighter" in (e.text or "")) > 22
 
@@ -218,3 +218,16 @@ def test_text_grid_of_uneven_times_fills_its_width():
 def test_reports_need_no_torch():
     code = "import sys, pipeengine.report, pipeengine.program; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_timelines_far_apart_have_a_scale_each():
+    """A prediction of 3 ms over a step of 1 s was a stroke at the left."""
+    order = build("1f1b", num_workers=4, num_microbatches=8)
+    for forward, one_scale in ((0.5, True), (0.003, False)):
+        short = simulate(order, Costs([forward] * 4, input_grad=[forward] * 4, weight_grad=[forward] * 4))
+        picture = timeline_svg([Panel("predicted", short), Panel("measured", simulate(order))])
+        scales = re.findall(r'data-seconds="([^"]+)"', picture)
+        longest = simulate(order).makespan
+        assert [float(scale) for scale in scales] == pytest.approx(
+            [longest if one_scale else short.makespan, longest])
+        assert ("each on a scale of its own" in picture) != one_scale
