@@ -30,7 +30,7 @@ class Meter(TorchDispatchMode):
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=out)
         results = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor)]
-        if not func.is_view:
+        if results and not func.is_view:            # to ask a fake for its device is an operator too, and moves nothing
             read = [t for t in args if isinstance(t, torch.Tensor)]
             self.bytes += sum(map(tensor_bytes, read)) + sum(map(tensor_bytes, results))
             for result in results:
