@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,6 +11,8 @@ import torch
 from pipeengine.errors import InputError
 from pipeengine.stages import Join, Specialization
 from pipeengine.tracing import Recording, fill, refs
+
+LOGGER = logging.getLogger("pipeengine.evaluate")
 
 
 def shaped(specialization: Specialization, values: Sequence[torch.Tensor] | None, loss: torch.Tensor | None) -> object:
@@ -48,6 +51,15 @@ def join_outputs(
                 "evaluate a batch of as many rows as a micro-batch has, or pad to one length for the whole batch"
             ) from None
     return joined
+
+
+def tell_missing(specialization: Specialization, told: set[str]) -> None:
+    """Say, of each output once (``told`` remembers), that the model returns a cache and this evaluation does not."""
+    for where, kind in specialization.missing:
+        if where not in told:
+            told.add(where)
+            LOGGER.warning("evaluate leaves %s (%s) out of the output, since it is large; pass use_cache=True to have "
+                           "it", where, kind)
 
 
 def across(joins: Sequence[Join], rows: Sequence[int], recording: Recording) -> tuple[Join, ...]:

@@ -6,7 +6,6 @@ the pipeline is still open.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from pipeengine.runtime.clock import HOST, Clock, clock_of
 from pipeengine.runtime.executor import Executor
 from pipeengine.runtime.gradients import Gradients, scale_of
 from pipeengine.runtime.memory_count import MemoryCount, count_memory
-from pipeengine.runtime.outputs import join_outputs, shaped
+from pipeengine.runtime.outputs import join_outputs, shaped, tell_missing
 from pipeengine.runtime.parameter_hooks import once_per_batch
 from pipeengine.runtime.programs import ProgramCache
 from pipeengine.runtime.replica_batches import ReplicaBatches
@@ -34,7 +33,6 @@ _ACTIONS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight
             "SA": "sending an activation", "RA": "receiving an activation",
             "SG": "sending a gradient", "RG": "receiving a gradient", "R": "summing gradients"}
 T = TypeVar("T")
-LOGGER = logging.getLogger("pipeengine.evaluate")
 _FACTS = ("the number of calls", "the modes of the model, autocast or requires_grad", "the batch",
           "what the forward or the loss reads from Python (attributes, configs, globals, closures), which every worker "
           "must set alike", "the recorded model")
@@ -232,7 +230,8 @@ class StepRunner:
             merged = self._replicas.gather(merged, prepared, self._worker_of[first.split.output_stage])
         elif gather:
             merged = self._share(merged, last)
-        self._tell_missing(first)
+        if self._workers.rank == 0:
+            tell_missing(first, self._told)
         return shaped(first, merged, loss)
 
     def _share(self, merged: Sequence[torch.Tensor] | None, last: int) -> Sequence[torch.Tensor]:
@@ -240,14 +239,6 @@ class StepRunner:
         arrived = self._workers.broadcast_object(merged, last)
         device = self._tasks.reader.device
         return merged if merged is not None else [tensor.to(device) for tensor in arrived]
-
-    def _tell_missing(self, specialization: Specialization) -> None:
-        """Say once that the model returns a cache, and this call does not."""
-        for where, kind in specialization.missing:
-            if self._workers.rank == 0 and where not in self._told:
-                LOGGER.warning("evaluate leaves %s (%s) out of the output, since it is large; pass use_cache=True to "
-                               "have it", where, kind)
-                self._told.add(where)
 
     def _spread_loss(self, specialization: Specialization, own: torch.Tensor | None) -> torch.Tensor | None:
         """The loss of the worker that has it, on every worker."""

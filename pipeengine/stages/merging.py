@@ -110,11 +110,13 @@ def join_of(where: str, value: int, layout: Layout, micro: Dataflow, layouts: Se
         return Join("rows", layout.dim, layout.outer)
     if isinstance(layout, Free):
         return Join("same")
+    by_rows = tuple(count / sum(rows) for count in rows)
     if isinstance(layout, Mixed):
+        if value in _parts_of_loss(micro):      # such as the router's loss, which the loss adds up in the same way
+            return Join("mean of rows", shares=by_rows)
         raise refused(where, layout.reason)
     if not isinstance(layout, Reduced):
         raise refused(where, "numbers the rows of its own micro-batch")
-    by_rows = tuple(count / sum(rows) for count in rows)
     mixed = next((m for m in _ancestors(micro, value, layouts) if isinstance(m, Mixed)), None)
     found = shares() if mixed is None else None
     if found is not None and all(len(set(share)) == 1 for share in found):

@@ -52,7 +52,7 @@ class Numbers:
 Layout = Free | Rows | Reduced | Mixed | Numbers
 _FILLED = {"zeros", "ones", "empty", "zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "new_empty"}
 _SIZED = {"view", "reshape", "expand", "unflatten", "broadcast_to", "full", "new_full", "arange", "repeat", "tile",
-          "repeat_interleave", "split", "getitem", "narrow", "resize"}
+          "repeat_interleave", "split", "getitem", "narrow", "resize", "as_strided"}
 _RESHAPES = {"view", "reshape", "flatten", "unflatten", "ravel", "Flatten", "Unflatten", "view_as", "reshape_as"}
 _VIEWS = {"getitem", "unsqueeze", "view", "reshape", "to", "expand", "long", "clone", "contiguous"}
 _BROADCASTS = {"expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"}
@@ -206,9 +206,11 @@ class _Reader:
             return along
         if name in ("cat", "concat", "concatenate"):
             return self._joined(node, value, dim, rows)
-        if len(rows) > 1 or name not in (*_RESHAPES, *_BROADCASTS, *_SLICES):
+        if len(rows) > 1 or name not in (*_RESHAPES, *_BROADCASTS, *_SLICES, "as_strided"):
             return self._kept(node, value, dim, rows)
         ((given, layout),) = rows.items()
+        if name == "as_strided":
+            return self._strided(node, given, layout, value, dim)
         return self._changed(name, node, given, layout, value, dim)
 
     def _pick(self, name: str, node: Node, dim: int) -> Layout | None:
@@ -265,6 +267,18 @@ class _Reader:
                 return Mixed(f"has another number of entries per row than what it is made from (at {node.name})")
             orders.add(layout.outer)
         return Rows(dim, orders.pop()) if len(orders) == 1 else Mixed(f"joins rows of several orders (at {node.name})")
+
+    def _strided(self, node: Node, given: int, layout: Rows, value: int, dim: int) -> Layout:
+        """Memory read in other steps: rows where every entry of ``dim`` stays within the memory of its own row."""
+        before, after = self._micro.values[given].spec, self._micro.values[value].spec
+        row = before.stride[layout.dim]
+        reaches = [1 + sum((size - 1) * stride for d, (size, stride) in enumerate(zip(spec.shape, spec.stride))
+                           if d != skipped) for spec, skipped in ((before, layout.dim), (after, dim))]
+        alike = after.stride == self._full.values[value].spec.stride and after.stride[dim] == row \
+            and before.shape[layout.dim] == after.shape[dim] and len(node.args) <= 3 and "storage_offset" not in \
+            node.kwargs
+        return Rows(dim, layout.outer) if alike and max(reaches) <= row else \
+            Mixed(f"reads memory across rows (at {node.name})")
 
     def _changed(self, name: str, node: Node, given: int, layout: Rows, value: int, dim: int) -> Layout:
         """One value in another shape, repeated or in part."""
