@@ -13,7 +13,7 @@ from math import prod
 
 import torch
 
-from pipeengine.tracing import Node, Recording, Ref, node_refs
+from pipeengine.tracing import Node, Recording, Ref, TensorSpec, node_refs
 
 
 @dataclass(frozen=True)
@@ -270,14 +270,10 @@ class _Reader:
 
     def _strided(self, node: Node, given: int, layout: Rows, value: int, dim: int) -> Layout:
         """Memory read in other steps: rows where every entry of ``dim`` stays within the memory of its own row."""
-        before, after = self._micro.values[given].spec, self._micro.values[value].spec
-        row = before.stride[layout.dim]
-        reaches = [1 + sum((size - 1) * stride for d, (size, stride) in enumerate(zip(spec.shape, spec.stride))
-                           if d != skipped) for spec, skipped in ((before, layout.dim), (after, dim))]
-        alike = after.stride == self._full.values[value].spec.stride and after.stride[dim] == row \
-            and before.shape[layout.dim] == after.shape[dim] and len(node.args) <= 3 and "storage_offset" not in \
-            node.kwargs
-        return Rows(dim, layout.outer) if alike and max(reaches) <= row else \
+        steps = [_steps(recording.values[given].spec, layout.dim, recording.values[value].spec, dim)
+                 for recording in (self._micro, self._full)]
+        from_the_start = len(node.args) <= 3 and "storage_offset" not in node.kwargs
+        return Rows(dim, layout.outer) if steps[0] is not None and steps[0] == steps[1] and from_the_start else \
             Mixed(f"reads memory across rows (at {node.name})")
 
     def _changed(self, name: str, node: Node, given: int, layout: Rows, value: int, dim: int) -> Layout:
@@ -295,6 +291,22 @@ class _Reader:
         if name in _SLICES and after[dim] * layout.outer == before[layout.dim]:
             return Rows(dim)                    # one of the blocks that were joined
         return kept
+
+
+def _steps(source: TensorSpec, dim: int, result: TensorSpec, at: int) -> list[tuple[int, int, bool]] | None:
+    """How far apart entries of one row lie in a value and in another on its memory, in rows or in all rows together;
+    None where what dimension ``at`` calls a row is none of dimension ``dim``."""
+    step, told = source.stride[dim], []
+    everything = step * source.shape[dim]
+    if not everything or (result.stride[at], result.shape[at]) != (step, source.shape[dim]):
+        return None
+    for spec, rows in ((source, dim), (result, at)):
+        others = [(size, stride, bool(stride) and stride % everything == 0)
+                  for d, (size, stride) in enumerate(zip(spec.shape, spec.stride)) if d != rows and size > 1]
+        if 1 + sum((size - 1) * stride for size, stride, outside in others if not outside) > step:
+            return None
+        told += [(size, stride // everything if outside else stride, outside) for size, stride, outside in others]
+    return told
 
 
 def _constants(structure: object) -> object:

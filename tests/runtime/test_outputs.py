@@ -57,6 +57,8 @@ RIGHT = {
     "softmax": lambda out, x, y, model: out.softmax(-1),
     "sorted within rows": lambda out, x, y, model: out.sort(1)[0],
     "overlapping windows": lambda out, x, y, model: out.contiguous().as_strided((len(x), 4, 2, 16), (80, 16, 16, 1)),
+    "windows of what has rows second in memory": lambda out, x, y, model: out.transpose(0, 1).contiguous()
+        .transpose(0, 1).as_strided((len(x), 4, 2, 16), (16, len(x) * 16, len(x) * 16, 1)),
     "length": lambda out, x, y, model: x.shape[1],
     "nested": lambda out, x, y, model: (out[:, 0], [{"a": out[:, 1]}, None, "text"]),
 }
@@ -81,6 +83,8 @@ WRONG = {
     "rows and a table": lambda out, x, y, model: torch.cat([out[:, 0], model.table]),
     "halves of rows": lambda out, x, y, model: out.chunk(2)[0],
     "windows across rows": lambda out, x, y, model: out.contiguous().as_strided((len(x) - 1, 6, 16), (80, 16, 1)),
+    "windows of the next row": lambda out, x, y, model: out.transpose(0, 1).contiguous().transpose(0, 1)
+        .as_strided((len(x), 4, 16), (16, 16, 1)),
     "windows with gaps": lambda out, x, y, model: out.contiguous().as_strided((len(x), 4), (40, 1)),
     "rows in two dimensions": lambda out, x, y, model: out.unflatten(0, (2, -1)),
     "a mean and a total": lambda out, x, y, model: out.mean() + out.sum(),
