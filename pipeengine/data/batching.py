@@ -11,7 +11,7 @@ import torch
 from pipeengine.data.checksum import checksum, combine
 from pipeengine.data.packed_images import PACKED_NAMES, packed_entries
 from pipeengine.errors import InputError
-from pipeengine.tracing import Inputs, tree_encode, tree_map
+from pipeengine.tracing import Inputs, is_cache, tree_encode, tree_map
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,10 @@ def take_apart(inputs: Inputs, *, names: Sequence[str], batch_dims: Mapping[str,
 
     def leaf(name: str, value: object) -> object:
         if not isinstance(value, torch.Tensor):
+            if is_cache(value):
+                raise InputError(f"input {name} is a cache ({type(value).__name__}), which the model would write to, "
+                                 "and which a pipeline cannot split into micro-batches; leave it out, and generate "
+                                 "with a model that holds all weights (see save_weights)")
             return ("object", type(value).__name__, id(value))
         if value.requires_grad:
             raise InputError(f"input {name} needs a gradient; a pipeline gives none to its inputs: pass "

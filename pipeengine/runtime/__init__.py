@@ -4,7 +4,6 @@ from pipeengine.runtime.clip_guard import refuse_local_clipping
 from pipeengine.runtime.executor import Executor, Task
 from pipeengine.runtime.gradients import Gradients, scale_of
 from pipeengine.runtime.master_weights import keep_master_weights
-from pipeengine.runtime.outputs import merge_outputs
 from pipeengine.runtime.programs import ProgramCache, ScheduleChoice, splits_backward
 from pipeengine.runtime.step import StepRunner
 from pipeengine.runtime.tasks import BatchReader, TaskMaker
@@ -19,7 +18,6 @@ __all__ = [
     "Task",
     "TaskMaker",
     "keep_master_weights",
-    "merge_outputs",
     "refuse_local_clipping",
     "scale_of",
     "splits_backward",

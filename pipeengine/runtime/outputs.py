@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,57 +10,56 @@ import torch
 
 from pipeengine.errors import InputError
 from pipeengine.stages import Join, Specialization
-from pipeengine.tracing import Recording, fill, refs, tensors, tree_map
+from pipeengine.tracing import Recording, fill, refs
+
+LOGGER = logging.getLogger("pipeengine.evaluate")
 
 
-def merge_outputs(
-    specializations: Sequence[Specialization],
-    outputs: Sequence | None,
-    joins: Sequence[Join],
-    loss: torch.Tensor | None,
-) -> object:
-    """One output for the whole batch from those of the micro-batches, each put together as ``joins`` says; without
-    ``outputs`` the structure with the loss alone.
+def shaped(specialization: Specialization, values: Sequence[torch.Tensor] | None, loss: torch.Tensor | None) -> object:
+    """The model's output with ``values``, in the order of the specialization's outputs, in their places, and with
+    ``loss``; without ``values`` the structure with the loss alone.
     """
-    first = specializations[0].recording
-    if outputs is None:
-        return fill(first.output, lambda value: loss if value == first.loss else None)
-    made = [
-        fill(specialization.recording.output, dict(zip(specialization.outputs, values)).__getitem__)
-        for specialization, values in zip(specializations, outputs)
-    ]
-    return join_outputs(specializations[0], made, joins, loss)
+    recording = specialization.recording
+    found: dict[int, torch.Tensor | None] = {} if values is None else dict(zip(specialization.outputs, values))
+    if recording.loss is not None:
+        found[recording.loss] = loss
+    return fill(recording.output, found.get)
 
 
 def join_outputs(
-    specialization: Specialization, outputs: Sequence[object], joins: Sequence[Join], loss: torch.Tensor | None
-) -> object:
-    """One output from those of several parts of a batch, each of its tensors as ``joins`` says (in the order of the
+    specialization: Specialization, outputs: Sequence[Sequence[torch.Tensor]], joins: Sequence[Join]
+) -> list[torch.Tensor]:
+    """The outputs of a whole batch from those of its parts, each put together as ``joins`` says (in the order of the
     specialization's outputs; nothing where there is one part).
 
     Raises ``InputError`` where parts do not fit together.
     """
     first = specialization.recording
-    columns, position = iter(zip(*(tensors(output) for output in outputs))), refs(first.output)
-    join_of = dict(zip(specialization.outputs, joins))
-
-    def merge(leaf: object) -> object:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        parts, value = next(columns), next(position)
-        if value == first.loss:
-            return loss
-        if len(parts) == 1:
-            return parts[0]
+    counts = sorted({len(part) for part in outputs})
+    if len(counts) > 1:
+        raise InputError(f"the model returns {counts[0]} tensors for some micro-batches and {counts[-1]} for others, "
+                         "which cannot be merged; evaluate a batch of as many rows as a micro-batch has")
+    if len(outputs) == 1:
+        return list(outputs[0])
+    joined = []
+    for value, join, *parts in zip(specialization.outputs, joins, *outputs):
         try:
-            return _join(parts, join_of[value])
+            joined.append(parts[0] if value == first.loss else _join(parts, join))
         except ValueError as error:
             raise InputError(
                 f"output {first.values[value].name} of {len(parts)} parts of a batch cannot be merged: {error}; "
                 "evaluate a batch of as many rows as a micro-batch has, or pad to one length for the whole batch"
             ) from None
+    return joined
 
-    return tree_map(outputs[0], merge)
+
+def tell_missing(specialization: Specialization, told: set[str]) -> None:
+    """Say, of each output once (``told`` remembers), that the model returns a cache and this evaluation does not."""
+    for where, kind in specialization.missing:
+        if where not in told:
+            told.add(where)
+            LOGGER.warning("evaluate leaves %s (%s) out of the output, since it is large; pass use_cache=True to have "
+                           "it", where, kind)
 
 
 def across(joins: Sequence[Join], rows: Sequence[int], recording: Recording) -> tuple[Join, ...]:

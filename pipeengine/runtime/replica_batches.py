@@ -15,7 +15,6 @@ from pipeengine.errors import InputError
 from pipeengine.runtime.outputs import across, join_outputs
 from pipeengine.runtime.tasks import Look, Prepared, TaskMaker
 from pipeengine.stages import Shares, Totals, Weights, as_weights
-from pipeengine.tracing import fill, tensors
 
 
 @dataclass(frozen=True)
@@ -111,21 +110,15 @@ class ReplicaBatches:
             gathered.append([self._workers.broadcast(tensor, first) for tensor in mine])
         return gathered
 
-    def gather(self, merged: object, prepared: Prepared, place: int, loss: torch.Tensor | None) -> object:
-        """The output for all replicas' rows, one after the other, on every worker; ``merged`` is this replica's on the
-        worker at ``place``. Tensors travel, every worker's own recording gives them form."""
+    def gather(self, merged: Sequence[torch.Tensor] | None, prepared: Prepared, place: int) -> list[torch.Tensor]:
+        """The outputs for all replicas' rows, one after the other, on every worker; ``merged`` are this replica's on
+        the worker at ``place``."""
         grid, first, device = self._grid, prepared.specializations[0], self._tasks.reader.device
-        own = tensors(merged) if grid.place == place else []
+        own = merged if grid.place == place else None
         rows = sum(task.rows for task in prepared.tasks)
         outputs, everybody = [], []
         for replica in range(grid.num_replicas):
             arrived = self._workers.broadcast_object((own, rows), grid.worker(place, replica))
-            outputs.append(_filled(first.recording.output, arrived[0], device))
+            outputs.append([tensor.to(device) for tensor in arrived[0]])
             everybody.append(arrived[1])
-        return join_outputs(first, outputs, across(prepared.joins, everybody, first.recording), loss)
-
-
-def _filled(structure: object, values: Sequence[torch.Tensor], device: torch.device) -> object:
-    """``structure`` with ``values``, in order, for what it refers to."""
-    left = iter(values)
-    return fill(structure, lambda _: next(left).to(device))
+        return join_outputs(first, outputs, across(prepared.joins, everybody, first.recording))

@@ -20,14 +20,14 @@ from pipeengine.runtime.clock import HOST, Clock, clock_of
 from pipeengine.runtime.executor import Executor
 from pipeengine.runtime.gradients import Gradients, scale_of
 from pipeengine.runtime.memory_count import MemoryCount, count_memory
-from pipeengine.runtime.outputs import merge_outputs
+from pipeengine.runtime.outputs import join_outputs, shaped, tell_missing
 from pipeengine.runtime.parameter_hooks import once_per_batch
 from pipeengine.runtime.programs import ProgramCache
 from pipeengine.runtime.replica_batches import ReplicaBatches
 from pipeengine.runtime.tasks import Facts, Look, Prepared, TaskMaker
 from pipeengine.stages import Specialization
 from pipeengine.torch_private import profiler_enabled
-from pipeengine.tracing import Inputs, fill, tensors
+from pipeengine.tracing import Inputs
 
 _ACTIONS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient",
             "SA": "sending an activation", "RA": "receiving an activation",
@@ -73,6 +73,7 @@ class StepRunner:
         self.progress, self._gradients = Progress(num_microbatches), gradients
         self._run_before: set[tuple[str, int, int]] = set()
         self._published: dict[str, object] = {}
+        self._told: set[str] = set()
         self.counts_memory = False
 
     def step(self, inputs: Inputs, scaler: object = None) -> torch.Tensor:
@@ -222,25 +223,23 @@ class StepRunner:
         loss = self.progress.loss = self._spread_loss(first, self.executor.loss)
         last = self._workers.grid.worker(self._worker_of[first.split.output_stage])
         outputs = [self.executor.outputs.get(m) for m in range(len(tasks))]
-        own = outputs if self._workers.rank == last else None
         # Nobody is at work any more: what cannot be merged is an error on all, and the next call runs.
-        merged, problem = attempt(lambda: merge_outputs(prepared.specializations, own, prepared.joins, loss))
+        merged, problem = attempt(lambda: join_outputs(first, outputs, prepared.joins)
+                                  if self._workers.rank == last else None)
         self._workers.agree((), problem, ())
-        if not gather:
-            return merged
-        if self._replicas is not None:
-            return self._replicas.gather(merged, prepared, self._worker_of[first.split.output_stage], loss)
-        return self._share(merged, first, last)
+        if gather and self._replicas is not None:
+            merged = self._replicas.gather(merged, prepared, self._worker_of[first.split.output_stage])
+        elif gather:
+            merged = self._share(merged, last)
+        if self._workers.rank == 0:
+            tell_missing(first, self._told)
+        return shaped(first, merged, loss)
 
-    def _share(self, merged: object, specialization: Specialization, last: int) -> object:
-        """The output of worker ``last`` everywhere: its tensors travel, every worker's own recording gives it form."""
-        own = tensors(merged) if self._workers.rank == last else []
-        arrived = self._workers.broadcast_object(own, last)
-        if self._workers.rank == last:
-            return merged
-        values = iter(arrived)
+    def _share(self, merged: Sequence[torch.Tensor] | None, last: int) -> Sequence[torch.Tensor]:
+        """The outputs of worker ``last`` everywhere; every worker's own recording gives them form."""
+        arrived = self._workers.broadcast_object(merged, last)
         device = self._tasks.reader.device
-        return fill(specialization.recording.output, lambda _: next(values).to(device))
+        return merged if merged is not None else [tensor.to(device) for tensor in arrived]
 
     def _spread_loss(self, specialization: Specialization, own: torch.Tensor | None) -> torch.Tensor | None:
         """The loss of the worker that has it, on every worker."""

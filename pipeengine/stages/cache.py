@@ -22,7 +22,7 @@ from pipeengine.stages.guards import guard_check
 from pipeengine.stages.lookups import Lookup, find_lookups
 from pipeengine.stages.loss_terms import Term, find_terms
 from pipeengine.stages.loss_weight import Kind, LossWeights, Weights, target_count, weigh_terms
-from pipeengine.stages.merging import BatchLike, Join, Merging
+from pipeengine.stages.merging import BatchLike, Join, Merging, paths, refuse_missing
 from pipeengine.stages.pieces import Pieces
 from pipeengine.stages.placement import SettledPlacement
 from pipeengine.stages.runnable import Runnable, make_runnable
@@ -30,6 +30,7 @@ from pipeengine.stages.splitting import Split, split
 from pipeengine.tracing import (
     Dataflow,
     Inputs,
+    Missing,
     ModelFlags,
     PythonWatch,
     Recording,
@@ -64,6 +65,11 @@ class Specialization:
     flow: Dataflow
     terms: tuple[Term, ...]                     # of the loss
     lookups: tuple[Lookup, ...]                 # what indices of the inputs must lie within
+
+    @property
+    def missing(self) -> tuple[tuple[str, str], ...]:
+        """Where the model's output has caches that nobody asked for, and of which type."""
+        return tuple((where, leaf.kind) for where, leaf in paths(self.recording.output) if isinstance(leaf, Missing))
 
     @property
     def kind(self) -> Kind:
@@ -214,6 +220,8 @@ class SpecializationCache:
 
         Raises ``InputError`` when what is to be recomputed cannot run twice.
         """
+        if outputs:
+            refuse_missing(recording)
         plain = flow = analyse(recording, outputs=outputs)
         terms = find_terms(plain, plain, self._model)
         recording, weighed = weigh_terms(recording, terms)

@@ -19,6 +19,7 @@ from pipeengine.stages.row_layout import Free, Layout, Mixed, Reduced, Rows, fin
 from pipeengine.tracing import (
     Dataflow,
     Inputs,
+    Missing,
     Rebuilt,
     Recording,
     Ref,
@@ -50,6 +51,14 @@ class Join:
 def refused(where: str, why: str) -> InputError:
     """What says that the output ``where`` cannot be put together."""
     return InputError(f"output {where} cannot be merged from micro-batches: it {why}; {_WAY_OUT}")
+
+
+def refuse_missing(recording: Recording) -> None:
+    """Raise ``InputError`` where the model's output holds an object that cannot be returned, by name."""
+    for where, leaf in paths(recording.output):
+        if isinstance(leaf, Missing) and leaf.why:
+            raise InputError(f"output {where}, a {leaf.kind}, cannot be returned: {leaf.why}; let the model return "
+                             "tensors, or ask it for less (use_cache=False, where it is a cache)")
 
 
 def output_layouts(micro: Recording, doubled: Recording, split: Collection[int], model: torch.nn.Module
@@ -101,11 +110,13 @@ def join_of(where: str, value: int, layout: Layout, micro: Dataflow, layouts: Se
         return Join("rows", layout.dim, layout.outer)
     if isinstance(layout, Free):
         return Join("same")
+    by_rows = tuple(count / sum(rows) for count in rows)
     if isinstance(layout, Mixed):
+        if value in _parts_of_loss(micro):      # such as the router's loss, which the loss adds up in the same way
+            return Join("mean of rows", shares=by_rows)
         raise refused(where, layout.reason)
     if not isinstance(layout, Reduced):
         raise refused(where, "numbers the rows of its own micro-batch")
-    by_rows = tuple(count / sum(rows) for count in rows)
     mixed = next((m for m in _ancestors(micro, value, layouts) if isinstance(m, Mixed)), None)
     found = shares() if mixed is None else None
     if found is not None and all(len(set(share)) == 1 for share in found):

@@ -13,7 +13,7 @@ from math import prod
 
 import torch
 
-from pipeengine.tracing import Node, Recording, Ref, node_refs
+from pipeengine.tracing import Node, Recording, Ref, TensorSpec, node_refs
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Numbers:
 Layout = Free | Rows | Reduced | Mixed | Numbers
 _FILLED = {"zeros", "ones", "empty", "zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "new_empty"}
 _SIZED = {"view", "reshape", "expand", "unflatten", "broadcast_to", "full", "new_full", "arange", "repeat", "tile",
-          "repeat_interleave", "split", "getitem", "narrow", "resize"}
+          "repeat_interleave", "split", "getitem", "narrow", "resize", "as_strided"}
 _RESHAPES = {"view", "reshape", "flatten", "unflatten", "ravel", "Flatten", "Unflatten", "view_as", "reshape_as"}
 _VIEWS = {"getitem", "unsqueeze", "view", "reshape", "to", "expand", "long", "clone", "contiguous"}
 _BROADCASTS = {"expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"}
@@ -206,9 +206,11 @@ class _Reader:
             return along
         if name in ("cat", "concat", "concatenate"):
             return self._joined(node, value, dim, rows)
-        if len(rows) > 1 or name not in (*_RESHAPES, *_BROADCASTS, *_SLICES):
+        if len(rows) > 1 or name not in (*_RESHAPES, *_BROADCASTS, *_SLICES, "as_strided"):
             return self._kept(node, value, dim, rows)
         ((given, layout),) = rows.items()
+        if name == "as_strided":
+            return self._strided(node, given, layout, value, dim)
         return self._changed(name, node, given, layout, value, dim)
 
     def _pick(self, name: str, node: Node, dim: int) -> Layout | None:
@@ -266,6 +268,14 @@ class _Reader:
             orders.add(layout.outer)
         return Rows(dim, orders.pop()) if len(orders) == 1 else Mixed(f"joins rows of several orders (at {node.name})")
 
+    def _strided(self, node: Node, given: int, layout: Rows, value: int, dim: int) -> Layout:
+        """Memory read in other steps: rows where every entry of ``dim`` stays within the memory of its own row."""
+        steps = [_steps(recording.values[given].spec, layout.dim, recording.values[value].spec, dim)
+                 for recording in (self._micro, self._full)]
+        from_the_start = len(node.args) <= 3 and "storage_offset" not in node.kwargs
+        return Rows(dim, layout.outer) if steps[0] is not None and steps[0] == steps[1] and from_the_start else \
+            Mixed(f"reads memory across rows (at {node.name})")
+
     def _changed(self, name: str, node: Node, given: int, layout: Rows, value: int, dim: int) -> Layout:
         """One value in another shape, repeated or in part."""
         before, after = self._shape(given), self._shape(value)
@@ -281,6 +291,22 @@ class _Reader:
         if name in _SLICES and after[dim] * layout.outer == before[layout.dim]:
             return Rows(dim)                    # one of the blocks that were joined
         return kept
+
+
+def _steps(source: TensorSpec, dim: int, result: TensorSpec, at: int) -> list[tuple[int, int, bool]] | None:
+    """How far apart entries of one row lie in a value and in another on its memory, in rows or in all rows together;
+    None where what dimension ``at`` calls a row is none of dimension ``dim``."""
+    step, told = source.stride[dim], []
+    everything = step * source.shape[dim]
+    if not everything or (result.stride[at], result.shape[at]) != (step, source.shape[dim]):
+        return None
+    for spec, rows in ((source, dim), (result, at)):
+        others = [(size, stride, bool(stride) and stride % everything == 0)
+                  for d, (size, stride) in enumerate(zip(spec.shape, spec.stride)) if d != rows and size > 1]
+        if 1 + sum((size - 1) * stride for size, stride, outside in others if not outside) > step:
+            return None
+        told += [(size, stride // everything if outside else stride, outside) for size, stride, outside in others]
+    return told
 
 
 def _constants(structure: object) -> object:

@@ -3,6 +3,7 @@ modules.
 
 ``capture`` records; ``analyse`` finds what depends on what. Nothing of the model is changed by either.
 """
+from pipeengine.tracing.born_objects import is_cache
 from pipeengine.tracing.capturing import capture
 from pipeengine.tracing.dataflow import Dataflow, analyse
 from pipeengine.tracing.inputs import WHOLE_LOSS, Inputs, find_loss, loss_of, needs_target, usable_loss
@@ -12,6 +13,7 @@ from pipeengine.tracing.python_reads import PythonReads, PythonWatch
 from pipeengine.tracing.pytree import leaves, tensors, tree_encode, tree_map
 from pipeengine.tracing.recording import (
     Call,
+    Missing,
     Node,
     NodeCost,
     Rebuilt,
@@ -31,6 +33,7 @@ __all__ = [
     "Call",
     "Dataflow",
     "Inputs",
+    "Missing",
     "ModelFlags",
     "Modes",
     "Node",
@@ -48,6 +51,7 @@ __all__ = [
     "encoded_leaves",
     "fill",
     "find_loss",
+    "is_cache",
     "leaves",
     "loss_of",
     "needs_target",

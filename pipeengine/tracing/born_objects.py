@@ -36,8 +36,14 @@ def _stacked(data: object) -> torch.Tensor:
 
 
 def is_cache(value: object) -> bool:
-    """Whether ``value`` is a key-value cache of Hugging Face: empty in training, and read by nobody after its layer."""
+    """Whether ``value`` is a key-value cache of Hugging Face: empty in the beginning, and read by nobody after its
+    layer."""
     return any(cls.__name__ == "Cache" and cls.__module__.startswith("transformers.") for cls in type(value).__mro__)
+
+
+def is_returned(value: object, caches: bool) -> bool:
+    """Whether an evaluation returns such an object of the model's output; ``caches`` says so of caches."""
+    return caches or not (is_cache(value) or type(value).__name__.endswith("Cache"))
 
 
 def empty_cache(kind: Callable[..., object]) -> object:
@@ -51,6 +57,32 @@ def empty_cache(kind: Callable[..., object]) -> object:
 def with_empty_caches(structure: object) -> object:
     """``structure`` with a new cache in place of every cache."""
     return tree_map(structure, lambda leaf: empty_cache(type(leaf)) if is_cache(leaf) else leaf)
+
+
+# -- objects in the model's output ------------------------------------------------------------------------------------
+
+
+class NotReturnable(Exception):
+    """An object cannot be taken apart and made again."""
+
+
+def object_parts(value: object) -> tuple[Callable[[list], object], list]:
+    """What an object made in the forward holds, and the function that makes one like it from such parts.
+
+    Raises ``NotReturnable`` where there is more to it than attributes.
+    """
+    kind = type(value)
+    if isinstance(value, torch.nn.Module) or not hasattr(value, "__dict__") or kind.__reduce_ex__ is not \
+            object.__reduce_ex__ or any("__slots__" in vars(cls) and vars(cls)["__slots__"] for cls in kind.__mro__):
+        raise NotReturnable("it is no plain object of tensors and numbers")
+    held = vars(value)
+    return functools.partial(_remade, kind, tuple(held)), list(held.values())
+
+
+def _remade(kind: type, names: tuple[str, ...], parts: list) -> object:
+    made = object.__new__(kind)
+    vars(made).update(zip(names, parts, strict=True))
+    return made
 
 
 # -- functions that vmap has mapped -----------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def _record(model, inputs: Inputs, loss_fn, faked_model: FakedModel, leaf_module
         with faked_model.fakes_in_place(), intercepted(model, recorder), log.watching(functions), recorder.watching():
             output = model(*args, **kwargs)
             loss = _loss(recorder, loss_fn, output, target, whole_loss)
-        return _finished(recorder, output, loss, before)
+        return _finished(recorder, output, loss, before, inputs.returned)
     finally:
         recorder.release()
 
@@ -169,11 +169,11 @@ def _loss(recorder: Recorder, loss_fn: Callable | None, output: object, target: 
         raise NotTraceable(WHOLE_LOSS, stop.reason) from stop
 
 
-def _finished(recorder: Recorder, output: object, loss: torch.Tensor | None, before: tuple
-              ) -> tuple[Recording, bool, list]:
+def _finished(recorder: Recorder, output: object, loss: torch.Tensor | None, before: tuple,
+              returned: Callable[[object], bool]) -> tuple[Recording, bool, list]:
     drew = python_random() != before
     set_python_random(before)
-    recording = recorder.finish(output, loss)
+    recording = recorder.finish(output, loss, returned=returned)
     guard = unstable_guard(recording)
     if guard is not None:
         raise NotTraceable(guard.path, f"{guard.where}: its path depends on a buffer that it changes")

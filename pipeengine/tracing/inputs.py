@@ -9,6 +9,7 @@ from typing import TypeGuard
 import torch
 
 from pipeengine.errors import CaptureError
+from pipeengine.tracing.born_objects import is_returned
 
 WHOLE_LOSS = ":loss_fn"
 """Among the modules that are kept whole: the loss function, where it is one node; no module has such a name."""
@@ -28,6 +29,12 @@ class Inputs:
         if isinstance(example, Mapping):
             return cls((), dict(example), target)
         return cls(tuple(example) if isinstance(example, (tuple, list)) else (example,), {}, target)
+
+    def returned(self, value: object) -> bool:
+        """Whether this object of the model's output is wanted: none is in training, and no cache unless
+        ``use_cache=True`` is passed. Models of Hugging Face return one unasked, as large as their activations.
+        """
+        return not torch.is_grad_enabled() and is_returned(value, self.kwargs.get("use_cache") is True)
 
     def everything(self) -> tuple:
         """Positional arguments, keyword arguments and the target, as one pytree."""

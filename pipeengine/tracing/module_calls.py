@@ -103,6 +103,7 @@ class ModuleCalls:
                              "switch it off (for a Hugging Face cache: model.config.use_cache = False)")
         encoded = self._values.encode((args, kwargs))
         fakes = with_empty_caches(self._values.fakes((args, kwargs)))
+        self._values.note_emptied((args, kwargs), path, self._leaf_modules.get(path, "recomputed"))
         watch = WriteWatch((*tensors(fakes), *(self._values.entry(value).tensor for value in attributes)))
         recompute = self._writer.saved.recomputing
         output = self._run_whole(original, module, path, fakes)

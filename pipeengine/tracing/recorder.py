@@ -102,9 +102,11 @@ class Recorder(TorchFunctionMode):
         with self._writer.saved.watching(), self:
             yield
 
-    def finish(self, output: object, loss: torch.Tensor | None) -> Recording:
-        """Freeze what was seen. ``output`` is the model's output, ``loss`` a tensor met on the way."""
-        template = self._values.encode_shareable(output, None)
+    def finish(self, output: object, loss: torch.Tensor | None, *, returned: Callable[[object], bool]
+               ) -> Recording:
+        """Freeze what was seen. ``output`` is the model's output, of whose objects those that are to be ``returned``
+        are kept, ``loss`` a tensor met on the way."""
+        template = self._values.encode_output(output, returned)
         number = None if loss is None else self._values.lookup(loss)
         return Recording(self._values.values(), tuple(self._writer.nodes), tuple(self._calls.calls),
                          tuple(self._writer.guards), tuple(self._values.inputs), template, number,

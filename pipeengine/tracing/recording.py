@@ -22,6 +22,15 @@ OPAQUE = object()
 """Stands for an object in a module's output that cannot be handed on."""
 
 
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Stands for an object of type ``kind`` in the model's output that is not returned. ``why`` is empty for a cache
+    that nobody asked for, and else says what hinders."""
+
+    kind: str
+    why: str = ""
+
+
 class Ref(NamedTuple):
     """Stands for tensor value number ``value`` inside the arguments or the output of a node."""
 
@@ -229,7 +238,8 @@ def picks(structure: object, wanted: Iterable[int]) -> tuple[str, ...]:
 
 
 def fill(structure: object, value_of: Callable[[int], object]) -> object:
-    """``structure`` with every Ref replaced by ``value_of(number)`` and every rebuilt object made."""
+    """``structure`` with every Ref replaced by ``value_of(number)`` and every rebuilt object made; None for what is
+    missing."""
     if isinstance(structure, Ref):
         return value_of(structure.value)
     if isinstance(structure, Rebuilt):
@@ -242,4 +252,4 @@ def fill(structure: object, value_of: Callable[[int], object]) -> object:
         return {key: fill(item, value_of) for key, item in structure.items()}
     if isinstance(structure, slice):
         return slice(*fill((structure.start, structure.stop, structure.step), value_of))
-    return structure
+    return None if isinstance(structure, Missing) else structure

@@ -4,7 +4,7 @@ one.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,11 +12,11 @@ import torch
 
 from pipeengine.errors import CaptureError
 from pipeengine.torch_private import FakeTensor, FakeTensorMode, storage_number
-from pipeengine.tracing.born_objects import empty_cache, is_cache
+from pipeengine.tracing.born_objects import NotReturnable, empty_cache, is_cache, object_parts
 from pipeengine.tracing.meter import tensor_bytes
 from pipeengine.tracing.open_calls import CallStack, NotTraceable
-from pipeengine.tracing.pytree import tensors, tree_encode, tree_map
-from pipeengine.tracing.recording import OPAQUE, Rebuilt, Ref, TensorSpec, Value
+from pipeengine.tracing.pytree import leaves, tensors, tree_encode, tree_map
+from pipeengine.tracing.recording import OPAQUE, Missing, Rebuilt, Ref, TensorSpec, Value, encoded_leaves
 
 REAL_SIDE_LIMIT_BYTES = 1 << 28
 _SHAREABLE = (torch.dtype, torch.device, type, torch.Generator, range, frozenset, torch.Size)
@@ -52,6 +52,7 @@ class ValueTable:
         self.inputs: list[int] = []
         self.constants: dict[int, torch.Tensor] = {}
         self.attribute_storages: set[int] = set()
+        self.emptied: dict[int, str] = {}           # id of a cache that some module did not fill -> why
 
     # -- entries ----------------------------------------------------------------------------------------------------
 
@@ -141,6 +142,40 @@ class ValueTable:
         """As ``encode``, with ``other`` for objects of the run itself, which are not kept."""
         return tree_encode(structure, lambda leaf: Ref(self.lookup(leaf)) if isinstance(leaf, torch.Tensor)
                            else leaf if is_shareable(leaf) else other)
+
+    def encode_output(self, output: object, returned: Callable[[object], bool]) -> object:
+        """The output of the model: as ``encode``, with objects taken apart, and ``Missing`` for those that are not to
+        be ``returned`` or cannot be."""
+        open_objects: list[int] = []
+
+        def encoded(leaf: object) -> object:
+            if isinstance(leaf, torch.Tensor):
+                return Ref(self.lookup(leaf))
+            if is_shareable(leaf):
+                return leaf
+            return opened(leaf) if returned(leaf) else Missing(type(leaf).__name__)
+
+        def opened(leaf: object) -> object:
+            try:
+                if id(leaf) in open_objects:
+                    raise NotReturnable("it holds itself")
+                if id(leaf) in self.emptied:
+                    raise NotReturnable(self.emptied[id(leaf)])
+                build, parts = object_parts(leaf)
+                open_objects.append(id(leaf))
+                made = tuple(tree_encode(part, encoded) for part in parts)
+                open_objects.pop()
+            except (NotReturnable, NotTraceable, CaptureError) as stop:
+                return Missing(type(leaf).__name__, str(stop))
+            lost = next((part for part in encoded_leaves(made) if isinstance(part, Missing)), None)
+            return Rebuilt(build, made) if lost is None else Missing(type(leaf).__name__, lost.why)
+        return tree_encode(output, encoded)
+
+    def note_emptied(self, structure: object, path: str, reason: str) -> None:
+        """The module at ``path``, kept whole, is given caches of its own in place of those in ``structure``."""
+        for leaf in leaves(structure):
+            if is_cache(leaf):
+                self.emptied[id(leaf)] = f"module {path} is kept whole ({reason}) and does not hand out its part of it"
 
     def output_template(self, output: object) -> object:
         """``output`` with Refs for the tensors that are known, and OPAQUE for the others and for objects of the run."""

@@ -227,3 +227,39 @@ def penalty(start):
             slopes = torch.func.vmap(torch.func.grad(lambda row: self.head(row).square().sum()))(x)
             return slopes.square().sum(-1).mean()
     train(start(Penalised()), steps=1)
+
+
+def with_plain_loss(name: str, loss_fn, **options):
+    """A loop with a loss function that nothing changes."""
+    with_loss(name, lambda: loss_fn, **options)
+
+
+with_plain_loss("a loss by quantiles", lambda o, t: torch.maximum(0.9 * (t - o), 0.1 * (o - t)).mean())
+with_plain_loss("roots of rows, then their mean", lambda o, t: (o - t).square().mean(1).sqrt().mean())
+with_plain_loss("an embedding's cosine", lambda o, t: F.cosine_embedding_loss(o, t, torch.ones(len(o))))
+with_plain_loss("a triplet's margin", lambda o, t: F.triplet_margin_loss(o, t, t.flip(1)))
+with_plain_loss("a Gaussian likelihood", lambda o, t: F.gaussian_nll_loss(o, t, o.exp()))
+with_plain_loss("a divergence per row", lambda o, t: F.kl_div(o.log_softmax(-1), t.softmax(-1), reduction="batchmean"))
+with_plain_loss("Dice's coefficient of each row", lambda o, t: (1 - 2 * (o.sigmoid() * (t > 0)).sum(1) / (
+    o.sigmoid().sum(1) + (t > 0).sum(1))).mean())
+with_plain_loss("Dice's coefficient of the batch", lambda o, t: 1 - 2 * (o.sigmoid() * (t > 0)).sum() / (
+    o.sigmoid().sum() + (t > 0).sum()), told="loss of the full batch is")
+with_plain_loss("a mean weighted by the target", lambda o, t: ((o - t).square() * t.abs()).sum() / t.abs().sum())
+with_plain_loss("chosen ones and the others", lambda o, t: (o - t).square()[t > 0].mean() + 0.5 * (
+    o - t).square()[t <= 0].mean())
+with_plain_loss("a count that is at least one", lambda o, t: ((o - t).square() * (t > 0)).sum() / (
+    t > 0).sum().clamp(min=1))
+with_plain_loss("a count that is never zero", lambda o, t: ((o - t).square() * (t > 0)).sum() / ((t > 0).sum() + 1e-8))
+with_plain_loss("cross-entropy and a z-loss", lambda o, t: F.cross_entropy(
+    o, t.argmax(-1)) + 0.01 * o.logsumexp(-1).square().mean())
+with_plain_loss("cross-entropy with weights of classes", lambda o, t: F.cross_entropy(
+    o, t.argmax(-1), weight=torch.arange(1.0, WIDTH + 1)))
+with_plain_loss("the root of a mean", lambda o, t: (o - t).square().mean().sqrt(), told="loss of the full batch is")
+with_plain_loss("the hardest half of the rows", lambda o, t: (o - t).square().mean(1).topk(len(o) // 2)[0].mean(),
+                told="loss of the full batch is")
+with_plain_loss("a variance over the batch", lambda o, t: F.relu(1 - o.std(0)).mean(), told="loss of the full batch is")
+with_plain_loss("correlations over the batch", lambda o, t: (o.T @ t / len(o) - torch.eye(WIDTH)).square().sum(),
+                told="loss of the full batch is")
+with_plain_loss("a median", lambda o, t: (o - t).abs().median(), told="loss of the full batch is")
+with_plain_loss("a mean without missing ones", lambda o, t: (o - t).square().where(t > 0, torch.nan).nanmean(),
+                told="loss of the full batch is")

@@ -56,6 +56,9 @@ RIGHT = {
     "gathered": lambda out, x, y, model: out.gather(1, y.argsort(1)),
     "softmax": lambda out, x, y, model: out.softmax(-1),
     "sorted within rows": lambda out, x, y, model: out.sort(1)[0],
+    "overlapping windows": lambda out, x, y, model: out.contiguous().as_strided((len(x), 4, 2, 16), (80, 16, 16, 1)),
+    "windows of what has rows second in memory": lambda out, x, y, model: out.transpose(0, 1).contiguous()
+        .transpose(0, 1).as_strided((len(x), 4, 2, 16), (16, len(x) * 16, len(x) * 16, 1)),
     "length": lambda out, x, y, model: x.shape[1],
     "nested": lambda out, x, y, model: (out[:, 0], [{"a": out[:, 1]}, None, "text"]),
 }
@@ -79,6 +82,10 @@ WRONG = {
     "part of a table": lambda out, x, y, model: model.table[: len(x)],
     "rows and a table": lambda out, x, y, model: torch.cat([out[:, 0], model.table]),
     "halves of rows": lambda out, x, y, model: out.chunk(2)[0],
+    "windows across rows": lambda out, x, y, model: out.contiguous().as_strided((len(x) - 1, 6, 16), (80, 16, 1)),
+    "windows of the next row": lambda out, x, y, model: out.transpose(0, 1).contiguous().transpose(0, 1)
+        .as_strided((len(x), 4, 16), (16, 16, 1)),
+    "windows with gaps": lambda out, x, y, model: out.contiguous().as_strided((len(x), 4), (40, 1)),
     "rows in two dimensions": lambda out, x, y, model: out.unflatten(0, (2, -1)),
     "a mean and a total": lambda out, x, y, model: out.mean() + out.sum(),
     "written in place": lambda out, x, y, model: out.clone().sub_(out.mean(0)),
@@ -168,3 +175,29 @@ def test_an_output_that_cannot_be_merged_leaves_the_pipeline_usable():
         with pytest.raises(pe.InputError, match="cannot be merged"):
             pipe.evaluate(x)
     assert torch.isfinite(pipe.step(x))
+
+
+class Routed(torch.nn.Module):
+    """Adds to its loss, and returns, a term over all tokens of the batch, as a router of experts has."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.above = torch.nn.Linear(5, 4), torch.nn.Linear(4, 5)
+
+    def forward(self, x):
+        scores = self.below(x)
+        share = scores.softmax(-1)
+        balance = (share / len(x)).sum(0) @ (share > 0.25).float().mean(0)
+        loss = self.above(scores).square().mean() + 0.1 * balance
+        return {"loss": loss, "balance": balance, "scores": scores}
+
+
+def test_a_term_of_the_loss_is_put_together_as_the_loss_is():
+    model, x = Routed(), torch.randn(5, 5)
+    pipe = pe.Pipeline(model, (x,), num_stages=2, num_microbatches=2, costs="analytic")
+    with torch.no_grad():
+        parts = [model(x[:3]), model(x[3:])]
+        found = pipe.evaluate(x)
+    for name in ("loss", "balance"):
+        torch.testing.assert_close(found[name], 0.6 * parts[0][name] + 0.4 * parts[1][name])
+    torch.testing.assert_close(found["scores"], model.below(x))
