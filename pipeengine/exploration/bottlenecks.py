@@ -18,7 +18,7 @@ from pipeengine.schedules import B, Schedule
 from pipeengine.simulation import solve, waits
 
 _SLOWER, _BIT_SLOWER, _AT_ONCE = 1.15, 1.03, 6
-_MOST_ACTIONS = 5_000_000       # of all plays together; where that is not enough, some workers are never slow
+_MOST_ACTIONS = 13_000_000      # of all plays together; where that is not enough, some workers are never slow
 PER_ACTION = 0.25       # of a play whose times repeat, about in microseconds
 Shares = tuple[float, float]
 Key = tuple[str, int, int, int, Shares]

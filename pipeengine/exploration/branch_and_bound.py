@@ -16,11 +16,12 @@ from pipeengine.exploration.refusing import Reason
 from pipeengine.exploration.space import Point, Space, Training
 
 _PREFERENCE = {None: 0, "none": 0, "stages": 1, "blocks": 2, "optimizer": 1, "replicas": 1, "parameters": -1}
-_PHASES = (("tried", Look.CUT, 0.1), ("bounded", Look.BOUND, 0.4), ("cut", Look.CUT, 0.6))
+_PHASES = (("tried", Look.CUT, 0.1), ("bounded", Look.BOUND, 0.4), ("cut", Look.CUT, 0.5))
 """What is done with every point that may still be the best, up to so much of the effort: a few that fit if anything
 does come first, so that there is a best early. Those that promise most are cut, as many as there is effort for."""
 _CLOSER = (("ordered", Look.ORDER), ("searched", Look.SEARCH), ("narrowed", Look.NARROW))
 """Then always the point with the lowest bound is looked at, closer each time."""
+_LARGEST = 0.05         # share of the effort that one look may take
 EFFORT = 60_000_000     # of tables filled and actions played through; about microseconds of one quiet core
 _BUBBLES = {"gpipe": 1.0, "1f1b": 1.0, "zb-h1": 0.5, "zb-h2": 0.4, "interleaved-1f1b": 1.0, "bfs": 1.0,
             "interleaved-zb": 0.6, "zb-v": 0.3, "v-half": 0.6, "v-min": 0.8, "dualpipe-v": 0.5, "auto": 0.4}
@@ -114,7 +115,7 @@ class _Run:
             self.stopped = f"the time limit of {self.time_limit:g} s" if late else f"an effort of {self.effort:,}"
             return False
         search = PointSearch(Scene(point, self.hardware, self.training), self.chain_for(point.rows, point.recompute),
-                             self.known)
+                             self.known, _LARGEST * self.effort)
         self.done[point] = _merged(self.done[point], search.run(look))
         self.spent += search.effort + sum(work for key, work in search.orders if key not in self.orders)
         self.orders.update(key for key, _ in search.orders)

@@ -13,6 +13,7 @@ from partitioners import Plan
 from partitioners.units import format_share
 from pipeengine.errors import ScheduleError
 from pipeengine.exploration.bottlenecks import hard_weights, key_of, of_mixed
+from pipeengine.exploration.capacity import capacity_bound
 from pipeengine.exploration.chain import Chain
 from pipeengine.exploration.fitting import alike, recompute_more, shared_memory
 from pipeengine.exploration.judge import Scene, peak_bytes, play, schedule_of
@@ -34,7 +35,8 @@ _SHARES = (0.96, 0.88, 0.75)   # of the memory, to find a cut that fits
 _BISECTIONS = 14
 _LIMIT_SHARES = (0.1, 0.5)
 _HALVINGS = 6           # of the way from a bound to the best cut
-_PLAYS, _PER_MOVE = 6, 5
+_PLAYS, _PER_MOVE, _PER_WORKER = 12, 150, 1000
+_LOOK = 15_000          # of any look, about in microseconds
 DUALS = 12              # cuts that are priced before paths are looked for
 _NEAR, _LITTLE = 1.01, 3e-4     # above the bound, where limits are weighed; what of it more is not worth a round
 PER_PLAY = 4            # of each action, where stages are uneven, about in microseconds
@@ -85,16 +87,18 @@ class PointSearch:
     """Cuts and paths of one point, priced against each other until they meet or the point is out.
 
     A path of a simulated step bounds every cut; the cut that is cheapest for a mixture of paths shows the next path.
-    (Kelley's cutting planes, Journal of SIAM 1960, with a dynamic programme as the oracle.)
+    (Kelley's cutting planes, Journal of SIAM 1960, with a dynamic programme as the oracle.) Stops for an effort of
+    ``most``, with what is known by then.
     """
 
-    def __init__(self, scene: Scene, chain: Chain, cutoff: float) -> None:
-        self.scene, self.chain, self.cutoff, self.point = scene, chain, cutoff, scene.point
+    def __init__(self, scene: Scene, chain: Chain, cutoff: float, most: float = math.inf) -> None:
+        self.scene, self.chain, self.cutoff, self.point, self.most = scene, chain, cutoff, scene.point, most
         self.best: Candidate | None = None
         self.peaks: tuple[float, ...]
         self.bound, self.overflow = 0.0, (math.inf, Reason())
         self.orders: tuple[tuple[tuple, int], ...] = ()     # whose bottlenecks were used, and the work to find them
-        self.effort, self.peaks = 4 * self._table, ()
+        self._table = table_work(self.point, chain)
+        self.effort, self.peaks = _LOOK + 4 * self._table, ()
 
     def run(self, look: Look = Look.SEARCH) -> Verdict:
         """Everything that such a look says of the point."""
@@ -146,6 +150,8 @@ class PointSearch:
     def _converge(self, schedule: Schedule, relaxed: Relaxation, look: Look) -> None:
         """From the most even cut on, paths and cuts in turn. Where even that does not fit, with room to spare."""
         pricing = self._first_bound(relaxed)
+        taken = capacity_bound(relaxed, schedule, self.scene, self.bound, self.cutoff)
+        self.bound, self.effort = max(self.bound, taken), self.effort + _PER_WORKER * self.point.workers
         if not self._priced(pricing, FEW_ROUNDS, self.cutoff) or look == Look.ORDER:
             return
         cut = relaxed.most_even()
@@ -179,7 +185,7 @@ class PointSearch:
                 pricing.rescale(_NEAR * self.bound)
             if not self._priced(pricing, DUALS, known):
                 return False
-            if number > 2 and self.bound < before * (1 + _LITTLE):
+            if self.effort > self.most or number > 2 and self.bound < before * (1 + _LITTLE):
                 break
             for walk in of_mixed(schedule, pricing.mixed(), number) if self.chain.returns else ():
                 pricing.add(self.rates.path(walk), known)
@@ -221,13 +227,6 @@ class PointSearch:
                 self.bound = known
                 return False
         return self.bound < known * (1 - CLOSE)
-
-    @property
-    def _table(self) -> int:
-        """Work of one dynamic programme, about in microseconds."""
-        places = len(self.chain)
-        return self.point.num_stages * (30 + places ** 2 // 40 if self.point.recompute == "blocks" else
-                                        150 + places // 4)
 
     def _sharpen(self, relaxed: Relaxation, weights: np.ndarray, ceiling: float) -> None:
         """Cuts below some seconds have no stage that alone takes longer: the fewer are left, the dearer the
@@ -296,8 +295,8 @@ class PointSearch:
             near = Neighbours(known, schedule, self.scene.hardware.memory, self.scene.state_factor)
             near.measure(best.cut, best.peak_bytes)
             cut = near.descend(best.cut)
-            self.effort += _PER_MOVE * near.moved * self.point.num_stages
-            if cut == best.cut:
+            self.effort += _PER_MOVE * near.moved
+            if cut == best.cut or self.effort > self.most:
                 break
             paths.append(self._judge(schedule, cut)[1])
             self._recompute_more(schedule, cut)
@@ -331,6 +330,12 @@ class PointSearch:
                 share = max(peaks) / (memory or math.inf)
                 self.overflow = over, Reason(f"worker {worker} needs {format_share(share, 0)} of the memory", share)
         return seconds, path
+
+
+def table_work(point: Point, chain: Chain) -> int:
+    """Work of one dynamic programme, about in microseconds."""
+    places = len(chain)
+    return point.num_stages * (30 + places ** 2 // 40 if point.recompute == "blocks" else 60 + places // 6)
 
 
 def _all_of(relaxed: Relaxation, last: int) -> Iterator[Cut]:

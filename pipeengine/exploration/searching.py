@@ -76,9 +76,9 @@ def search(model: torch.nn.Module | nx.DiGraph, example: object = None, *, num_d
         graph_for = graphs_of(_recorder(model, example, have, card, costs, loss_fn, target, progress),
                               tuple(each for each in wanted if have % each == 0) or (1,))
     size = graph_for(wanted[0]).graph.get("made_with", {}).get("bytes_per_weight")
-    training = replace(training, bytes_per_weight=size or training.bytes_per_weight)
+    training = replace(training, bytes_per_weight=float(size or training.bytes_per_weight))
     hardware = _hardware(num_devices, memory, card, bandwidth, inside, node_size, latency,
-                         "float32" if isinstance(model, nx.DiGraph) else _precision(model))
+                         _precision(training.bytes_per_weight if isinstance(model, nx.DiGraph) else model))
     most = max(point.num_stages for point in space.points(num_devices, training.global_rows))
     chain_for = chains(graph_for, most)
     outcome = search_space(space, hardware, training, chain_for, effort=effort, time_limit=time_limit,
@@ -147,8 +147,11 @@ def _rows_of(model: torch.nn.Module, example: object, target: object) -> int:
     return example_rows(model, example, target)
 
 
-def _precision(model: torch.nn.Module) -> str:
-    return str(next((p.dtype for p in model.parameters()), "float32"))
+def _precision(weights: torch.nn.Module | float) -> str:
+    """That of a model, or of weights of so many bytes."""
+    if isinstance(weights, float):
+        return "bfloat16" if weights == 2.0 else "float32"
+    return str(next((p.dtype for p in weights.parameters()), "float32"))
 
 
 def _recorder(model: torch.nn.Module, example: object, have: int, card: DeviceCard | None, costs: str,

@@ -13,6 +13,8 @@ from partitioners import Cluster, Device, Link, MemoryModel, Setting
 from partitioners.graph import parameter_factor
 from partitioners.pricing import build_plan
 from pipeengine.cli.main import main
+from pipeengine.costs import DeviceDescription
+from pipeengine.device_cards import device_card
 from pipeengine.errors import InputError
 from pipeengine.exploration import Configuration
 from pipeengine.exploration.chain import Chain
@@ -276,3 +278,14 @@ def test_a_shard_keeps_its_part(shard, replicas, kept, moved):
     """AdamW: weights, and two moments; sharded weights are whole besides while a step runs."""
     assert state_factor("adamw", replicas, shard) == kept
     assert update_bytes("adamw", replicas, shard) == moved
+
+
+@pytest.mark.parametrize("size, kind", [(2.0, "bfloat16"), (4.0, "float32")])
+def test_a_cost_graph_is_measured_by_the_peak_of_its_own_precision(size, kind):
+    """Graphs of two-byte weights were held against the peak of float32, and reached several hundred per cent."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    graph = pe.profile(model, torch.ones(4, 8), num_microbatches=4, loss_fn=nn.functional.mse_loss,
+                       target=torch.ones(4, 8), costs=DeviceDescription())
+    graph.graph["made_with"] |= {"flops": 1e6, "bytes_per_weight": size}
+    best = pe.search(graph, num_devices=1, device="h100", rows=4, microbatch_rows=1).best
+    assert best.flops_share == pytest.approx(4e6 / (best.seconds * device_card("h100").peak(kind)))
