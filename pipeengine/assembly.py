@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import networkx
 import torch
@@ -19,13 +18,11 @@ from partitioners.plan import check_rules
 from pipeengine.agreement import agree_on_construction, hashed
 from pipeengine.autograd import Recompute, find_deferrable
 from pipeengine.checkpoint import fetch_missing, load_stage, release_foreign
-from pipeengine.choosing import choose
+from pipeengine.choosing import choose, progress
 from pipeengine.costs import analytic, cost_graph, made_up_target, measure, price_modules, price_stages
 from pipeengine.data import Batch
-from pipeengine.defaults import count_microbatches, progress, used_microbatches
 from pipeengine.distributed import Grid, NoTies, Sharding, Transport, Workers
 from pipeengine.errors import InputError, PlanError, ScheduleError
-from pipeengine.exploration import Choice, Configuration, configuration_in
 from pipeengine.options import Options
 from pipeengine.ownership import Tensors, first_names, sharding_of, share, tensors_of
 from pipeengine.rng import RngStreams
@@ -106,14 +103,9 @@ class Assembly:
 
 def assemble(options: Options, workers: Workers, device: torch.device) -> Assembly:
     """Everything a step needs. Every worker calls it; it raises the same error on each of them."""
-    options = read_configuration(choose(options, workers, device, link_times(workers)), workers)
-    given = read_plan(options.plan, workers)
-    grid = workers.grid
-    count = workers.run_synchronized(lambda: count_microbatches(options, given, workers, device))
-    reader = BatchReader.of(options.model, device, count, loss_fn=options.loss_fn,
-                            batch_dims=options.batch_dims)
-    layout = workers.run_synchronized(lambda: lay_out(options, given, used_microbatches(options, reader, workers.rank),
-                                                      grid.width))
+    chosen = choose(options, workers, device, link_times(workers))
+    options, given, reader, grid = chosen.options, chosen.plan, chosen.reader, workers.grid
+    layout = workers.run_synchronized(lambda: lay_out(options, given, chosen.num_microbatches, grid.width))
     recorded = workers.run_synchronized(lambda: record(options, reader))
     agree_on_construction(options, layout.facts(), recorded.flow, workers)
     link = link_times(workers)
@@ -135,35 +127,6 @@ def assemble(options: Options, workers: Workers, device: torch.device) -> Assemb
 
 
 # -- what was asked for -----------------------------------------------------------------------------------------------
-
-
-def read_configuration(options: Options, workers: Workers) -> Options:
-    """The options, with what the first worker's plan says besides its cuts, if a search has found it.
-
-    The workers then stand in as many replicas as the plan has.
-    """
-    told = workers.broadcast_object(workers.run_synchronized(
-        lambda: None if workers.rank or (found := configuration_in(options.plan)) is None else asdict(found)))
-    if told is None:
-        return options
-    configured = workers.run_synchronized(lambda: options.configured(Configuration.from_json(told), workers.grid))
-    workers.arrange(configured.num_replicas or 1)
-    return configured
-
-
-def read_plan(plan: Plan | Choice | str | Path | None, workers: Workers) -> Plan | None:
-    """The plan that the first worker was given, on every worker."""
-    def read() -> dict | None:
-        if plan is None or workers.rank:
-            return None
-        if not isinstance(plan, (Plan, str, Path)):
-            raise InputError(f"plan is a {type(plan).__name__}; give a Plan or the path of one")
-        try:
-            return (plan if isinstance(plan, Plan) else Plan.load(plan)).to_json()
-        except OSError as error:
-            raise PlanError(f"cannot read the plan: {error}") from error
-    data = workers.broadcast_object(workers.run_synchronized(read))
-    return None if data is None else Plan.from_json(data)
 
 
 def lay_out(options: Options, plan: Plan | None, num_microbatches: int, num_workers: int) -> Layout:

@@ -1,27 +1,57 @@
-"""What a search chooses where a user says "auto": micro-batches, schedule, recomputation, for the workers at hand."""
+"""What is run: as a user asked, as a plan says, or, where neither does, as it is chosen here, which is told."""
 from __future__ import annotations
 
-from dataclasses import replace
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import networkx
 import torch
 
+from partitioners import Plan
 from partitioners.units import format_seconds, format_share
 from pipeengine.costs import example_rows
-from pipeengine.defaults import progress
 from pipeengine.distributed import Workers
-from pipeengine.errors import InputError
-from pipeengine.exploration import Choice, Search, search
+from pipeengine.errors import InputError, PlanError
+from pipeengine.exploration import Choice, Configuration, Search, configuration_in, search
 from pipeengine.options import Options
+from pipeengine.runtime import BatchReader
 from pipeengine.simulation import LinkTimes
+from pipeengine.tracing import Inputs
 
 AUTO = "auto"
 _EFFORT = 20_000_000        # a few seconds beside the measurements that a pipeline makes anyway
 _CLEARED: dict[str, Any] = {"num_microbatches": None, "schedule": "1f1b", "recompute": False}
 
 
-def choose(options: Options, workers: Workers, device: torch.device, link: LinkTimes) -> Options:
+@dataclass(frozen=True)
+class Chosen:
+    """``options`` with nothing left open, the ``plan`` that was given or found, what reads batches, and how many
+    micro-batches the example makes."""
+
+    options: Options
+    plan: Plan | None
+    reader: BatchReader
+    num_microbatches: int
+
+
+def choose(options: Options, workers: Workers, device: torch.device, link: LinkTimes) -> Chosen:
+    """What is run, the same on every worker. The workers stand in as many replicas as it has afterwards."""
+    options = read_configuration(search_for(options, workers, device, link), workers)
+    plan = read_plan(options.plan, workers)
+    workers.run_synchronized(options.validate)
+    count = workers.run_synchronized(lambda: count_microbatches(options, plan, workers, device))
+    reader = BatchReader.of(options.model, device, count, loss_fn=options.loss_fn, batch_dims=options.batch_dims)
+    used = workers.run_synchronized(lambda: used_microbatches(options, reader, workers.rank))
+    return Chosen(options, plan, reader, used)
+
+
+# -- what "auto" searches for -----------------------------------------------------------------------------------------
+
+
+def search_for(options: Options, workers: Workers, device: torch.device, link: LinkTimes) -> Options:
     """The options with a plan in place of "auto" for ``num_microbatches`` or ``recompute``, and then for ``schedule``.
 
     Worker 0 searches, and tells what was chosen; the plan in its options counts for all. ``schedule="auto"`` alone is
@@ -85,3 +115,88 @@ def _searched(options: Options, workers: Workers, device: torch.device, link: Li
 def _memory(device: torch.device) -> float | None:
     """Bytes of the accelerator's memory; None where there is none to run out of first."""
     return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
+
+
+# -- what a plan says -------------------------------------------------------------------------------------------------
+
+
+def read_configuration(options: Options, workers: Workers) -> Options:
+    """The options, with what the first worker's plan says besides its cuts, if a search has found it.
+
+    The workers then stand in as many replicas as the plan has.
+    """
+    told = workers.broadcast_object(workers.run_synchronized(
+        lambda: None if workers.rank or (found := configuration_in(options.plan)) is None else asdict(found)))
+    if told is None:
+        return options
+    configured = workers.run_synchronized(lambda: options.configured(Configuration.from_json(told), workers.grid))
+    workers.arrange(configured.num_replicas or 1)
+    return configured
+
+
+def read_plan(plan: Plan | Choice | str | Path | None, workers: Workers) -> Plan | None:
+    """The plan that the first worker was given, on every worker."""
+    def read() -> dict | None:
+        if plan is None or workers.rank:
+            return None
+        if not isinstance(plan, (Plan, str, Path)):
+            raise InputError(f"plan is a {type(plan).__name__}; give a Plan or the path of one")
+        try:
+            return (plan if isinstance(plan, Plan) else Plan.load(plan)).to_json()
+        except OSError as error:
+            raise PlanError(f"cannot read the plan: {error}") from error
+    data = workers.broadcast_object(workers.run_synchronized(read))
+    return None if data is None else Plan.from_json(data)
+
+
+# -- micro-batches ----------------------------------------------------------------------------------------------------
+
+
+def count_microbatches(options: Options, plan: Plan | None, workers: Workers, device: torch.device) -> int:
+    """How many micro-batches: as asked, else the plan's, else what pays for the example's rows, which is told."""
+    if isinstance(options.num_microbatches, int):
+        return options.num_microbatches
+    width, tell = workers.grid.width, progress(workers.rank)
+    if plan is not None:
+        count = plan.setting.num_microbatches
+        if count < width:           # more workers than micro-batches wait for each other most of the time
+            tell(f"{count} micro-batches, as the plan was made for, on {width} workers; pass num_microbatches= to "
+                 "choose")
+        return count
+    if width == 1:
+        return 1
+    reader = BatchReader.of(options.model, device, 1, loss_fn=options.loss_fn, batch_dims=options.batch_dims)
+    rows = reader.read(Inputs.of(options.example, options.target)).rows
+    count = paying_microbatches(rows, options.num_stages or width)
+    tell(f"{count} micro-batches of a batch of {rows} rows; pass num_microbatches= to choose")
+    return count
+
+
+def used_microbatches(options: Options, reader: BatchReader, rank: int) -> int:
+    """How many micro-batches the example makes: as many as the reader is asked for, at most one per row, which is
+    told."""
+    rows = reader.read(Inputs.of(options.example, options.target)).rows
+    if rows < reader.num_microbatches:
+        progress(rank)(f"{rows} micro-batches for now, one per row of the example; {reader.num_microbatches:,} were "
+                       "asked for")
+    return min(rows, reader.num_microbatches)
+
+
+def paying_microbatches(rows: int, num_stages: int) -> int:
+    """How many micro-batches pay for a batch of ``rows``: up to four for every stage, which leaves a fifth of a step
+    idle.
+
+    The most that is a divisor of the rows, so that all are alike, where that is at least two for every stage. One stage
+    has nothing to wait for.
+    """
+    most = 1 if num_stages == 1 else min(rows, 4 * num_stages)
+    even = max(count for count in range(1, most + 1) if rows % count == 0)
+    return even if even >= min(most, 2 * num_stages) else most
+
+
+def progress(rank: int) -> Callable[[str], None]:
+    """Tells the user a line, on worker 0 alone."""
+    def tell(line: str) -> None:
+        if rank == 0:
+            print(f"pipeengine: {line}", file=sys.stderr, flush=True)
+    return tell

@@ -38,7 +38,6 @@ LINE = {
         "report",
         "exploration",
         "options",
-        "defaults",
         "choosing",
         "agreement",
         "ownership",

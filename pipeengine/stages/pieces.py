@@ -1,10 +1,11 @@
 """Pieces of a stage for ``torch.compile``: runs of recorded nodes that draw no random numbers and put nothing off.
 
-A piece lies inside one repeated block of the model (or outside of all), and is written so that alike blocks give the
-same text: parameters and modules are its arguments. So each is compiled once, and used for every block.
+A piece is one repeated block of the model or several, and is written so that alike blocks give the same text:
+parameters and modules are its arguments. So each is compiled once, and used wherever its blocks come again.
 """
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
@@ -16,6 +17,9 @@ from pipeengine.tracing import Node, Recording, Ref
 LOGGER = logging.getLogger("pipeengine.compile")
 _VALUES = (torch.dtype, torch.device, float)
 _LEAST = 2                  # nodes; one alone has nothing to be fused with
+# Nodes of a piece of several blocks. Entering a piece costs what a dozen nodes cost, and small blocks would lose what
+# they gain; larger pieces take longer to compile, and come again less often.
+_MOST = 128
 
 
 class Pieces:
@@ -55,18 +59,24 @@ class Pieces:
 def find_pieces(recording: Recording, nodes: Sequence[tuple[int, Node]], model: torch.nn.Module,
                 stays: Callable[[Node], bool]) -> list[tuple[Node, ...]]:
     """Runs of ``nodes`` (with their places in the recording) that can be compiled together; those that ``stays`` holds
-    for run as they are."""
+    for run as they are. They begin and end where blocks do, as far as nodes that stay allow it."""
     blocks = _blocks(recording)
     runs: list[list[Node]] = []
-    last: object = None
-    for index, node in nodes:
-        fits = not stays(node) and is_plain(node, recording, model)
-        here = (node.modes, next((start for start, end in blocks if start <= index < end), -1)) if fits else None
-        if here is not None and here == last:
-            runs[-1].append(node)
-        elif here is not None:
-            runs.append([node])
-        last = here
+
+    def where(pair: tuple[int, Node]) -> tuple | None:
+        index, node = pair
+        if stays(node) or not is_plain(node, recording, model):
+            return None
+        return node.modes, next((start for start, end in blocks if start <= index < end), -1)
+
+    modes: object = None                                # of the run that the next block can be joined to
+    for here, members in itertools.groupby(nodes, where):
+        block = [node for _, node in members] if here else []
+        if here and here[0] == modes and len(runs[-1]) + len(block) <= _MOST:
+            runs[-1] += block
+        elif here:
+            runs.append(block)
+        modes = here and here[0]
     return [tuple(run) for run in runs if len(run) >= _LEAST]
 
 

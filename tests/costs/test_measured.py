@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from pipeengine.autograd import find_deferrable
-from pipeengine.costs import measure
+from pipeengine.costs import measure, measured
 from pipeengine.costs.measured import signature
 from pipeengine.tracing import Dataflow, Inputs, analyse, capture
 
@@ -41,9 +41,9 @@ def test_equal_pieces_are_one(depth):
     """However many blocks: the first (its input needs no gradient), the others, tanh, norm, last, square and mean."""
     model = Blocks(depth)
     flow = flow_of(model)
-    measured = measure(flow, model, CPU)
-    assert measured.pieces == 7 and measured.estimated == () and set(measured.seconds) == set(flow.placed)
-    by_name = {flow.recording.nodes[n].name: seconds for n, seconds in measured.seconds.items()}
+    found = measure(flow, model, CPU)
+    assert found.pieces == 7 and found.estimated == () and set(found.seconds) == set(flow.placed)
+    by_name = {flow.recording.nodes[n].name: seconds for n, seconds in found.seconds.items()}
     assert len({by_name[f"blocks.{i}"] for i in range(1, depth)}) == 1
     assert all(seconds.forward >= 0 <= seconds.backward and seconds.weight is None for seconds in by_name.values())
 
@@ -55,6 +55,31 @@ def test_the_model_is_left_as_it_was():
     measure(flow_of(model), model, CPU)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert torch.equal(seed, torch.get_rng_state()) and [p.grad for p in model.parameters()] == grads
+
+
+@pytest.mark.parametrize("kind", (torch.float32, torch.bfloat16, torch.complex64, torch.int64, torch.bool))
+@pytest.mark.parametrize("shape, stride", [((3, 5), (5, 1)), ((5, 3), (1, 5)), ((4, 6), (0, 1)), ((0, 4), (4, 1)),
+                                           ((), ()), ((2, 70_001), (70_001, 1))])
+def test_made_up_numbers_fill_any_tensor(kind, shape, stride):
+    tensor = measured._noise(torch.empty_strided(shape, stride, dtype=kind).fill_(1))
+    assert tensor.shape == shape and tensor.stride() == stride and tensor.dtype == kind
+    if kind in (torch.int64, torch.bool):
+        assert not tensor.any()
+    else:
+        assert tensor.abs().lt(0.2).all() and (tensor.numel() < 100 or tensor.abs().mean() > 0.01)
+
+
+@pytest.mark.parametrize("slow, runs", [(0.0, 2), (1e9, 3 * 3)])
+def test_slow_pieces_run_less_often(monkeypatch, slow, runs):
+    """The head of a model with a large vocabulary ran nine times, and its weights were drawn anew in between."""
+    seen = []
+    monkeypatch.setattr(measured, "_SLOW_SECONDS", slow)
+    monkeypatch.setattr(measured, "_BUDGET_SECONDS", 0.0)
+    monkeypatch.setattr(measured._Piece, "_once", lambda piece: seen.append(piece._node.name) or (1e-3, 2e-3))
+    model = nn.Sequential(nn.Linear(8, 8))
+    found = measure(analyse(capture(model, Inputs((torch.ones(4, 8),), {}), loss_fn=lambda y: y.sum()), outputs=False),
+                    model, CPU)
+    assert seen.count("0") == runs and set(found.seconds.values()) == {(1e-3, 2e-3, None)}
 
 
 def test_what_waits_is_measured_where_it_can_wait():

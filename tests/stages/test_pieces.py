@@ -78,6 +78,25 @@ class Attentions(torch.nn.Module):
         return x.square().mean()
 
 
+@pytest.mark.parametrize("most", (1, 20, 32, 128))
+def test_pieces_end_where_blocks_do(monkeypatch, most):
+    """As many whole blocks as fit; entering a piece for each small block used to cost what compiling gained."""
+    monkeypatch.setattr("pipeengine.stages.pieces._MOST", most)
+    torch.manual_seed(0)
+    model, batch = Attentions(), {"x": torch.randn(4, 6, 8)}
+    recording = pe.capture(model, batch)
+    nodes = list(enumerate(recording.nodes))
+    pieces = find_pieces(recording, nodes, model, lambda node: False)
+    assert [node for piece in pieces for node in piece] == list(recording.nodes)
+    block = sum(node.name.startswith("blocks.0") for node in recording.nodes)
+    rest = len(nodes) - 3 * block
+    sizes = {1: [block] * 3 + [rest], 20: [block, block, block + rest], 32: [2 * block, block + rest],
+             128: [3 * block + rest]}[most]
+    assert [len(piece) for piece in pieces] == sizes
+    apart = find_pieces(recording, nodes, model, lambda node: node is recording.nodes[block + 2])
+    assert recording.nodes[block + 2] not in [node for piece in apart for node in piece]
+
+
 def test_a_block_with_attention_is_one_piece(caplog):
     """Attention without dropout used to count as random and to end a piece, ``unflatten`` broke its graph."""
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeengine.defaults import count_microbatches, paying_microbatches, used_microbatches
+from pipeengine.choosing import count_microbatches, paying_microbatches, used_microbatches
 from pipeengine.options import Options
 from pipeengine.runtime import BatchReader
 
