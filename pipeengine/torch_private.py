@@ -6,9 +6,12 @@ torch 2.11 to 2.14; importing this file with another version raises ``ImportErro
 """
 from __future__ import annotations
 
+import signal
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import cache
 
 import torch
 
@@ -150,14 +153,30 @@ def new_process_group(ranks: Sequence[int], backend: str, name: str,
 
 
 def stop_workers_within(seconds: int) -> None:
-    """Let torchrun's agent, in this process, kill workers that have not ended ``seconds`` after being asked to.
+    """Let torchrun's agent, in this process, kill workers that have not ended ``seconds`` after being asked to, before
+    a restart or by a second signal.
 
-    Its own ``shutdown_timeout`` counts when the agent ends, but before a restart it waits for 30 seconds
-    whatever it is.
+    Its own ``shutdown_timeout`` counts when the agent ends, and anew for a second signal; before a restart it waits
+    for 30 seconds whatever it is.
     """
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    _shut_down()                                    # before it is replaced
+    asked: weakref.WeakSet[LocalElasticAgent] = weakref.WeakSet()
+
+    def shut_down(agent: LocalElasticAgent, death_sig: signal.Signals = signal.SIGTERM, timeout: int = seconds) -> None:
+        again = agent in asked
+        asked.add(agent)
+        _shut_down()(agent, death_sig, seconds if again else timeout)
+    LocalElasticAgent._shutdown = shut_down         # type: ignore[assignment, method-assign]
     LocalElasticAgent._stop_workers = (             # type: ignore[method-assign]
-        lambda self, worker_group: self._shutdown(timeout=seconds))
+        lambda self, worker_group: _shut_down()(self, timeout=seconds))
+
+
+@cache
+def _shut_down() -> Callable[..., None]:
+    """What torchrun's agent does by itself to end its workers."""
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    return LocalElasticAgent._shutdown
 
 
 def version_of(tensor: torch.Tensor) -> int:

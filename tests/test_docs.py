@@ -123,7 +123,7 @@ def on_workers(report, page: str, number: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page, number", NEEDS_WORKERS)
 def test_blocks_of_several_workers_run(page, number):
-    launch(NEEDS_WORKERS[page, number], on_workers, page, number)
+    launch(NEEDS_WORKERS[page, number], on_workers, page, number, limit=300)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -30,7 +30,7 @@ SMALL_GPT = ("--steps", "25", "--width", "64", "--blocks", "4", "--rows", "8", "
              "--characters", "300000", "--microbatches", "4")
 
 
-@pytest.mark.parametrize("workers", [2, 0])
+@pytest.mark.parametrize("workers", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_train_gpt(tmp_path, workers):
     """The loss falls; plan, report and trace are there; one process with two stages does the same. Started again it
     goes on, and ``--seconds`` ends the training on all workers after the same step."""

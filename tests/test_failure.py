@@ -310,8 +310,9 @@ def endless(report) -> None:
 
 
 @pytest.mark.parametrize(("number", "ranks"), [
-    (signal.SIGINT, (0,)), (signal.SIGINT, (2,)), (signal.SIGINT, (0, 1, 2)),
-    (signal.SIGKILL, (1,)), (signal.SIGKILL, (0,)), (signal.SIGTERM, (1,))])
+    (signal.SIGINT, (2,)), (signal.SIGINT, (0, 1, 2)), (signal.SIGKILL, (0,)), (signal.SIGTERM, (1,)),
+    pytest.param(signal.SIGINT, (0,), marks=pytest.mark.slow),
+    pytest.param(signal.SIGKILL, (1,), marks=pytest.mark.slow)])
 def test_a_signal_ends_all(number, ranks):
     """Ctrl-C or a kill of some workers: the others are not left waiting, and do not pretend that all went well."""
     running = Workers(NUM_WORKERS, endless, limit=240)

@@ -65,7 +65,7 @@ def _train(report, num_stages: int, case: str) -> None:
     pipe.close()
 
 
-@pytest.mark.parametrize("num_workers, case", [(2, "llama"), (3, "gpt2")])
+@pytest.mark.parametrize("num_workers, case", [pytest.param(2, "llama", marks=pytest.mark.slow), (3, "gpt2")])
 def test_ordinary_saves_raise_or_are_whole(num_workers, case):
     """Eight steps of a Llama on two workers, saved on worker 0, came back with another loss than the pipeline had."""
     reports = launch(num_workers, _train, num_workers, case)

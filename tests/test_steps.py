@@ -136,7 +136,8 @@ def trained(case: zoo.Case, num_stages: int, schedule: str, seed: int = 0) -> li
 
 
 @pytest.mark.parametrize("case", (
-    zoo.AWKWARD["Dropouts"], *(zoo.hugging_face(name, dropout=0.1) for name in ("llama", "gpt2", "bert"))),
+    zoo.AWKWARD["Dropouts"], zoo.hugging_face("llama", dropout=0.1),
+    *(pytest.param(zoo.hugging_face(name, dropout=0.1), marks=pytest.mark.slow) for name in ("gpt2", "bert"))),
     ids=lambda case: case.name)
 def test_dropout_is_the_same_for_any_cut(case):
     """1, 2 and 4 stages and both schedules drop the same elements; another seed drops others; steps differ."""

@@ -1,7 +1,8 @@
 """Real workers for tests: processes on this machine that share a gloo process group over the loopback.
 
-They come from a fork server that has imported torch and transformers once, so that a launch takes a fraction of a
-second. Nothing can hang: a worker that is not done after its limit writes down where every thread stands and exits.
+They come from a fork server that has imported torch, transformers and pipeengine once, so that a launch takes a
+fraction of a second. Nothing can hang: a worker that is not done after its limit writes down where every thread stands
+and exits.
 """
 import faulthandler
 import multiprocessing
@@ -19,7 +20,8 @@ from multiprocessing import connection
 import torch
 import torch.distributed as dist
 
-_FIRST_IMPORTS = ["torch", "torch.distributed", "transformers", "safetensors.torch",
+_FIRST_IMPORTS = ["pytest", "torch", "torch.distributed", "transformers", "safetensors.torch",
+                  "pipeengine.pipeline", "pipeengine.checkpoint", "pipeengine.report",
                   *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama", "bert", "t5", "vit"))]
 
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from pipeengine.exploration.chain import Chain
 from pipeengine.exploration.hardware import Hardware
 from pipeengine.exploration.judge import Scene
-from pipeengine.exploration.point_search import CLOSE, ROUNDS, Candidate, PointSearch, Verdict
+from pipeengine.exploration.point_search import CLOSE, Candidate, Look, PointSearch, Verdict
 from pipeengine.exploration.refusing import Reason
 from pipeengine.exploration.space import Point, Space, Training
 
 _PREFERENCE = {None: 0, "none": 0, "stages": 1, "blocks": 2, "optimizer": 1, "replicas": 1, "parameters": -1}
-_PHASES = (("tried", 0, 0.1), ("bounded", None, 0.5), ("looked at", 0, 0.75), ("searched", ROUNDS, 1.0),
-           ("narrowed", 4 * ROUNDS, 1.0))
-"""What is done with every point that may still be the best: rounds of pricing, up to so much of the effort. A few that
-fit if anything does come first, so that there is a best early."""
+_PHASES = (("tried", Look.CUT, 0.1), ("bounded", Look.BOUND, 0.4), ("cut", Look.CUT, 0.6))
+"""What is done with every point that may still be the best, up to so much of the effort: a few that fit if anything
+does come first, so that there is a best early. Those that promise most are cut, as many as there is effort for."""
+_CLOSER = (("ordered", Look.ORDER), ("searched", Look.SEARCH), ("narrowed", Look.NARROW))
+"""Then always the point with the lowest bound is looked at, closer each time."""
 EFFORT = 60_000_000     # of tables filled and actions played through; about microseconds of one quiet core
 _BUBBLES = {"gpipe": 1.0, "1f1b": 1.0, "zb-h1": 0.5, "zb-h2": 0.4, "interleaved-1f1b": 1.0, "bfs": 1.0,
             "interleaved-zb": 0.6, "zb-v": 0.3, "v-half": 0.6, "v-min": 0.8, "dualpipe-v": 0.5, "auto": 0.4}
@@ -56,34 +57,75 @@ def search_space(space: Space, hardware: Hardware, training: Training, chain_for
         bounds[point] = simple_bound(point, hardware, chain_for(point.rows, point.recompute))
     queue = sorted((point for point in points if _at_least_as_good(point) not in every),
                    key=lambda point: (not _is_plain(point), _estimate(point, bounds[point]), _order(point)))
-    done = {point: Verdict(point, bounds[point]) for point in points}
-    best, started, stopped, spent = None, time.monotonic(), "", 0
-    for what, rounds, share in _PHASES:
-        for number, point in enumerate(queue):
-            known = best.seconds if best else math.inf
-            if done[point].bound >= known * (1 - (CLOSE if rounds else 1e-12)):
-                continue
-            if what == "tried" and not _is_plain(point):
+    run = _Run(hardware, training, chain_for, effort, time_limit, progress,
+               {point: Verdict(point, bounds[point]) for point in points}, len(queue))
+    for what, look, share in _PHASES:
+        for point in queue if what != "tried" else filter(_is_plain, queue):
+            if not run.is_out(point, 1e-12) and not run.examine(point, what, look, share):
                 break
-            late = time_limit is not None and time.monotonic() - started > time_limit
-            if late or spent > share * effort:
-                stopped = f"the time limit of {time_limit:g} s" if late else f"an effort of {effort:,}"
-                break
-            search = PointSearch(Scene(point, hardware, training), chain_for(point.rows, point.recompute), known)
-            done[point] = _merged(done[point], search.run(rounds=rounds))
-            spent += search.effort
-            mine = done[point].best
-            if mine is not None and (best is None or mine.seconds < best.seconds * (1 - 1e-12)):
-                best = mine
-            if progress:
-                progress(f"{number + 1:,} of {len(queue):,} configurations {what}, "
-                         + (f"best {best.seconds:.4g} s: {best.point}" if best else "none fits so far"))
-        queue.sort(key=lambda point: ((rounds or 0) < ROUNDS and _estimate(point, done[point].bound),
-                                      done[point].bound, _order(point)))
-    verdicts = [_inherited(done, point) for point in queue]
+        queue.sort(key=lambda point: (_estimate(point, run.done[point].bound), _order(point)))
+    levels = dict.fromkeys(queue, 0)
+    while True:
+        left = [point for point in queue if levels[point] < len(_CLOSER) and not run.is_out(point, CLOSE)]
+        if not left:
+            break
+        point = min(left, key=lambda point: (run.done[point].bound, _order(point)))
+        if not run.examine(point, *_CLOSER[levels[point]], 1.0):
+            break
+        levels[point] += 1
+    verdicts, best = [_inherited(run.done, point) for point in queue], run.best
     lowest = min((verdict.bound for verdict in verdicts), default=math.inf)
     lower_bound = min(lowest, best.seconds) if best else lowest
-    return Outcome(tuple(sorted(verdicts, key=_rank)), best, lower_bound, spent, stopped)
+    return Outcome(tuple(sorted(verdicts, key=_rank)), best, lower_bound, run.spent, run.stopped)
+
+
+@dataclass
+class _Run:
+    """A search under way: what is known of every point, and the work so far."""
+
+    hardware: Hardware
+    training: Training
+    chain_for: Callable[[int, str], Chain]
+    effort: int
+    time_limit: float | None
+    progress: Callable[[str], None] | None
+    done: dict[Point, Verdict]
+    many: int
+    best: Candidate | None = None
+    spent: int = 0
+    stopped: str = ""
+    looks: int = 0
+    orders: set[tuple] = field(default_factory=set)
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def known(self) -> float:
+        """Seconds of the best so far."""
+        return self.best.seconds if self.best else math.inf
+
+    def is_out(self, point: Point, close: float) -> bool:
+        """Whether no cut of the point can be faster than the best by more than ``close``, a share."""
+        return self.done[point].bound >= self.known * (1 - close)
+
+    def examine(self, point: Point, what: str, look: Look, share: float) -> bool:
+        """Look at a point, unless ``share`` of the effort, or the time, is used up: False then."""
+        late = self.time_limit is not None and time.monotonic() - self.started > self.time_limit
+        if late or self.spent > share * self.effort:
+            self.stopped = f"the time limit of {self.time_limit:g} s" if late else f"an effort of {self.effort:,}"
+            return False
+        search = PointSearch(Scene(point, self.hardware, self.training), self.chain_for(point.rows, point.recompute),
+                             self.known)
+        self.done[point] = _merged(self.done[point], search.run(look))
+        self.spent += search.effort + sum(work for key, work in search.orders if key not in self.orders)
+        self.orders.update(key for key, _ in search.orders)
+        mine, self.looks = self.done[point].best, self.looks + 1
+        if mine is not None and mine.seconds < self.known * (1 - 1e-12):
+            self.best = mine
+        if self.progress:
+            best = self.best
+            self.progress(f"{self.looks:,} looks at {self.many:,} configurations, this one {what}; "
+                          + (f"best {best.seconds:.4g} s: {best.point}" if best else "none fits so far"))
+        return True
 
 
 def _merged(before: Verdict, now: Verdict) -> Verdict:

@@ -9,10 +9,10 @@ from pipeengine.exploration.branch_and_bound import Outcome
 from pipeengine.exploration.chain import Chain
 from pipeengine.exploration.hardware import Hardware
 from pipeengine.exploration.judge import Scene, play, schedule_of
-from pipeengine.exploration.point_search import PointSearch
+from pipeengine.exploration.point_search import Look, PointSearch
 from pipeengine.exploration.space import Point, Space, Training, divisors
 
-_MORE_MEMORY, _PROMISING = 1.25, 8
+_MORE_MEMORY, _PROMISING = 1.25, 4
 _MOST_DEVICES = 4096
 
 
@@ -64,7 +64,7 @@ def _trains(space: Space, hardware: Hardware, training: Training,
                         key=lambda point: (-point.workers, point.stages_per_worker)):
         point = replace(point, num_microbatches=max(2 * point.workers, 4))
         verdict = PointSearch(Scene(point, hardware, training), chain_for(point.rows, point.recompute), math.inf).run(
-            rounds=0)
+            Look.CUT)
         if verdict.best is not None:
             return point, True, ""
         proved &= verdict.bound == math.inf
@@ -74,18 +74,18 @@ def _trains(space: Space, hardware: Hardware, training: Training,
 
 def margins(outcome: Outcome, hardware: Hardware, training: Training,
             chain_for: Callable[[int, str], Chain]) -> tuple[Margin, ...]:
-    """Memory: the most promising points searched again with a quarter more. Links twice as fast, and twice the rows in
-    as many more micro-batches: the best point played through again."""
+    """Memory: the points that were found fastest searched again with a quarter more. Links twice as fast, and twice the
+    rows in as many more micro-batches: the best point played through again."""
     best = outcome.best
     if best is None:
         return ()
     found = []
     if hardware.memory is not None:
         more, fastest = hardware.scaled(memory=_MORE_MEMORY), best.seconds
-        for verdict in sorted(outcome.verdicts, key=lambda each: each.bound)[:_PROMISING]:
+        for verdict in outcome.verdicts[:_PROMISING]:
             search = PointSearch(Scene(verdict.point, more, training),
                                  chain_for(verdict.point.rows, verdict.point.recompute), fastest)
-            again = search.run(rounds=0).best
+            again = search.run(Look.CUT).best
             fastest = min(fastest, again.seconds if again else math.inf)
         found.append(Margin("25 % more memory", best.seconds / fastest - 1))
     point = best.point

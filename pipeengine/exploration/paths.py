@@ -4,12 +4,13 @@ A path is linear in what the stages hold, so it bounds every cut at once.
 """
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from pipeengine.schedules import B, F, I, Schedule, Topology, W
-from pipeengine.simulation import Costs, Timeline, waits
+from pipeengine.simulation import Costs, Timeline, Wait, waits
 
 PER_STAGE = ("forward", "input_grad", "weight_grad", "param_bytes", "activation_bytes", "kept_bytes", "whole_bytes")
 """What a stage holds, as a path counts it: seconds of F, I and W of one micro-batch, bytes of parameters, of what F
@@ -53,21 +54,39 @@ def any_order(topology: Topology, num_microbatches: int, hops: np.ndarray, end_s
     return paths
 
 
-def critical(schedule: Schedule, costs: Costs, timeline: Timeline, edges: tuple, hops: np.ndarray,
-             end_seconds: np.ndarray, end_latency: np.ndarray) -> Path:
-    """The longest path of a simulated step. Messages count with the least that they could take at any cut."""
-    lanes = schedule.starts
+class Walk(NamedTuple):
+    """The longest path of a simulated step: how often it runs F, I and W of each stage, (stages, 3), how often it
+    crosses each boundary, and the worker on which it ends."""
+
+    counts: np.ndarray
+    crossed: np.ndarray
+    own: tuple[int, ...]
+    worker: int
+
+    def path(self, hops: np.ndarray, end_seconds: np.ndarray, end_latency: np.ndarray) -> Path:
+        """It as a bound of every cut. Messages count with the least that they could take at any."""
+        counts = np.zeros((len(self.counts), len(PER_STAGE)))
+        counts[:, :3] = self.counts
+        counts[list(self.own), 3] = end_seconds[self.worker]
+        return Path(counts, float(end_latency[self.worker]) + float(self.crossed @ hops))
+
+
+def longest(schedule: Schedule, costs: Costs, timeline: Timeline, edges: tuple) -> Walk:
+    """The longest path of a simulated step."""
     actions = timeline.op < 4
-    start, end = timeline.start[actions], timeline.end[actions]
-    counts, fixed = np.zeros((schedule.topology.num_stages, len(PER_STAGE))), 0.0
-    worker = _last_worker(schedule, costs, end)
-    counts[list(schedule.topology.stages_of(worker)), 3] = end_seconds[worker]
-    op, stage, _ = schedule.columns
-    columns = waits(schedule, edges, costs)
-    fixed += float(end_latency[worker])
+    end = timeline.end[actions]
+    return walked(schedule, timeline.start[actions], end, waits(schedule, edges, costs),
+                  _last_worker(schedule, costs, end))
+
+
+def walked(schedule: Schedule, start: np.ndarray, end: np.ndarray, columns: tuple[Wait, ...], worker: int) -> Walk:
+    """The longest path back from the end of ``worker``'s lane, given when every action starts and ends."""
+    lanes, (op, stage, _) = schedule.starts, schedule.columns
+    counts, crossed = (np.zeros(shape) for shape in ((schedule.topology.num_stages, 3),
+                                                     schedule.topology.num_stages - 1))
     at, is_first = int(lanes[worker + 1]) - 1, set(lanes[:-1].tolist())
     while at >= 0:
-        counts[stage[at], :3] += _COUNTED[op[at]]
+        counts[stage[at]] += _COUNTED[op[at]]
         before = at - 1 if at not in is_first else -1
         if before < 0 or end[before] < start[at] * (1 - 1e-12):
             reached, before = (end[before] if before >= 0 else 0.0), before
@@ -76,9 +95,10 @@ def critical(schedule: Schedule, costs: Costs, timeline: Timeline, edges: tuple,
                     reached, before = end[on[at]] + latency[at], int(on[at])
             if before >= 0 and before != at - 1:
                 low, high = sorted((int(stage[before]), int(stage[at])))
-                fixed += float(hops[low:high].min(initial=np.inf)) if high - low == 1 else 0.0
+                if high - low == 1:
+                    crossed[low] += 1
         at = before
-    return Path(counts, fixed)
+    return Walk(counts, crossed, schedule.topology.stages_of(worker), worker)
 
 
 _COUNTED = np.zeros((4, 3))
@@ -91,13 +111,32 @@ def _last_worker(schedule: Schedule, costs: Costs, end: np.ndarray) -> int:
     return int((end[schedule.starts[1:] - 1] + update).argmax())
 
 
-def fullest_moments(schedule: Schedule, kept_factor: float) -> list[tuple[int, Path]]:
+class _Same:
+    """A schedule as the key of a cache, equal to itself alone."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def __hash__(self) -> int:
+        return id(self.schedule)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.schedule is self.schedule
+
+
+def fullest_moments(schedule: Schedule, kept_factor: float) -> tuple[tuple[int, Path], ...]:
     """Per worker, what it holds at the least, in bytes, at the moments of its lane when it holds most.
 
     Whole micro-batches from F to B or I, halves from I to W, and gradients once there has been a B or W. The last
     backward of each stage is such a moment: then even what recomputes is whole. ``kept_factor`` is what stays all the
     time per byte of parameters.
     """
+    return _fullest_moments(_Same(schedule), kept_factor)
+
+
+@lru_cache(maxsize=64)
+def _fullest_moments(same: _Same, kept_factor: float) -> tuple[tuple[int, Path], ...]:
+    schedule = same.schedule
     paths, stages = [], schedule.topology.num_stages
     for worker, (op, stage, _) in enumerate(schedule.lanes):
         own = list(schedule.topology.stages_of(worker))
@@ -124,4 +163,4 @@ def fullest_moments(schedule: Schedule, kept_factor: float) -> list[tuple[int, P
             counts[number, 4] -= 1.0
             counts[number, 6] = 1.0
             paths.append((worker, Path(counts, 0.0)))
-    return paths
+    return tuple(paths)

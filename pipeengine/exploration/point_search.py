@@ -5,35 +5,54 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from enum import IntEnum
 
 import numpy as np
 
 from partitioners import Plan
 from partitioners.units import format_share
 from pipeengine.errors import ScheduleError
+from pipeengine.exploration.bottlenecks import hard_weights, key_of, of_mixed
 from pipeengine.exploration.chain import Chain
 from pipeengine.exploration.fitting import alike, recompute_more, shared_memory
 from pipeengine.exploration.judge import Scene, peak_bytes, play, schedule_of
 from pipeengine.exploration.neighbours import Neighbours
-from pipeengine.exploration.paths import Path, any_order, critical
+from pipeengine.exploration.paths import Path, longest
 from pipeengine.exploration.pricing import WORK, Pricing
+from pipeengine.exploration.rates import Rates, add_bottlenecks, has_order, relax
 from pipeengine.exploration.refusing import Reason, crowded, lacking
 from pipeengine.exploration.relaxation import Relaxation
 from pipeengine.exploration.space import Point
 from pipeengine.exploration.ways import Cut
 from pipeengine.exploration.windows import Windows
-from pipeengine.schedules import B, Schedule
+from pipeengine.schedules import Schedule
 from pipeengine.simulation import edges_of
 
 FEW_CUTS = 600          # ways to cut that are simply all priced
-ROUNDS, FEW_ROUNDS = 12, 5      # of pricing paths and cuts against each other
 CLOSE = 2e-3            # a bound this near is near enough
 _SHARES = (0.96, 0.88, 0.75)   # of the memory, to find a cut that fits
 _BISECTIONS = 14
 _LIMIT_SHARES = (0.1, 0.5)
 _HALVINGS = 6           # of the way from a bound to the best cut
 _PLAYS, _PER_MOVE = 6, 5
-PRICED_TOGETHER, DUALS = 4, 24      # of the rounds one plays a cut through; before that, so many are priced
+DUALS = 12              # cuts that are priced before paths are looked for
+_NEAR, _LITTLE = 1.01, 3e-4     # above the bound, where limits are weighed; what of it more is not worth a round
+PER_PLAY = 4            # of each action, where stages are uneven, about in microseconds
+
+
+class Look(IntEnum):
+    """How closely to look at a point: a bound of its work and memory alone; one of its order too; its most even cut;
+    cuts and paths priced against each other, or that for longer."""
+
+    BOUND = 0
+    ORDER = 1
+    CUT = 2
+    SEARCH = 3
+    NARROW = 4
+
+
+_ROUNDS = {Look.SEARCH: 4, Look.NARROW: 16}
+FEW_ROUNDS = 5          # of pricing before anything is cut
 
 
 @dataclass(frozen=True)
@@ -74,11 +93,11 @@ class PointSearch:
         self.best: Candidate | None = None
         self.peaks: tuple[float, ...]
         self.bound, self.overflow = 0.0, (math.inf, Reason())
+        self.orders: tuple[tuple[tuple, int], ...] = ()     # whose bottlenecks were used, and the work to find them
         self.effort, self.peaks = 4 * self._table, ()
 
-    def run(self, *, rounds: int | None = ROUNDS) -> Verdict:
-        """Everything that ``rounds`` of pricing can say of the point; with 0, its most even cut and a bound; with None
-        a bound alone."""
+    def run(self, look: Look = Look.SEARCH) -> Verdict:
+        """Everything that such a look says of the point."""
         point = self.point
         try:
             schedule = schedule_of(point.schedule, point.workers, point.num_microbatches, point.stages_per_worker)
@@ -90,43 +109,28 @@ class PointSearch:
         missing = lacking(self.scene, self.chain)
         if missing:
             return Verdict(point, math.inf, None, missing)
+        self.rates = Rates.of(self.scene, self.chain, schedule.topology.worker_of)
         relaxed = self._relax(schedule)
         missing, tables = crowded(relaxed)
         self.effort += tables * self._table
         if missing:
             return Verdict(point, math.inf, None, missing)
         ways = math.comb(len(self.chain) - 1, point.num_stages - 1) * relaxed.ways.choices()
-        if rounds is None:
-            self._first_bound(relaxed)
+        if look == Look.BOUND:
+            self._first_bound(relaxed, played=False)
         elif ways <= FEW_CUTS:
             self._all_cuts(schedule, relaxed)
         else:
-            self._converge(schedule, relaxed, rounds)
+            self._converge(schedule, relaxed, look)
         return Verdict(point, self.bound, self.best, Reason() if self.best else self.overflow[1])
 
-    def _hops(self, worker_of: tuple[int, ...]) -> np.ndarray:
-        """Least seconds of a message over each boundary, wherever the cut is."""
-        least = float(self.chain.crossing_bytes[1:-1].min(initial=np.inf)) if len(self.chain) > 1 else 0.0
-        between = self.scene.links[0]
-        return np.array([between[a][b].seconds(least) if a != b else 0.0 for a, b in zip(worker_of, worker_of[1:])])
-
     def _relax(self, schedule: Schedule, share: float = 1.0, parts: Sequence[float] | None = None) -> Relaxation:
-        scene, worker_of = self.scene, schedule.topology.worker_of
-        memory = scene.hardware.memory
-        relaxed = Relaxation.of(self.chain, schedule, None if memory is None else share * memory, scene.state_factor,
-                                self.point.recompute, parts)
-        self.hops = self._hops(worker_of)
-        self.pause = np.array([scene.step_end_seconds(worker, 0.0) for worker in range(self.point.workers)])
-        self.ends = np.array([scene.step_end_seconds(worker, 1.0) for worker in range(self.point.workers)]) - self.pause
-        whole = bool((schedule.columns.op == B).any())
-        paths = any_order(schedule.topology, schedule.num_microbatches, self.hops, self.ends, self.pause, whole)
-        for path in paths if self.chain.returns else paths[::2]:        # those out again rest on gradients
-            relaxed.add(path, self.cutoff)
-        return relaxed
+        return relax(self.scene, self.chain, schedule, self.rates, self.cutoff, share, parts)
 
     def _all_cuts(self, schedule: Schedule, relaxed: Relaxation) -> None:
         """Every cut, those with the shortest longest path first, until no other can be faster."""
-        cuts = [(float(relaxed.lengths(cut).max()), cut) for cut in self._cuts(relaxed)]
+        cuts = [(float(relaxed.lengths(relaxed.ways.held(cut)).max()), cut)
+                for cut in _all_of(relaxed, len(self.chain))]
         self.bound = math.inf
         for least, cut in sorted(cuts):
             known = min(self.cutoff, self.best.seconds if self.best else math.inf)
@@ -139,18 +143,10 @@ class PointSearch:
         if self.best is not None:
             self.bound = min(self.bound, self.best.seconds)
 
-    def _cuts(self, relaxed: Relaxation) -> Iterator[Cut]:
-        stages, last = self.point.num_stages, len(self.chain)
-        for inner in itertools.combinations(range(1, last), stages - 1):
-            places = (0, *inner, last)
-            for until in itertools.product(*(tuple(relaxed.ways.untils(stage, a, b))
-                                             for stage, (a, b) in enumerate(zip(places, places[1:])))):
-                yield places, until
-
-    def _converge(self, schedule: Schedule, relaxed: Relaxation, rounds: int) -> None:
+    def _converge(self, schedule: Schedule, relaxed: Relaxation, look: Look) -> None:
         """From the most even cut on, paths and cuts in turn. Where even that does not fit, with room to spare."""
         pricing = self._first_bound(relaxed)
-        if not self._priced(pricing, FEW_ROUNDS, self.cutoff):
+        if not self._priced(pricing, FEW_ROUNDS, self.cutoff) or look == Look.ORDER:
             return
         cut = relaxed.most_even()
         self.effort += _BISECTIONS * self._table // 3
@@ -159,31 +155,54 @@ class PointSearch:
             return
         paths = [self._judge(schedule, cut)[1]]
         if self.best is None:
-            self._make_fit(schedule, relaxed, cut, _SHARES if rounds else _SHARES[:1])
-        paths += self._improve(schedule, relaxed, _PLAYS if rounds else 1)
-        if not rounds:
+            self._make_fit(schedule, relaxed, cut, _SHARES if look > Look.CUT else _SHARES[:1])
+        paths += self._improve(schedule, relaxed, _PLAYS if look > Look.CUT else 1)
+        if look == Look.CUT:
             return
         known = min(self.cutoff, self.best.seconds if self.best else math.inf)
         relaxed.narrow(known)
         for path in paths:
             pricing.add(path, known)
         pricing.rescale(known if math.isfinite(known) else relaxed.scale)
-        for _ in range(rounds // PRICED_TOGETHER):
-            if not self._priced(pricing, DUALS, known):
-                return
-            pricing.add(self._judge(schedule, pricing.cuts[-1])[1], known)
+        if not self._close(schedule, pricing, _ROUNDS[look], known):
+            return
         self._sharpen(relaxed, pricing.weights, known)
+        self._recompute_more(schedule, pricing.cuts[-1])
+        self._improve(schedule, relaxed, _PLAYS)
 
-    def _first_bound(self, relaxed: Relaxation) -> Pricing:
-        """A bound from the work of all workers alone, where memory limits it."""
+    def _close(self, schedule: Schedule, pricing: Pricing, rounds: int, known: float) -> bool:
+        """Prices of the paths so far, and the paths that those miss, in turns. Whether the point may still be faster
+        than ``known``."""
+        for number in range(rounds):
+            before = self.bound
+            if self.bound > 0:
+                pricing.rescale(_NEAR * self.bound)
+            if not self._priced(pricing, DUALS, known):
+                return False
+            if number > 2 and self.bound < before * (1 + _LITTLE):
+                break
+            for walk in of_mixed(schedule, pricing.mixed(), number) if self.chain.returns else ():
+                pricing.add(self.rates.path(walk), known)
+                self.effort += PER_PLAY * schedule.num_actions
+        return True
+
+    def _first_bound(self, relaxed: Relaxation, played: bool = True) -> Pricing:
+        """A bound from the work of all workers alone, where memory limits it; if ``played``, from their order too."""
         work = self.chain.sums(self.chain.plain.forward + self.chain.plain.backward)[-1]
         relaxed.scale = min(self.cutoff, 1.2 * self.point.num_microbatches * float(work) / self.point.workers)
-        pricing, limits, ways_in = Pricing(relaxed), len(relaxed.limits), _ways_in(relaxed)
-        spare = [np.full(limits, share / max(limits, 1)) for share in (0.0, *(_LIMIT_SHARES if limits else ()))]
-        if limits and len(relaxed.ways.sums) > 1:
-            spare += [relaxed.memory_prices(ways_in)]
-        for prices in spare:
-            cut = pricing.tried(np.concatenate((ways_in, prices)))
+        paths, limits = [_ways_in(relaxed)], len(relaxed.limits)
+        if has_order(self.scene, self.chain):
+            if played:
+                self.orders = add_bottlenecks(relaxed, self.scene, self.chain, self.rates, self.cutoff)
+            paths.append(hard_weights(*key_of(self.point, self.chain), with_bottlenecks=played))
+        pricing, tries = Pricing(relaxed), []
+        for weights in (np.append(each, np.zeros(len(relaxed.paths) - len(each))) for each in paths):
+            tries.append((weights, np.zeros(limits)))
+            if limits and len(relaxed.ways.sums) > 1:
+                tries.append((weights, relaxed.memory_prices(weights)))
+        tries += [(weights, np.full(limits, share / limits)) for share in (_LIMIT_SHARES if limits else ())]
+        for each in tries:
+            cut = pricing.tried(np.concatenate(each))
             self.effort += self._table
             self.bound = max(self.bound, min(pricing.bound, self.cutoff))
             if cut is None:
@@ -298,8 +317,8 @@ class PointSearch:
         grain = self.point.recompute
         plan = self.chain.price(*cut, grain)
         seconds, timeline, costs = play(self.scene, plan, schedule)
-        self.effort += 12 * schedule.num_actions + 100 * self.point.num_stages
-        path = critical(schedule, costs, timeline, edges_of(plan), self.hops, self.ends, self.pause)
+        self.effort += PER_PLAY * schedule.num_actions + 100 * self.point.num_stages
+        path = self.rates.path(longest(schedule, costs, timeline, edges_of(plan)))
         if self.best is None or seconds < self.best.seconds * (1 - 1e-12):
             peaks, memory = peak_bytes(self.scene, plan, schedule), self.scene.hardware.memory
             over, self.peaks = max(peaks) - (memory or math.inf), peaks
@@ -312,6 +331,15 @@ class PointSearch:
                 share = max(peaks) / (memory or math.inf)
                 self.overflow = over, Reason(f"worker {worker} needs {format_share(share, 0)} of the memory", share)
         return seconds, path
+
+
+def _all_of(relaxed: Relaxation, last: int) -> Iterator[Cut]:
+    """Every cut that is left, with its ways to recompute."""
+    for inner in itertools.combinations(range(1, last), relaxed.num_stages - 1):
+        places = (0, *inner, last)
+        for until in itertools.product(*(tuple(relaxed.ways.untils(stage, a, b))
+                                         for stage, (a, b) in enumerate(zip(places, places[1:])))):
+            yield places, until
 
 
 def _ways_in(relaxed: Relaxation) -> np.ndarray:

@@ -126,9 +126,9 @@ class Prefixes:
 
     def held(self, cut: Cut) -> np.ndarray:
         """What each stage of a cut holds: (stages, 7)."""
-        plain, again = self.sums
-        return np.stack([again[:, until] - again[:, a] + plain[:, b] - plain[:, until]
-                         for a, b, until in zip(cut[0], cut[0][1:], cut[1])])
+        places, until, (plain, again) = np.array(cut[0]), np.array(cut[1]), self.sums
+        held = again[:, until] - again[:, places[:-1]] + plain[:, places[1:]] - plain[:, until]
+        return np.ascontiguousarray(held.T)
 
     def choices(self) -> float:
         """Ways to recompute, at most, for any places of the cuts."""

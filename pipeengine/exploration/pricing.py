@@ -21,8 +21,9 @@ class Pricing:
     def __init__(self, relaxed: Relaxation) -> None:
         self.relaxed, self.bound, self.tables = relaxed, 0.0, 0
         self.cuts: list[Cut] = []
+        self.held: list[np.ndarray] = []
         self.lengths = np.zeros((len(relaxed.paths) + len(relaxed.limits), 0))
-        self.weights = np.zeros(0)
+        self.weights, self.mixture = np.zeros(0), np.zeros(0)
 
     def tried(self, weights: np.ndarray) -> Cut | None:
         """The cheapest cut at these weights, and its bound if that is the best; None if there is no cut."""
@@ -33,20 +34,29 @@ class Pricing:
             self.bound, self.weights = max(self.bound, value), weights
         if cut is not None:
             self.cuts.append(cut)
-            self.lengths = np.column_stack((self.lengths, self.relaxed.lengths(cut)))
+            self.held.append(self.relaxed.ways.held(cut))
+            self.lengths = np.column_stack((self.lengths, self.relaxed.lengths(self.held[-1])))
         return cut
 
     def step(self) -> Cut | None:
         """``tried`` between the best weights and those that make the cuts so far as dear as can be."""
-        suited = balance(self.lengths, _BALANCING)
+        suited, self.mixture = balance(self.lengths, _BALANCING)
         suited = suited / max(float(suited[:len(self.relaxed.paths)].sum()), 1e-9)
         return self.tried(_STEP * suited + (1 - _STEP) * self.weights)
+
+    def mixed(self) -> np.ndarray:
+        """What the stages hold on the average of the cuts that suits the rows so far best: (stages, 7).
+
+        The paths of a step that takes so long are those that are missing.
+        """
+        many = len(self.mixture)
+        return np.tensordot(self.mixture, np.stack(self.held[:many]), 1) if many else self.held[-1]
 
     def add(self, path: Path, cutoff: float) -> None:
         """One more path to be priced."""
         self.relaxed.add(path, cutoff)
-        row = self.relaxed.lengths_of(path, self.cuts)
         place = len(self.relaxed.paths) - 1
+        row = [float((path.counts * held).sum()) + path.fixed for held in self.held]
         self.lengths = np.insert(self.lengths, place, row, axis=0)
         self.weights = np.insert(self.weights, place, 0.0)
 

@@ -77,5 +77,5 @@ def crowded(relaxed: Relaxation) -> tuple[Reason, int]:
         over.append(relaxed.over(cut))
         if over[-1].max() <= 0:
             break
-        weights = 0.5 * weights + 0.5 * balance(np.stack(over, axis=1))
+        weights = 0.5 * weights + 0.5 * balance(np.stack(over, axis=1))[0]
     return Reason(), number

@@ -29,6 +29,8 @@ class Relaxation:
     paths: list[Path] = field(default_factory=list)
     least: list[float] = field(default_factory=list)
     scale: float = 1.0
+    _leasts: dict[bytes, float] = field(default_factory=dict)
+    _rows: tuple[np.ndarray, np.ndarray] | None = None
 
     @classmethod
     def of(cls, chain: Chain, schedule: Schedule, memory: float | None, kept_factor: float, recompute: str,
@@ -67,13 +69,18 @@ class Relaxation:
 
     def copy(self) -> Relaxation:
         """The same, to narrow without changing this one."""
-        return replace(self, ways=self.ways.copy(), paths=list(self.paths), least=list(self.least))
+        return replace(self, ways=self.ways.copy(), paths=list(self.paths), least=list(self.least),
+                       _leasts=dict(self._leasts))
 
     def _least(self, path: Path) -> float:
         """Seconds that every cut has on this path, if each stage counted as the one that counts least."""
-        even = Path(np.tile(path.counts.min(axis=0), (self.num_stages, 1)), path.fixed)
-        alone = replace(self, paths=[even], limits=[])
-        return alone.cheapest(np.ones(1))[0] if even.counts.any() else path.fixed
+        even = path.counts.min(axis=0)
+        if not even.any():
+            return path.fixed
+        key = even.tobytes()            # many paths go through every stage once, there and back
+        if key not in self._leasts:
+            self._leasts[key] = self.ways.cheapest(np.tile(even, (self.num_stages, 1)))[0]
+        return self._leasts[key] + path.fixed
 
     def _exclude(self, number: int, cutoff: float) -> None:
         room = cutoff * (1 + SLACK) - self.least[number]
@@ -108,19 +115,27 @@ class Relaxation:
         ``weights`` are of the paths, then of the limits. A limit's row is ``scale`` seconds, and as many more as its
         worker is above its memory: a cut that fits gains nothing from it.
         """
-        least, cut = self._least_sum([*self.paths, *self.limits], weights * self._scales())
-        return least / max(float(weights[:len(self.paths)].sum()), 1e-9), cut
+        counts, fixed = self.rows
+        each = weights * self._scales()
+        least, cut = self.ways.cheapest(np.tensordot(each, counts, 1))
+        return (least + float(each @ fixed)) / max(float(weights[:len(self.paths)].sum()), 1e-9), cut
 
     def least_excess(self, weights: np.ndarray) -> tuple[float, Cut | None]:
         """How far the workers are above their memory on the weighted average, as a share, for the cut that is best at
         that: above 0, no cut fits. ``weights`` are of the limits, and add up to 1."""
-        return self._least_sum(self.limits, weights)
+        counts, fixed = (each[len(self.paths):] for each in self.rows)
+        least, cut = self.ways.cheapest(np.tensordot(weights, counts, 1))
+        return least + float(weights @ fixed), cut
 
-    def _least_sum(self, rows: list[Path], weights: np.ndarray) -> tuple[float, Cut | None]:
-        """The least weighted sum of ``rows`` of all cuts, and the cut that has it."""
-        counts = np.tensordot(weights, np.stack([row.counts for row in rows]), 1)
-        value, cut = self.ways.cheapest(counts)
-        return value + float(weights @ np.array([row.fixed for row in rows])), cut
+    @property
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """What paths, then limits, count, (rows, stages, 7), and what is fixed of each."""
+        both = len(self.paths) + len(self.limits)
+        if self._rows is None or len(self._rows[1]) != both:
+            every = [*self.paths, *self.limits]
+            counts = np.stack([row.counts for row in every]) if every else np.zeros((0, self.num_stages, 7))
+            self._rows = counts, np.array([row.fixed for row in every])
+        return self._rows
 
     def memory_prices(self, path_weights: np.ndarray) -> np.ndarray:
         """Weights of the limits at which to recompute costs the paths' seconds just what the bytes freed are worth.
@@ -146,24 +161,22 @@ class Relaxation:
 
     def over(self, cut: Cut) -> np.ndarray:
         """The share by which every limit is passed for one cut; below 0 where it is kept."""
-        return self._of(cut, self.limits)
+        return self._of(self.ways.held(cut))[len(self.paths):]
 
-    def lengths(self, cut: Cut) -> np.ndarray:
-        """Seconds of every path for one cut, then of every limit: ``scale`` where it is just kept, more where not."""
+    def lengths(self, held: np.ndarray) -> np.ndarray:
+        """Seconds of every path for stages that hold so much, then of every limit: ``scale`` where it is just kept,
+        more where not."""
         base = np.concatenate((np.zeros(len(self.paths)), np.full(len(self.limits), self.scale)))
-        return self._of(cut, [*self.paths, *self.limits]) * self._scales() + base
+        return self._of(held) * self._scales() + base
 
-    def lengths_of(self, path: Path, cuts: Sequence[Cut]) -> np.ndarray:
-        """Seconds of one path for every cut."""
-        return np.array([self._of(cut, [path])[0] for cut in cuts])
-
-    def _of(self, cut: Cut, rows: list[Path]) -> np.ndarray:
-        held = self.ways.held(cut)
-        return np.array([float((row.counts * held).sum()) + row.fixed for row in rows])
+    def _of(self, held: np.ndarray) -> np.ndarray:
+        counts, fixed = self.rows
+        return counts.reshape(len(fixed), -1) @ held.ravel() + fixed
 
 
-def balance(lengths: np.ndarray, rounds: int = 400) -> np.ndarray:
-    """Weights of the rows (paths) for which the cheapest column (cut) is as dear as can be, nearly.
+def balance(lengths: np.ndarray, rounds: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of the rows (paths) for which the cheapest column (cut) is as dear as can be, nearly; and those of the
+    columns for which the longest row is as short as can be.
 
     Both sides match their regrets, in turns, late rounds counting most (Tammelin, Solving large imperfect information
     games using CFR+, arXiv 2014). Any weights give a true bound; these give a good one.
@@ -171,8 +184,8 @@ def balance(lengths: np.ndarray, rounds: int = 400) -> np.ndarray:
     low, high = float(lengths.min()), float(lengths.max())
     rows, columns = (np.full(size, 1.0 / size) for size in lengths.shape)
     if high <= low:
-        return rows
-    scaled, total = (lengths - low) / (high - low), np.zeros(len(rows))
+        return rows, columns
+    scaled, total, mixed = (lengths - low) / (high - low), np.zeros(len(rows)), np.zeros(len(columns))
     for_rows, for_columns = np.zeros(len(rows)), np.zeros(len(columns))
     for number in range(1, rounds + 1):
         gained = scaled @ columns
@@ -180,7 +193,8 @@ def balance(lengths: np.ndarray, rounds: int = 400) -> np.ndarray:
         lost = rows @ scaled
         for_columns, columns = _matched(for_columns + columns @ lost - lost, columns)
         total += number ** 2 * rows
-    return total / total.sum()
+        mixed += number ** 2 * columns
+    return total / total.sum(), mixed / mixed.sum()
 
 
 def _matched(regrets: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

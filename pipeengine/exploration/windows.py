@@ -92,8 +92,10 @@ class Windows:
 
     def held(self, cut: Cut) -> np.ndarray:
         """What each stage of a cut holds: (stages, 7)."""
-        return np.stack([self.sums[int(until > a)][:, b] - self.sums[int(until > a)][:, a]
-                         for a, b, until in zip(cut[0], cut[0][1:], cut[1])])
+        places, until = np.array(cut[0]), np.array(cut[1])
+        starts, ends, plain, last = places[:-1], places[1:], self.sums[0], self.sums[-1]
+        held = np.where(until > starts, last[:, ends] - last[:, starts], plain[:, ends] - plain[:, starts])
+        return np.ascontiguousarray(held.T)
 
     def choices(self) -> float:
         """Ways to recompute, at most, for any places of the cuts."""

@@ -52,7 +52,8 @@ def launch(script: str, arguments: Sequence[str], settings: LaunchSettings) -> i
     """Run ``script`` until it has ended well on every worker; returns the exit status, 0 then.
 
     When a worker is lost all are started again, ``max_restarts`` times; after that with one worker fewer, down to the
-    fewest. Ctrl-C and SIGTERM ask every worker to end, and kill those that have not after ``grace``.
+    fewest. Ctrl-C and SIGTERM ask every worker to end, and kill those that have not after ``grace``; after a second one
+    that takes two seconds.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

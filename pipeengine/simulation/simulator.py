@@ -96,12 +96,14 @@ def _finish(timeline: Timeline, topology: Topology, costs: Costs) -> Timeline:
 
 def _reductions(timeline: Timeline, seconds: Sequence[float]) -> Iterator[tuple[int, int, float, float]]:
     """(worker, stage, begin, end) of each stage's sum: after its last action, and after the worker's earlier sums."""
+    if not any(seconds):
+        return
     last: dict[tuple[int, int], float] = {}
     for worker, stage, end in zip(timeline.worker.tolist(), timeline.stage.tolist(), timeline.end.tolist()):
         last[worker, stage] = max(end, last.get((worker, stage), 0.0))
     free: dict[int, float] = {}
     for (worker, stage), end in sorted(last.items(), key=lambda item: (item[1], item[0])):
-        if seconds and seconds[stage] > 0:
+        if seconds[stage] > 0:
             begin = max(end, free.get(worker, 0.0))
             free[worker] = begin + seconds[stage]
             yield worker, stage, begin, free[worker]

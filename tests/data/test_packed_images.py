@@ -121,7 +121,7 @@ def test_joining_undoes_splitting(num_microbatches):
 
 
 @pytest.mark.parametrize("make", (
-    pytest.param(qwen2_vl, marks=pytest.mark.slow), pytest.param(qwen2_5_vl, marks=pytest.mark.slow), qwen3_vl, glm4v),
+    *(pytest.param(make, marks=pytest.mark.slow) for make in (qwen2_vl, qwen2_5_vl, glm4v)), qwen3_vl),
     ids=lambda make: make.__name__)
 def test_a_vision_language_model_over_three_stages(make):
     """Loss and every gradient are those of one process; images of several sizes."""

@@ -62,7 +62,11 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("name", KILLS)
+# Another worker's turn at what is tried above.
+AGAIN = ("kill worker 2", "stop worker 0")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in AGAIN)) for name in KILLS])
 def test_the_others_raise_and_name_the_culprit(name, tmp_path):
     """Nobody but the culprit has a file for torchrun, whose summary blamed survivors that had ended first."""
     fault, words = KILLS[name]

@@ -53,7 +53,7 @@ def partings(report, odd: int) -> None:
         report("second", str(error))
 
 
-@pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.parametrize("odd", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_different_calls_are_an_error_that_names_both(odd):
     running = Workers(2, partings, odd, limit=120)
     for report in running.join():

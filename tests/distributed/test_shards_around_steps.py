@@ -255,7 +255,7 @@ def low_precision(report, root: str) -> None:
 
 @pytest.mark.slow
 def test_master_weights_and_scalers_work_on_rows():
-    reports = launch(2, low_precision, tempfile.mkdtemp(), limit=100)
+    reports = launch(2, low_precision, tempfile.mkdtemp(), limit=300)
     for dtype, masters, scale in (("torch.bfloat16", {"torch.float32"}, 1.0), ("torch.float32", set(), 128.0)):
         for report in reports:
             assert report["optimizer", dtype][1:] == report["parameters", dtype][1:] == (masters, scale)

@@ -160,7 +160,7 @@ PIPELINE = dict(num_microbatches=3, schedule="1f1b", costs="analytic", check=Fal
 # -- one process ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ("gpt2", "lora"))
+@pytest.mark.parametrize("kind", (pytest.param("gpt2", marks=pytest.mark.slow), "lora"))
 def test_one_process_trains_as_the_stock_trainer(kind, tmp_path):
     results = []
     for cls, more in ((Trainer, {}), (PipelineTrainer, dict(pipeline=PIPELINE | dict(num_stages=2)))):

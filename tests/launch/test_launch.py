@@ -124,6 +124,19 @@ def test_workers_have_time_to_save_after_a_signal(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_second_signal_kills_workers_that_do_not_end(tmp_path):
+    """They had their two minutes again for every signal."""
+    running = start("launch", SAVES.replace("sleep(3)", "sleep(300)"), tmp_path)
+    while len(list(tmp_path.glob("ready-*"))) < 2:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=60)
+    assert running.returncode == 128 + signal.SIGTERM and not list(tmp_path.glob("saved-*"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault, words", [("os.kill(os.getpid(), signal.SIGKILL)", "was killed by SIGKILL"),
                                           ("raise ValueError('no such row')", "ValueError: no such row"),
                                           ("os.kill(os.getpid(), signal.SIGSTOP)", "is frozen (stopped by a signal)")])

@@ -1,5 +1,6 @@
 """A plan that recomputes is run as it says: the blocks it names, the memory and the numbers it promises."""
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -15,14 +16,22 @@ TOKENS = torch.randint(3, zoo.VOCAB, (8, 48), generator=torch.Generator().manual
 BATCH = dict(input_ids=TOKENS, labels=TOKENS)
 
 
+@cache
 def graph():
     return pe.profile(CASE.build(), BATCH, num_microbatches=8, costs="analytic")
 
 
+@cache
+def whole_bytes(num_stages: int) -> int:
+    """What the fullest stage of the plan without a limit needs."""
+    loose = pe.partition(graph(), num_stages, num_microbatches=8, memory_model=MemoryModel(2.0, "gpipe"))
+    return max(stage.memory_bytes for stage in loose.stages)
+
+
+@cache
 def planned(num_stages: int, share: float) -> pe.Plan:
     """A plan for a device with ``share`` of the memory that the plan without a limit needs."""
-    loose = pe.partition(graph(), num_stages, num_microbatches=8, memory_model=MemoryModel(2.0, "gpipe"))
-    memory = share * max(stage.memory_bytes for stage in loose.stages)
+    memory = share * whole_bytes(num_stages)
     plan = pe.partition(graph(), num_stages, num_microbatches=8, memory_model=MemoryModel(2.0, "gpipe"), memory=memory,
                         recompute=True)
     verify(plan, graph())
