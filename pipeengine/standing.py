@@ -1,6 +1,8 @@
 """Where a worker of a pipeline stands, and how far it has come: what the user may read, and nothing that acts."""
 from __future__ import annotations
 
+from typing import NoReturn
+
 import networkx
 import torch
 
@@ -22,6 +24,11 @@ class Standing:
         where = f", replica {self.replica} of {self.num_replicas}" if self.num_replicas > 1 else ""
         return (f"<{type(self).__name__} of {type(self._model).__name__}: {self.num_stages} stages, worker "
                 f"{self.rank} of {self.num_workers}{where}, {self.num_steps} steps>")
+
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        """Raises ``TypeError``: the call of a plain model has no place here."""
+        raise TypeError("a pipeline is not called as a model is; step(...) is forward and backward of a batch, "
+                        "evaluate(...) forward alone")
 
     @property
     def plan(self) -> Plan:

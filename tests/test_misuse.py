@@ -58,6 +58,30 @@ def test_an_argument_named_target_is_the_models_own():
     assert float(pipe.step(x=x, target=y)) == pytest.approx(OwnTarget()(x, y).item())
 
 
+class OneDict(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = model()
+
+    def forward(self, batch):
+        return nn.functional.mse_loss(self.body(batch["x"]), batch["y"])
+
+
+def test_a_dict_in_the_place_of_its_entries_is_told():
+    """step(batch) for step(**batch) ended in an error of torch's, deep in the first layer; a model may take a dict."""
+    x, y = batch()
+    pipe = pe.Pipeline(OwnTarget(), {"x": x, "target": y}, num_stages=2, num_microbatches=4, costs="analytic")
+    with pytest.raises(pe.InputError, match=r"does not take these inputs: missing .*target"):
+        pipe.step({"x": x, "target": y})
+    plain = pipeline(nn.Sequential(model()))
+    with pytest.raises(pe.InputError, match=r"one dict is given as input, .* unpack it, as in step\(\*\*batch\)"):
+        plain.step({"input": x}, target=y)
+    with pytest.raises(TypeError, match="not called as a model is; step"):
+        plain(x)
+    taken = pe.Pipeline(OneDict(), ({"x": x, "y": y},), num_stages=2, num_microbatches=4, costs="analytic")
+    assert float(taken.step({"x": x, "y": y})) == pytest.approx(OneDict()({"x": x, "y": y}).item())
+
+
 def test_a_target_that_nobody_takes_is_refused():
     pipe = pe.Pipeline(nn.Sequential(model(), Mean()), (batch()[0],), num_stages=2, costs="analytic")
     with pytest.raises(pe.InputError, match="no loss_fn that would take it"):

@@ -56,6 +56,10 @@ class BatchReader:
         except TypeError as error:
             raise InputError(f"the model does not take these inputs: {error}; its forward is "
                              f"{type(self.model).__name__}.forward{self.signature}") from None
+        first = inputs.args[0] if len(inputs.args) == 1 and not inputs.kwargs else None
+        if isinstance(first, Mapping) and first and first.keys() <= self.signature.parameters.keys():
+            raise InputError(f"one dict is given as {self.names[0]}, and it holds the model's {', '.join(first)}; "
+                             "unpack it, as in step(**batch)")
         return take_apart(inputs, names=self.names, batch_dims=self.batch_dims)
 
     def check_target(self, inputs: Inputs, training: bool) -> None:

@@ -6,6 +6,7 @@ it as the tag ``pipeengine.run``, TensorBoard's files lie in one folder.
 """
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,7 +69,7 @@ class MLflow:
         """Find the run of this id, or begin one."""
         import mlflow
         own = not mlflow.is_tracking_uri_set()
-        self.tracker = mlflow.MlflowClient(f"sqlite:///{self._folder / 'mlflow.db'}" if own else None)
+        self.tracker = mlflow.MlflowClient(self._store(mlflow) if own else None)
         experiment = self.tracker.get_experiment_by_name(self._run_name)
         number = experiment.experiment_id if experiment else self.tracker.create_experiment(
             self._run_name, (self._folder / "mlflow-artifacts").absolute().as_uri() if own else None)
@@ -77,6 +78,16 @@ class MLflow:
                                                            tags={"pipeengine.run": self._run_id})
         self._mlflow_id = run.info.run_id
         self.tracker.update_run(self._mlflow_id, "RUNNING")
+
+    def _store(self, mlflow: Any) -> str:
+        """The address of the folder's database. MLflow makes it in seconds of steps that cannot be taken up again, so
+        a kill in the middle must leave none."""
+        database, begun = self._folder / "mlflow.db", self._folder / "mlflow.db.begun"
+        if not database.exists():
+            begun.unlink(missing_ok=True)
+            mlflow.MlflowClient(f"sqlite:///{begun}")
+            os.replace(begun, database)
+        return f"sqlite:///{database}"
 
     def store_init_configuration(self, values: dict) -> None:
         """As parameters; one that another start has written stays as it was."""

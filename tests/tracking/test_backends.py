@@ -50,6 +50,7 @@ def test_tensorboard(tmp_path):
 def test_mlflow_on_sqlite(tmp_path):
     mlflow = pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy")
+    (tmp_path / "mlflow.db.begun").write_text("of a start that was killed while MLflow made its tables")
     two_starts("mlflow", tmp_path)
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("gpt")
