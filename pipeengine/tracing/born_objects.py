@@ -80,8 +80,8 @@ def object_parts(value: object) -> tuple[Callable[[list], object], list]:
 
 
 def _remade(kind: type, names: tuple[str, ...], parts: list) -> object:
-    made = object.__new__(kind)
-    vars(made).update(zip(names, parts, strict=True))
+    made: object = object.__new__(kind)
+    made.__dict__.update(zip(names, parts, strict=True))
     return made
 
 
