@@ -269,7 +269,7 @@ class Pipeline(Standing):
         parameters = {stage: sum(size for name, size in sizes.items() if stage in made.placement.holders.get(name, ()))
                       for stage in range(self.num_stages)}
         rows = stage_rows(made.priced, made.programs.schedule(progress.microbatches), parameters, progress.microbatches,
-                          added_bytes(self._published()))
+                          added_bytes(self._published()), in_turns=self._workers.grid.width == 1)
         loss = None if progress.trained_loss is None else float(progress.trained_loss)
         return RunReport(type(self._model).__name__, made.programs.name, progress.microbatches, tuple(rows),
                          self.predicted_timeline(), self.timeline(), loss, in_turns=self._workers.grid.width == 1,

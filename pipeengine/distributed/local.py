@@ -1,7 +1,8 @@
 """Hand values over inside one process, or nowhere (to measure the engine alone)."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -46,6 +47,7 @@ class LocalTransport:
 
     def __init__(self) -> None:
         self._held: dict[tuple, list[torch.Tensor]] = {}
+        self._copies = False
         self.messages = 0
         self.bytes = 0
 
@@ -62,8 +64,18 @@ class LocalTransport:
         self._held[kind, source, target, microbatch] = tensors
 
     def recv(self, kind: int, source: int, target: int, microbatch: int, layout: Layout) -> list[torch.Tensor]:
-        """The very tensors that ``send`` was given."""
-        return self._held.pop((kind, source, target, microbatch))
+        """The very tensors that ``send`` was given; inside ``own_memory`` equal ones."""
+        found = self._held.pop((kind, source, target, microbatch))
+        return [tensor.clone() for tensor in found] if self._copies else found
+
+    @contextmanager
+    def own_memory(self) -> Iterator[None]:
+        """Inside, a receiver gets memory of its own, as another worker would: what is counted there is then its."""
+        self._copies = True
+        try:
+            yield
+        finally:
+            self._copies = False
 
     def finish(self) -> None:
         """Nothing is on its way."""

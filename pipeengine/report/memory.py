@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from partitioners import Plan
+from partitioners import Boundary, Plan
 from pipeengine.program import UNDERWAY, WINDOW
 from pipeengine.report.history import OWN
 from pipeengine.report.run_report import RunReport
@@ -18,14 +18,22 @@ def step_bytes(plan: Plan, schedule: Schedule) -> tuple[float, ...]:
     """The most that a step adds to each worker's memory: activations, gradients (there are none at first), scratch,
     messages."""
     worker_of = schedule.topology.worker_of
-    constant = [room - twice for room, twice in zip(_message_bytes(plan, worker_of), _counted_twice(plan, worker_of))]
+    rooms = _message_bytes(plan.boundaries, worker_of)
+    constant = [room - twice for room, twice in zip(rooms, _counted_twice(plan, worker_of))]
     return tuple(most_added(plan, lane.op, lane.stage) + more for lane, more in zip(schedule.lanes, constant))
 
 
-def stage_bytes(plan: Plan, schedule: Schedule) -> tuple[float, ...]:
-    """The most that each stage needs by itself: weights, optimizer, and what its own actions add to them."""
+def stage_bytes(plan: Plan, schedule: Schedule, *, in_turns: bool = False) -> tuple[float, ...]:
+    """The most that each stage needs by itself: weights, optimizer, and what its own actions and messages add to them.
+
+    One message is on its way at a time, which is what links faster than stages leave there; ``step_bytes`` has room for
+    as many as there may be. Stages that run ``in_turns``, in one process, make no room before a message is read.
+    """
     op, stage, _ = schedule.columns
-    return tuple(standing + most_added(plan, op[stage == number], stage[stage == number])
+    worker_of = schedule.topology.worker_of
+    travelling = [b for b in plan.boundaries if worker_of[b.source] != worker_of[b.target]]
+    messages = _message_bytes(travelling, range(plan.num_stages), window=0 if in_turns else WINDOW, underway=1)
+    return tuple(standing + messages[number] + most_added(plan, op[stage == number], stage[stage == number])
                  for number, standing in enumerate(standing_bytes(plan)))
 
 
@@ -87,13 +95,14 @@ def _counted_twice(plan: Plan, worker_of: Sequence[int]) -> list[float]:
     return found
 
 
-def _message_bytes(plan: Plan, worker_of: Sequence[int]) -> list[float]:
-    """Room for messages: those that may arrive, and copies of those that have been sent."""
+def _message_bytes(boundaries: Sequence[Boundary], worker_of: Sequence[int], window: int = WINDOW,
+                   underway: int = UNDERWAY) -> list[float]:
+    """Room for messages: ``window`` of each boundary that may arrive, and copies of ``underway`` that were sent."""
     arriving, largest = [0.0] * (max(worker_of) + 1), [0.0] * (max(worker_of) + 1)
-    for boundary in plan.boundaries:
+    for boundary in boundaries:
         ends = worker_of[boundary.source], worker_of[boundary.target]
         if ends[0] != ends[1]:
             for (sender, receiver), size in ((ends, boundary.bytes), (ends[::-1], boundary.gradient_bytes)):
-                arriving[receiver] += WINDOW * size
+                arriving[receiver] += window * size
                 largest[sender] = max(largest[sender], float(size))
-    return [a + UNDERWAY * b for a, b in zip(arriving, largest)]
+    return [a + underway * b for a, b in zip(arriving, largest)]

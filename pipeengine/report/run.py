@@ -65,10 +65,13 @@ def measured_step(published: Mapping[int, str]) -> int | None:
 
 
 def stage_rows(
-    plan: Plan, schedule: Schedule, parameters: Mapping[int, int], num_microbatches: int, added: Mapping[int, int]
+    plan: Plan, schedule: Schedule, parameters: Mapping[int, int], num_microbatches: int, added: Mapping[int, int],
+    in_turns: bool = False,
 ) -> Iterator[StageRow]:
-    """One row per stage: what it holds, and what it sends in a step; ``added`` is what was counted of its actions."""
-    memory, worker_of = stage_bytes(plan, schedule), schedule.topology.worker_of
+    """One row per stage: what it holds, and what it sends in a step; ``added`` is what was counted of its actions.
+
+    ``in_turns``: whether one process runs all stages."""
+    memory, worker_of = stage_bytes(plan, schedule, in_turns=in_turns), schedule.topology.worker_of
     standing = standing_bytes(plan)
     for stage in range(plan.num_stages):
         sends = [

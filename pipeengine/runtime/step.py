@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 import torch
 
-from pipeengine.distributed import ConnectionLost, NoTies, Transport, Workers, headline
+from pipeengine.distributed import ConnectionLost, LocalTransport, NoTies, Transport, Workers, headline
 from pipeengine.errors import InputError, WorkerError, told
 from pipeengine.runtime.clock import HOST, Clock, clock_of
 from pipeengine.runtime.executor import Executor
@@ -200,7 +200,9 @@ class StepRunner:
         clock = clock_of(self._tasks.reader.device) if publishes else HOST
         start = clock.begin()
         run = partial(self.executor.run, share.actions, tasks, scale, clock)
-        counted = count_memory(run, self._tasks.reader.device) if counts else run()
+        transport = self.transport
+        with transport.own_memory() if counts and isinstance(transport, LocalTransport) else nullcontext():
+            counted = count_memory(run, self._tasks.reader.device) if counts else run()
         self.counts_memory = self.counts_memory and not counts
         self._tasks.specializations.ran()
         self.ties.reduce()
