@@ -125,8 +125,7 @@ class Pipeline(Standing):
 
         Returns the model's own output for the replica's batch on the worker of its last stage; elsewhere the same
         structure with the loss alone, or with ``gather`` everything everywhere, the rows of replica 0 first. The loss,
-        of all replicas' batches, is also in ``pipe.loss``. Key-value caches are returned where ``use_cache=True`` is
-        passed.
+        of all replicas' batches, is also in ``pipe.loss``. Key-value caches come with ``use_cache=True`` only.
         """
         return self._runner.evaluate(self._assembly.reader.inputs(args, kwargs, target), gather)
 

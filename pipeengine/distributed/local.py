@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
@@ -34,6 +34,9 @@ class Transport(Protocol):
 
     def recv(self, kind: int, source: int, target: int, microbatch: int, layout: Layout) -> list[torch.Tensor]:
         """The tensors of a message; waits until it is here."""
+
+    def own_memory(self) -> AbstractContextManager[None]:
+        """Inside, what a receiver is given has memory of its own, so that what is counted there is its."""
 
     def finish(self) -> None:
         """Wait until everything sent has been received."""
@@ -70,7 +73,7 @@ class LocalTransport:
 
     @contextmanager
     def own_memory(self) -> Iterator[None]:
-        """Inside, a receiver gets memory of its own, as another worker would: what is counted there is then its."""
+        """Inside, a receiver gets copies, as another worker would."""
         self._copies = True
         try:
             yield

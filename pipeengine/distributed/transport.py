@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 
 import torch
@@ -126,6 +127,10 @@ class DistributedTransport:
             head = header(self._step, microbatch, kind, source, target, layout.bytes, self._digest)
             orders = check_header(buffer, layout, head)
         return unpack(buffer, layout, orders)
+
+    def own_memory(self) -> AbstractContextManager[None]:
+        """Messages have that already; what one worker's stages hand on is its own."""
+        return nullcontext()
 
     def finish(self) -> None:
         """Wait until everything sent has been received."""

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
-from pipeengine.distributed import ConnectionLost, LocalTransport, NoTies, Transport, Workers, headline
+from pipeengine.distributed import ConnectionLost, NoTies, Transport, Workers, headline
 from pipeengine.errors import InputError, WorkerError, told
 from pipeengine.runtime.clock import HOST, Clock, clock_of
 from pipeengine.runtime.executor import Executor
@@ -200,8 +200,7 @@ class StepRunner:
         clock = clock_of(self._tasks.reader.device) if publishes else HOST
         start = clock.begin()
         run = partial(self.executor.run, share.actions, tasks, scale, clock)
-        transport = self.transport
-        with transport.own_memory() if counts and isinstance(transport, LocalTransport) else nullcontext():
+        with self.transport.own_memory() if counts else nullcontext():
             counted = count_memory(run, self._tasks.reader.device) if counts else run()
         self.counts_memory = self.counts_memory and not counts
         self._tasks.specializations.ran()
@@ -224,8 +223,7 @@ class StepRunner:
         self._tasks.specializations.ran()
         loss = self.progress.loss = self._spread_loss(first, self.executor.loss)
         last = self._workers.grid.worker(self._worker_of[first.split.output_stage])
-        outputs = self.executor.outputs
-        merged: Sequence[torch.Tensor] | None
+        outputs, merged = self.executor.outputs, cast(Sequence[torch.Tensor] | None, None)
         # Nobody is at work any more: what cannot be merged is an error on all, and the next call runs.
         merged, problem = attempt(lambda: join_outputs(first, [outputs[m] for m in range(len(tasks))], prepared.joins)
                                   if self._workers.rank == last else None)
