@@ -119,6 +119,6 @@ class ReplicaBatches:
         outputs, everybody = [], []
         for replica in range(grid.num_replicas):
             arrived = self._workers.broadcast_object((own, rows), grid.worker(place, replica))
-            outputs.append([tensor.to(device) for tensor in arrived[0]])
+            outputs.append([tensor.to(device) for tensor in arrived[0] or ()])
             everybody.append(arrived[1])
         return join_outputs(first, outputs, across(prepared.joins, everybody, first.recording))

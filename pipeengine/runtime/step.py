@@ -221,10 +221,10 @@ class StepRunner:
         self._tasks.specializations.ran()
         loss = self.progress.loss = self._spread_loss(first, self.executor.loss)
         last = self._workers.grid.worker(self._worker_of[first.split.output_stage])
-        outputs = [self.executor.outputs.get(m) for m in range(len(tasks))]
         # Nobody is at work any more: what cannot be merged is an error on all, and the next call runs.
-        merged, problem = attempt(lambda: join_outputs(first, outputs, prepared.joins)
-                                  if self._workers.rank == last else None)
+        merged: Sequence[torch.Tensor] | None
+        merged, problem = attempt(lambda: None if self._workers.rank != last else join_outputs(
+            first, [self.executor.outputs[m] for m in range(len(tasks))], prepared.joins))
         self._workers.agree((), problem, ())
         if gather and self._replicas is not None:
             merged = self._replicas.gather(merged, prepared, self._worker_of[first.split.output_stage])
@@ -238,7 +238,7 @@ class StepRunner:
         """The outputs of worker ``last`` everywhere; every worker's own recording gives them form."""
         arrived = self._workers.broadcast_object(merged, last)
         device = self._tasks.reader.device
-        return merged if merged is not None else [tensor.to(device) for tensor in arrived]
+        return merged if merged is not None else [tensor.to(device) for tensor in arrived or ()]
 
     def _spread_loss(self, specialization: Specialization, own: torch.Tensor | None) -> torch.Tensor | None:
         """The loss of the worker that has it, on every worker."""

@@ -80,7 +80,7 @@ def object_parts(value: object) -> tuple[Callable[[list], object], list]:
 
 
 def _remade(kind: type, names: tuple[str, ...], parts: list) -> object:
-    made = object.__new__(kind)
+    made: object = object.__new__(kind)
     vars(made).update(zip(names, parts, strict=True))
     return made
 
