@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 
@@ -223,10 +223,10 @@ class StepRunner:
         self._tasks.specializations.ran()
         loss = self.progress.loss = self._spread_loss(first, self.executor.loss)
         last = self._workers.grid.worker(self._worker_of[first.split.output_stage])
-        outputs, merged = self.executor.outputs, cast(Sequence[torch.Tensor] | None, None)
         # Nobody is at work any more: what cannot be merged is an error on all, and the next call runs.
-        merged, problem = attempt(lambda: join_outputs(first, [outputs[m] for m in range(len(tasks))], prepared.joins)
-                                  if self._workers.rank == last else None)
+        merged: Sequence[torch.Tensor] | None
+        merged, problem = attempt(lambda: None if self._workers.rank != last else join_outputs(
+            first, [self.executor.outputs[m] for m in range(len(tasks))], prepared.joins))
         self._workers.agree((), problem, ())
         if gather and self._replicas is not None:
             merged = self._replicas.gather(merged, prepared, self._worker_of[first.split.output_stage])
