@@ -4,16 +4,19 @@
     torchrun --standalone --nproc_per_node 2 benchmarks/checkpoints.py
 
 A stack of linear layers under AdamW; the shard is what one worker saves, parameters and moments. ``copy`` copies the
-same tensors into memory that is there already, as one flat buffer. Saves and copies take turns; the minimum counts,
-since other load on the machine cannot lower it. Steps are timed while a save is being written and while none is, in
-turns too.
+same tensors into memory that is there already, as one flat buffer. Saves and copies take turns. Of seconds by the clock
+the minimum counts, since other load on the machine cannot lower it; seconds of the loop's thread (``cpu``) are without
+what others take from it, and without its waits for other workers. The first save comes after steps with none due, in
+which its memory is prepared. Steps are timed while a save is being written and before it, in turns too: the median of
+the ratios is told.
 """
 import argparse
 import json
 import shutil
+import threading
 from collections.abc import Callable
-from statistics import median
-from time import perf_counter
+from statistics import mean, median
+from time import perf_counter, thread_time
 
 import torch
 import torch.distributed as dist
@@ -29,6 +32,13 @@ def timed(what: Callable[[], object]) -> float:
     start = perf_counter()
     what()
     return perf_counter() - start
+
+
+def timed_twice(what: Callable[[], object]) -> tuple[float, float]:
+    """Seconds that ``what()`` takes by the clock and of this thread."""
+    start = thread_time()
+    seconds = timed(what)
+    return seconds, thread_time() - start
 
 
 def tensors_of(pipe: pe.Pipeline, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -76,23 +86,30 @@ def measure(megabytes: int, saves: int, folder: str) -> dict[str, float]:
     step()
     tensors = tensors_of(pipe, optimizer)
     copy = copier(tensors)
-    checkpoints = pe.Checkpoints(folder, pipe, keep=1, optimizer=optimizer)
-    first = timed(lambda: checkpoints.save(0))
-    checkpoints.wait()
-    held, copied, written, busy, idle = [], [], [], [], []
-    for number in range(1, saves + 1):
-        copied.append(timed(copy))
-        idle += [timed(step) for _ in range(5)]
-        held.append(timed(lambda: checkpoints.save(number)))
-        start = perf_counter()
+    checkpoints = pe.Checkpoints(folder, pipe, every=1_000_000, keep=1, optimizer=optimizer)
+    checkpoints.save(1)                                             # not due
+    while somebody(any(thread.name == "pipeengine-buffer" for thread in threading.enumerate())):
+        step()
+    held, copied, written, ratios, idle = [], [], [], [], []
+    for number in range(2, saves + 3):
+        copied.append(timed_twice(copy))
+        idle.append(mean(timed(step) for _ in range(5)))
+        held.append(timed_twice(lambda: checkpoints.save(number, force=True)))
+        start, busy = perf_counter(), []
         while somebody(checkpoints.is_writing):
             busy.append(timed(step))
         checkpoints.wait()
         written.append(perf_counter() - start)
+        if busy:
+            ratios.append(mean(busy) / idle[-1])
+    (first, first_cpu), *held = held
+    (held_min, held_cpu), (copy_min, copy_cpu) = map(min, zip(*held)), map(min, zip(*copied))
     return {"shard_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-            "first_save_held": first, "held": min(held), "held_median": median(held), "copy": min(copied),
-            "copy_median": median(copied), "held_over_copy": min(held) / min(copied), "written": min(written),
-            "step_while_writing": median(busy), "step": median(idle), "slower": median(busy) / median(idle) - 1}
+            "first_over_copy": first / copy_min, "first_over_copy_cpu": first_cpu / copy_cpu,
+            "held": held_min, "copy": copy_min, "held_over_copy": held_min / copy_min,
+            "held_over_copy_median": median(h / c for (h, _), (c, _) in zip(held, copied[1:])),
+            "held_over_copy_cpu": held_cpu / copy_cpu,
+            "written": min(written), "step": median(idle), "slower": median(ratios) - 1}
 
 
 def main() -> None:

@@ -132,7 +132,8 @@ def one(context, workers: int, microbatches: int, place: str, fault: Fault) -> d
     hung = sum(processes[rank].is_alive() for rank in survivors)
     for process in processes:
         if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):      # it may end by itself meanwhile
+                os.kill(process.pid, signal.SIGKILL)
         process.join()
     shutil.rmtree(folder, ignore_errors=True)
     start = told["fault"].get(fault.worker, (None, ""))[0]

@@ -9,13 +9,22 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from pipeengine.checkpoint.collecting import Constants, check_claims, closing, collect, files_to_write, record_of
+from pipeengine.checkpoint.collecting import (
+    Constants,
+    check_claims,
+    closing,
+    collect,
+    expected_bytes,
+    files_to_write,
+    record_of,
+)
 from pipeengine.checkpoint.holdings import Trained
+from pipeengine.checkpoint.host_buffer import HostBuffer
 from pipeengine.checkpoint.manifest import read_manifest, verify
 from pipeengine.checkpoint.preemption import AGAIN, DUE, STOP, SignalWatch
 from pipeengine.checkpoint.restoring import prepare_restore
 from pipeengine.checkpoint.step_folders import candidates, tell
-from pipeengine.checkpoint.tensor_file import HostBuffer, TensorFile, stream
+from pipeengine.checkpoint.tensor_file import TensorFile, stream
 from pipeengine.checkpoint.writing import Task, Writing, make_room
 from pipeengine.errors import InputError
 
@@ -56,6 +65,7 @@ class Checkpoints:
         self._keep, self._background = keep, background
         self._constants = Constants.of(pipe.holdings())
         self._buffer = HostBuffer()
+        self._is_prepared = not background
         self._writing: Writing | None = None
         self._signals = SignalWatch(pipe.holdings().workers.wishes) if signals else None
         self._last_step: int | None = None
@@ -82,13 +92,21 @@ class Checkpoints:
             self._signals.watch()
         asked = self._asked()
         if not (force or asked & (STOP | AGAIN | DUE) or self._is_due(step)):
+            self._prepare()
             return
+        self._is_prepared = True
         if force or asked & (STOP | AGAIN) or step != self._last_step:
             self._guarded("Checkpoints.save", lambda: self._begin(step))
         if asked & STOP:
             self.wait()
             self._release_signals()
             raise SystemExit(0)
+
+    def _prepare(self) -> None:
+        """Once, while no save is due yet and the optimizer has its state: memory for the first one."""
+        if not self._is_prepared:
+            self._is_prepared = True
+            self._buffer.prepare(*expected_bytes(self._pipe.holdings(), self._parts))
 
     def _asked(self) -> int:
         """What some worker asks for: the same on all of them at the same call."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pipeengine.checkpoint.holdings import Holdings
+from pipeengine.checkpoint.host_buffer import padded
 from pipeengine.checkpoint.hugging_face import SINGLE
 from pipeengine.checkpoint.optimizer_state import OptimizerShare, is_optimizer, parameter_names, share_of
 from pipeengine.checkpoint.plain import Packer
@@ -87,6 +88,20 @@ def collect(holdings: Holdings, parts: Mapping[str, Any]) -> Share:
         for parameter in sharded & set(state.tensors):
             check_state(name, parameter, state.tensors[parameter])
     return Share(weights, states, holdings.counters(), frozenset(sharded - holdings.owned))
+
+
+def expected_bytes(holdings: Holdings, parts: Mapping[str, Any]) -> tuple[int, bool]:
+    """About what this worker's files will hold, and whether it comes from a GPU. Asks no part for its state: that of a
+    loader may count how often it was asked."""
+    tensors = [tensor for name, tensor in holdings.persistent().items() if name in holdings.owned]
+    owned = [parameter for name, parameter in holdings.named_parameters() if name in holdings.owned]
+    for part in filter(is_optimizer, parts.values()):
+        for parameter in owned:
+            state = part.state.get(parameter)
+            tensors += [one for one in state.values() if isinstance(one, torch.Tensor)] \
+                if isinstance(state, Mapping) else []
+    return (sum(padded(tensor.numel() * tensor.element_size()) for tensor in tensors),
+            any(tensor.device.type == "cuda" for tensor in tensors))
 
 
 def plain_share(name: str, part: Any) -> PlainShare:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from pipeengine.checkpoint.disk import write_file
 from pipeengine.errors import InputError
 
 CHUNK_BYTES = 1 << 24           # what is digested and written at a time
-ALIGNMENT_BYTES = 64
 _DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -117,36 +116,3 @@ def bytes_of(flat: torch.Tensor) -> memoryview:
     """The bytes of a tensor of one dimension on the CPU: its memory, or a copy where its elements lie apart, as
     those of a column do."""
     return flat.resolve_conj().resolve_neg().contiguous().view(torch.uint8).numpy().data
-
-
-class HostBuffer:
-    """One piece of host memory that every save copies its tensors into, made larger when it must be, never twice."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-
-    def copy(self, files: Sequence[tuple[TensorFile, Mapping[str, torch.Tensor]]]) -> list[Source]:
-        """Copy the tensors of all ``files``; where each file's bytes are now. The sources hold until the next call."""
-        places = [0]
-        for file, _ in files:
-            places.append(places[-1] + file.data_bytes + -file.data_bytes % ALIGNMENT_BYTES)
-        accelerator = next((t.device.type for _, tensors in files for t in tensors.values() if t.device.type != "cpu"),
-                           None)
-        if self._memory.numel() < places[-1]:
-            self._memory = torch.empty(0, dtype=torch.uint8)        # the old one goes before the new one comes
-            self._memory = torch.empty(places[-1], dtype=torch.uint8, pin_memory=accelerator == "cuda")
-        sections = [self._memory[place:place + file.data_bytes] for place, (file, _) in zip(places, files)]
-        with torch.no_grad():
-            for section, (file, tensors) in zip(sections, files):
-                for entry in file.entries:
-                    target = section[entry.start:entry.end].view(DTYPES[entry.dtype]).view(entry.shape)
-                    target.copy_(tensors[entry.name].detach(), non_blocking=True)
-        if accelerator is not None:
-            torch.accelerator.synchronize()
-        return [_sections(file, section) for section, (file, _) in zip(sections, files)]
-
-
-def _sections(file: TensorFile, section: torch.Tensor) -> Source:
-    for entry in file.entries:
-        yield entry, (bytes_of(section[at:min(at + CHUNK_BYTES, entry.end)])
-                      for at in range(entry.start, entry.end, CHUNK_BYTES))

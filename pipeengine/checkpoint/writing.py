@@ -7,10 +7,8 @@ background meets no message of a step, and a script that ends while it is writte
 """
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeengine.checkpoint import disk
+from pipeengine.checkpoint.background import start_beside_training
 from pipeengine.checkpoint.collecting import Closing, index_text
 from pipeengine.checkpoint.hugging_face import INDEX
 from pipeengine.checkpoint.manifest import MANIFEST, MOST_JSON_BYTES, STATE, digest_of, manifest_text, parse_json
@@ -28,7 +27,6 @@ from pipeengine.checkpoint.tensor_file import Source, TensorFile, write_tensors
 from pipeengine.errors import InputError
 
 _POLL_SECONDS = 0.01
-_NICE = 10
 _FOLDER_SECONDS = 60.0          # what a shared file system may take to show a folder that worker 0 has made
 _STILL_SECONDS = 60.0           # at exit: how long nothing may have been written before worker 0 gives a save up
 _underway: set[Path] = set()    # that this process writes in: a pipeline made anew may save beside a forgotten one
@@ -77,15 +75,11 @@ class Writing:
     def start(self, background: bool) -> None:
         """Begin. Without ``background`` the own part is written when this returns; worker 0 closes in ``finish``."""
         if background:
-            self._thread = threading.Thread(target=self._run, daemon=True, name="pipeengine-save")
-            self._thread.start()
+            self._thread = start_beside_training("pipeengine-save", self._run)
         else:
             self._write()
 
     def _run(self) -> None:
-        if sys.platform == "linux":         # there a thread has a priority of its own; steps come first
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         self._write()
         self._close()
 

@@ -48,6 +48,7 @@ class ModelFlags:
                   for name, parameter in module._parameters.items() if parameter is not None]
         self._tables, self._names = [table for table, _ in places], [name for _, name in places]
         self._parameters = list(map(getitem, self._tables, self._names))
+        self._types, self._types_told = list[torch.dtype](), b""
         self._last_hook, self._hooked = -1, b""         # nothing is known of these modules
         self._forget_hooked_parameters()
 
@@ -77,12 +78,19 @@ class ModelFlags:
             if self.replaced:
                 self._forget_hooked_parameters()
             return (bytes(training), bytes(map(attrgetter("requires_grad"), parameters)),
-                    (tuple(map(attrgetter("dtype"), parameters)), self._with_hooks()))
+                    (self._types_of(parameters), self._with_hooks()))
         except (LookupError, AttributeError):       # a parameter was taken out
             self._find()
             found = self.now()
             self.replaced = True
             return found
+
+    def _types_of(self, parameters: list[torch.nn.Parameter]) -> bytes:
+        """Made anew only where a type has changed: recordings are looked up by it, and bytes keep their hash."""
+        types = list(map(attrgetter("dtype"), parameters))
+        if types != self._types:
+            self._types, self._types_told = types, repr(types).encode()
+        return self._types_told
 
     def _with_hooks(self) -> bytes:
         """Looked at again where any hook was put on anything since; a recording without one that is taken off holds."""

@@ -204,7 +204,8 @@ class PythonWatch:
             now = list(map(getitem, self._places, self._keys))
         except (LookupError, AttributeError, ValueError):
             now = [entry.now() for entry in self._entries.values()]
+        if not any(map(is_not, now, before)):
+            return []
         others = list(compress(range(len(now)), map(is_not, now, before)))
-        if others:
-            self._values = now
+        self._values = now
         return [index for index in others if not same(now[index], before[index])]

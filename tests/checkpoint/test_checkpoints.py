@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler as schedulers
 
 import pipeengine as pe
 from pipeengine.checkpoint import save_weights, writing
+from pipeengine.checkpoint.host_buffer import HostBuffer
 
 
 class Holder:
@@ -366,6 +367,27 @@ def test_what_was_trained_meanwhile_is_not_in_the_checkpoint(tmp_path, monkeypat
     checkpoints.wait()
     checkpoints.load()
     assert all((parameter == 1.0).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ("SGD", "Adam"))
+def test_memory_is_prepared_before_the_first_save_and_made_once(name, tmp_path, monkeypatch):
+    """The pages of a new buffer cost several copies: they must not hold the loop in the first save that is due."""
+    makers = []
+    make = HostBuffer._make
+    monkeypatch.setattr(HostBuffer, "_make", lambda *args: (makers.append(threading.current_thread().name),
+                                                            make(*args))[1])
+    model = threads.model(1.0)
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=1e-6)
+    for options in ({"every": 3}, {"background": False, "every": 3}):
+        checkpoints = alone(tmp_path, model, optimizer=optimizer, **options)
+        for step in range(1, 7):
+            trained(model, optimizer, 1)
+            checkpoints.save(step)
+        checkpoints.wait()
+        assert makers == ["pipeengine-buffer"], "and none at all where nothing is copied"
+    saved = [parameter.detach().clone() for parameter in model.parameters()]
+    trained(model, optimizer)
+    assert checkpoints.load() == 6 and all(map(torch.equal, saved, model.parameters()))
 
 
 def test_only_the_newest_stay(tmp_path):

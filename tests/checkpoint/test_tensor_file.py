@@ -1,14 +1,16 @@
 """Files of a checkpoint: what safetensors reads is what was given, and names on disk mean one thing."""
 import hashlib
+import os
 import random
 
 import pytest
 import torch
 
-from pipeengine.checkpoint.disk import open_regular, remove_folder, write_file
+from pipeengine.checkpoint.disk import GATHER_BYTES, open_regular, remove_folder, write_file
+from pipeengine.checkpoint.host_buffer import HostBuffer
 from pipeengine.checkpoint.slots import get_tensor, put_tensor, tensor_slots
 from pipeengine.checkpoint.step_folders import candidates, publish, saving_name, step_name
-from pipeengine.checkpoint.tensor_file import DTYPES, HostBuffer, TensorFile, dtype_name, stream, write_tensors
+from pipeengine.checkpoint.tensor_file import DTYPES, TensorFile, dtype_name, stream, write_tensors
 from pipeengine.errors import InputError
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -89,6 +91,27 @@ def test_a_copy_in_the_buffer_is_the_bytes_themselves(seed, tmp_path):
     assert torch.equal(safetensors.load_file(tmp_path / "large")["large"], larger["large"])
 
 
+@pytest.mark.parametrize("megabytes", (0, 1, 16))
+def test_memory_that_is_being_prepared_holds_what_is_copied(megabytes, tmp_path):
+    """A copy comes while its memory is still being touched: nothing of it may be touched afterwards."""
+    tensors = {f"layer.{number}": torch.randint(0, 255, (250_000,)) for number in range(4)}
+    file, buffer = TensorFile.of(tensors), HostBuffer()
+    buffer.prepare(megabytes << 20, pinned=False)
+    source, = buffer.copy([(file, tensors)])
+    write_tensors(tmp_path / "a", file, source)
+    found = safetensors.load_file(tmp_path / "a")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_memory_that_cannot_be_prepared_is_asked_for_again_by_the_copy(tmp_path):
+    """The thread that prepares has nobody to tell."""
+    tensors, buffer = {"layer": torch.arange(3)}, HostBuffer()
+    buffer.prepare(1 << 60, pinned=False)
+    source, = buffer.copy([(TensorFile.of(tensors), tensors)])
+    write_tensors(tmp_path / "a", TensorFile.of(tensors), source)
+    assert safetensors.load_file(tmp_path / "a")["layer"].tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("wrong", (torch.eye(3).to_sparse(), torch.empty(2, device="meta"),
                                    torch.ones(2, dtype=torch.complex128)), ids=("sparse", "meta", "complex128"))
 def test_what_has_no_form_is_refused_by_name(wrong):
@@ -124,6 +147,22 @@ def test_publishing_again_puts_the_new_in_the_old_ones_place(tmp_path):
     remove_folder(tmp_path / step_name(5))
     remove_folder(tmp_path / step_name(5))
     assert not list(tmp_path.iterdir())
+
+
+def test_small_chunks_are_written_together(tmp_path, monkeypatch):
+    """Each call of the system hands Python's lock over: thousands of small tensors must not cost thousands of calls.
+    The system may also take less than it is given."""
+    draw, sizes, write = random.Random(0), [], os.write
+
+    def count(file: int, data: memoryview) -> int:
+        sizes.append(write(file, data[:max(1, len(data) - len(data) // 3)]))
+        return sizes[-1]
+    monkeypatch.setattr(os, "write", count)
+    chunks = [draw.randbytes(draw.choice((0, 1, 900, 40_000))) for _ in range(1000)]
+    chunks[300:300] = [memoryview(draw.randbytes(3 * GATHER_BYTES)), draw.randbytes(GATHER_BYTES), b"end"]
+    write_file(tmp_path / "a", chunks)
+    assert (tmp_path / "a").read_bytes() == b"".join(chunks)
+    assert sum(size > 100_000 for size in sizes) >= 5 and len(sizes) < 200
 
 
 def test_only_ordinary_files_are_read_and_none_is_written_over(tmp_path):
