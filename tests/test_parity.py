@@ -112,7 +112,8 @@ pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.mark.parametrize(("rest", "num_workers", "name", "schedule"), [
-    pytest.param(rest, num_workers, name, schedule, marks=[pytest.mark.slow] * rest)
+    # Four workers run the schedules in tests/runtime/test_execution.py.
+    pytest.param(rest, num_workers, name, schedule, marks=[pytest.mark.slow] * (rest or num_workers == 4))
     for rest in (False, True) for num_workers in (2, 3, 4)
     for name, schedule in pairs(num_workers, rest) if not CASES[name].random])
 def test_workers_are_invisible(rest, num_workers, name, schedule):

@@ -88,7 +88,8 @@ def start(launcher: str, code: str, folder: Path) -> subprocess.Popen:
                             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", [pytest.param(one, marks=[pytest.mark.slow] * (one == "torchrun"))
+                                      for one in LAUNCHERS])
 def test_a_killed_worker_is_started_again(launcher, tmp_path):
     """Plain torchrun let the new workers meet the addresses of the dead ones, and never recovered."""
     output = start(launcher, SCRIPT, tmp_path).communicate(timeout=300)[0]

@@ -204,7 +204,8 @@ def spread(num_workers: int, whole: bool) -> list[dict]:
 
 
 @pytest.mark.parametrize(("num_workers", "schedule", "name", "whole"), [
-    pytest.param(num_workers, schedule, name, whole, marks=[pytest.mark.slow] if whole else [])
+    # Two workers run many models in tests/test_parity.py.
+    pytest.param(num_workers, schedule, name, whole, marks=[pytest.mark.slow] * (whole or num_workers == 2))
     for whole in (False, True) for num_workers in (2, 3, 4) for schedule, name, _ in grid(num_workers, whole)])
 def test_workers(num_workers, schedule, name, whole):
     found = [worker.get((schedule, name), "this worker never got here") for worker in spread(num_workers, whole)]
