@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
@@ -29,6 +29,8 @@ from pipeengine.distributed.activity import Activity
 from pipeengine.distributed.failure import ConnectionLost, Description
 from pipeengine.distributed.guard_process import Lines
 from pipeengine.errors import InputError, WorkerError
+
+T = TypeVar("T")
 
 # The guard's process has packages without contents, so that it loads its own three files and nothing else: 20 ms.
 _START = """
@@ -123,38 +125,65 @@ class Guard:
         atexit.register(self._at_exit)
         Guard._open.add(self)
 
-    def connect(self, store: dist.Store, call: Callable[[Callable[[], str]], str]) -> None:
-        """Meet the other guards; ``call`` runs what may block on ``store``, which is these workers' own."""
-        token, hub = secrets.token_hex(32), None
-        store.set(f"machine/{self.rank}", _host())
+    def connect(self, store: dist.Store, call: Callable[[Callable[[], Any]], Any]) -> int:
+        """Meet the other guards; ``call`` runs what may block on ``store``, which is these workers' own. Returns the
+        number of the meeting, the same for all and never had before.
+
+        Worker 0 numbers meetings, the others come to its newest: one of them may have waited alone, in a pipeline that
+        nobody else made, and then been called off.
+        """
+        token, hub, bind = secrets.token_hex(32), None, "127.0.0.1"
         if self.rank:
-            found = json.loads(call(lambda: self._fetch(store, "hub")))
+            number, told = call(lambda: self._come(store))
+            found = json.loads(told)
             token, hub = found["token"], found["address"]
+        else:
+            number = store.add("meetings", 1)
+            store.set(f"{number}/machine/0", _host())
+            bind = self._address(store, number, call)
         settings = asdict(self._settings)
-        bind = "127.0.0.1"
-        if not self.rank:
-            bind = self._address(store, call)
         self._lines.send({"rank": self.rank, "size": self.size, "token": token, "hub": hub, "bind": bind,
                           "pid": os.getpid(), "agent": settings.pop("agent"), "error_file": settings.pop("error_file"),
                           "settings": settings})
         if not self.rank:
             port = self._receive(self._settings.join, "port")
-            store.set("hub", json.dumps({"address": [bind, port], "token": token}))
+            store.set(f"{number}/hub", json.dumps({"address": [bind, port], "token": token}))
+        return number
 
-    def _address(self, store: dist.Store, call: Callable[[Callable[[], str]], str]) -> str:
+    def _come(self, store: dist.Store) -> tuple[int, str]:
+        """The number of worker 0's next meeting, and what it says there once all have come."""
+        seen, come = store.add(f"seen/{self.rank}", 0), 0
+
+        def look() -> tuple[int, str] | None:
+            nonlocal come
+            number = store.add("meetings", 0)
+            if number > max(seen, come):
+                store.set(f"{number}/machine/{self.rank}", _host())
+                come = number
+            if number <= seen or not store.check([f"{number}/hub"]):
+                return None
+            store.add(f"seen/{self.rank}", number - seen)
+            return number, store.get(f"{number}/hub").decode()
+        return self._until(look, "worker 0")
+
+    def _address(self, store: dist.Store, number: int, call: Callable[[Callable[[], Any]], Any]) -> str:
         """Where worker 0's guard listens: on the loopback alone, where all workers are on this machine."""
-        hosts = [call(partial(self._fetch, store, f"machine/{rank}")) for rank in range(self.size)]
+        hosts = [call(partial(self._fetch, store, f"{number}/machine/{rank}", rank)) for rank in range(self.size)]
         return "127.0.0.1" if len(set(hosts)) == 1 else _own_address(self._settings.interface)
 
-    def _fetch(self, store: dist.Store, key: str) -> str:
-        """What another worker leaves under ``key``; asks again and again, since a ``get`` would keep the store busy."""
+    def _fetch(self, store: dist.Store, key: str, rank: int) -> str:
+        """What worker ``rank`` leaves under ``key``."""
+        return self._until(lambda: store.get(key).decode() if store.check([key]) else None, f"worker {rank}")
+
+    def _until(self, look: Callable[[], T | None], whom: str) -> T:
+        """What ``look`` finds, asked again and again: a ``get`` of what is not there yet would keep the store busy."""
         deadline = time.monotonic() + self._settings.join
-        while not store.check([key]):
+        while (found := look()) is None:
             if time.monotonic() > deadline:
-                raise WorkerError(f"worker {self.rank} has waited {self._settings.join:.0f} s for {key!r} of "
-                                  f"{self.size} workers; was every one started, and does each make this pipeline?")
+                raise WorkerError(f"worker {self.rank} has waited {self._settings.join:.0f} s for {whom} of "
+                                  f"{self.size}; was every one started, and does each make this pipeline?")
             time.sleep(0.005)
-        return store.get(key).decode()
+        return found
 
     def _receive(self, seconds: float, name: str) -> object:
         """What the guard's process says next under ``name``."""

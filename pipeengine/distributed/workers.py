@@ -129,16 +129,16 @@ class ProcessGroupWorkers:
         self.timeout = timeout
         self.wishes = Wishes()
         self._group: dist.ProcessGroup | None = None
-        name = self._own_name()
-        self._store = dist.PrefixStore(name, default_store())
-        self.board = StoreBoard(dist.PrefixStore("board", self._store))
         self._guard = Guard(self.rank, self.size, settings or GuardSettings())
         self.activity = self._guard.activity
         self.waiter = Waiter(self._guard.interrupted, waits=self._guard.activity.wait)
-        self._groups = GroupMaker(name, timeout, self.waiter)
+        name = "pipeengine/" + "-".join(map(str, self.ranks))
         try:
             with self.activity.section("construction", takes_long=True):
-                self._guard.connect(self._store, self.waiter.run)
+                name += f"/{self._guard.connect(dist.PrefixStore(name, default_store()), self.waiter.run)}"
+                self._store = dist.PrefixStore(name, default_store())
+                self.board = StoreBoard(dist.PrefixStore("board", self._store))
+                self._groups = GroupMaker(name, timeout, self.waiter)
                 self._group = self._groups.make(self.ranks, "gloo", "control")
             watch_outside(self)
         except BaseException as error:
@@ -149,12 +149,6 @@ class ProcessGroupWorkers:
     def arrange(self, num_replicas: int) -> None:
         """Stand in so many pipelines; the number of workers is a multiple of theirs."""
         self.grid = Grid.of(self.rank, self.size, num_replicas)
-
-    def _own_name(self) -> str:
-        """A name in the default store for these workers alone: every one of them counts the pipelines it has made."""
-        name = "pipeengine/" + "-".join(map(str, self.ranks))
-        number = default_store().add(f"{name}/made/{self.rank}", 1)
-        return f"{name}/{number}"
 
     def connect_stages(self, worker_of: Sequence[int], device: torch.device) -> Transport:
         """A transport with groups of its own; every worker calls it."""
