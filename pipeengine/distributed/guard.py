@@ -134,7 +134,10 @@ class Guard:
         """
         token, hub, bind = secrets.token_hex(32), None, "127.0.0.1"
         if self.rank:
-            number, told = call(lambda: self._come(store))
+            seen = store.add(f"seen/{self.rank}", 0)
+            number, told = call(lambda: self._come(store, seen))
+            # Not by ``_come``: what was called off may go on there beside a later call.
+            store.add(f"seen/{self.rank}", number - seen)
             found = json.loads(told)
             token, hub = found["token"], found["address"]
         else:
@@ -150,19 +153,18 @@ class Guard:
             store.set(f"{number}/hub", json.dumps({"address": [bind, port], "token": token}))
         return number
 
-    def _come(self, store: dist.Store) -> tuple[int, str]:
-        """The number of worker 0's next meeting, and what it says there once all have come."""
-        seen, come = store.add(f"seen/{self.rank}", 0), 0
+    def _come(self, store: dist.Store, seen: int) -> tuple[int, str]:
+        """The number of worker 0's next meeting after ``seen``, and what it says there once all have come."""
+        come = seen
 
         def look() -> tuple[int, str] | None:
             nonlocal come
             number = store.add("meetings", 0)
-            if number > max(seen, come):
+            if number > come:
                 store.set(f"{number}/machine/{self.rank}", _host())
                 come = number
-            if number <= seen or not store.check([f"{number}/hub"]):
+            if number == seen or not store.check([f"{number}/hub"]):
                 return None
-            store.add(f"seen/{self.rank}", number - seen)
             return number, store.get(f"{number}/hub").decode()
         return self._until(look, "worker 0")
 
@@ -176,10 +178,11 @@ class Guard:
         return self._until(lambda: store.get(key).decode() if store.check([key]) else None, f"worker {rank}")
 
     def _until(self, look: Callable[[], T | None], whom: str) -> T:
-        """What ``look`` finds, asked again and again: a ``get`` of what is not there yet would keep the store busy."""
+        """What ``look`` finds, asked again and again: a ``get`` of what is not there yet would keep the store busy.
+        Ends with this guard too, since nobody else ends it where its caller was called off."""
         deadline = time.monotonic() + self._settings.join
         while (found := look()) is None:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or not self._finalizer.alive:
                 raise WorkerError(f"worker {self.rank} has waited {self._settings.join:.0f} s for {whom} of "
                                   f"{self.size}; was every one started, and does each make this pipeline?")
             time.sleep(0.005)

@@ -4,8 +4,9 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from pipeengine.distributed import GuardSettings
+from pipeengine.distributed import ConnectionLost, GuardSettings
 from pipeengine.distributed.guard import Guard
+from pipeengine.distributed.waiting import Waiter
 from pipeengine.errors import WorkerError
 
 
@@ -41,6 +42,23 @@ def test_who_waited_alone_meets_the_others_afterwards(alone):
         meet(store, alone, seconds=0.1)
     assert meet(store, 0, 1) == [3 - alone] * 2
     assert meet(store, 0, 1) == [4 - alone] * 2
+
+
+def test_who_was_called_off_is_not_counted_by_what_still_waits():
+    """The thread that waited for worker 0 went on, came to the next meeting too, and made the one after it too late."""
+    store, alone = dist.HashStore(), Guard(1, 2, GuardSettings(join=20.0))
+    calls, waiter = [], Waiter(lambda: ConnectionLost("called off"), interval_seconds=0.01)
+
+    def call(what):
+        calls.append(threading.Thread(target=what, daemon=True))
+        calls[0].start()
+        return waiter.run(lambda: threading.Event().wait(0.1))
+    with pytest.raises(ConnectionLost):
+        alone.connect(store, call)
+    assert [meet(store, 0, 1) for _ in range(3)] == [[1, 1], [2, 2], [3, 3]]
+    alone.close()
+    calls[0].join(5.0)
+    assert not calls[0].is_alive()
 
 
 def test_three_meet_where_one_has_seen_an_attempt_that_failed():
