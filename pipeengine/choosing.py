@@ -41,11 +41,13 @@ def choose(options: Options, workers: Workers, device: torch.device, link: LinkT
     """What is run, the same on every worker. The workers stand in as many replicas as it has afterwards."""
     options = read_configuration(search_for(options, workers, device, link), workers)
     plan = read_plan(options.plan, workers)
-    workers.run_synchronized(options.validate)
-    count = workers.run_synchronized(lambda: count_microbatches(options, plan, workers, device))
-    reader = BatchReader.of(options.model, device, count, loss_fn=options.loss_fn, batch_dims=options.batch_dims)
-    used = workers.run_synchronized(lambda: used_microbatches(options, reader, workers.rank))
-    return Chosen(options, plan, reader, used)
+
+    def chosen() -> Chosen:
+        options.validate()
+        count = count_microbatches(options, plan, workers, device)
+        reader = BatchReader.of(options.model, device, count, loss_fn=options.loss_fn, batch_dims=options.batch_dims)
+        return Chosen(options, plan, reader, used_microbatches(options, reader, workers.rank))
+    return workers.run_synchronized(chosen)
 
 
 # -- what "auto" searches for -----------------------------------------------------------------------------------------
