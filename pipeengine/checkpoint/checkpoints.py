@@ -110,13 +110,11 @@ class Checkpoints:
 
     def _asked(self) -> int:
         """What some worker asks for: the same on all of them at the same call."""
-        wishes = self._pipe.holdings().workers.wishes
-        if self._every_seconds is not None and self._pipe.holdings().workers.rank == 0 \
+        workers = self._pipe.holdings().workers
+        if self._every_seconds is not None and workers.rank == 0 \
                 and time.monotonic() - self._last_time >= self._every_seconds:
-            wishes.ask(DUE)
-        if self._pipe.holdings().workers.size == 1:
-            wishes.hear(wishes.own())
-        return wishes.take(-1 if self._signals is not None else DUE)
+            workers.wishes.ask(DUE)
+        return workers.wishes.take(-1 if self._signals is not None else DUE, alone=workers.size == 1)
 
     def _is_due(self, step: int) -> bool:
         if self._every_seconds is not None:

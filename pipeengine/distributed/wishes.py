@@ -24,8 +24,11 @@ class Wishes:
         """Note what some worker asks for; called at the same place on all of them."""
         self._heard |= bits
 
-    def take(self, among: int = -1) -> int:
-        """What has been heard since it was last taken, of the bits ``among``; it is not asked for any more."""
+    def take(self, among: int = -1, *, alone: bool = False) -> int:
+        """What has been heard since it was last taken, of the bits ``among``; it is not asked for any more. A worker
+        that is ``alone`` hears itself at once."""
+        if alone:
+            self.hear(self.own())
         heard = self._heard & among
         self._heard &= ~heard
         for bit in tuple(self._asked):

@@ -37,9 +37,7 @@ class SaveOnSignal(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Do what some worker asks for: the same on all of them, for it came with the agreement before the step."""
         workers = self._trainer.pipe.holdings().workers
-        if workers.size == 1:
-            workers.wishes.hear(workers.wishes.own())
-        asked = workers.wishes.take(STOP | AGAIN)
+        asked = workers.wishes.take(STOP | AGAIN, alone=workers.size == 1)
         control.should_save |= bool(asked)
         control.should_training_stop |= bool(asked & STOP)
 

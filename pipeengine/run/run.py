@@ -141,12 +141,9 @@ class Run:
 
     def _had_enough(self, over: bool) -> bool:
         """Whether the time is over for worker 0; the others hear of it with the next step, so all know it then."""
-        wishes = self._workers.wishes
         if over and self.pipe.is_first_worker:
-            wishes.ask(_ENOUGH)
-        if self._workers.size == 1:
-            wishes.hear(wishes.own())
-        return bool(wishes.take(_ENOUGH))
+            self._workers.wishes.ask(_ENOUGH)
+        return bool(self._workers.wishes.take(_ENOUGH, alone=self._workers.size == 1))
 
     def log(self, **values: object) -> None:
         """Values of this step: numbers, texts, tensors of one element. Any worker that has them calls it.
